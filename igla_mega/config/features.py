@@ -1,0 +1,147 @@
+"""The sections that ask for a feature; a recipe without one does without the feature.
+
+Units and ranges are in the docstring below each field.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from igla_mega.config.quantities import BelowOne, Count, NonNegative, Positive, Tokens
+from igla_mega.config.section import Section
+
+
+class Koshey(Section):
+    """Long context and memory of earlier tasks. `tier` names presets; a key given here wins over its tier."""
+
+    tier: Annotated[Count, Field(le=10)] | None = None
+    """Preset, 1 to 10, cumulative. 1-3 bf16, recompute and flash attention; 4-6 adds ring attention, EWC and sequence
+    parallelism; 7-9 adds MoE, continual learning and token-budget batches; 10 all."""
+    flash_attention: bool = True
+    """Attention that never holds the sequence x sequence scores."""
+    ring_attention: bool = False
+    """Splits each sequence over `distributed.context_parallel` ranks."""
+    ewc_enabled: bool = False
+    """Pulls the weights to where the previous task left them (Elastic Weight Consolidation)."""
+    ewc_lambda: NonNegative = 0.0
+    """Stiffness of that pull. Dimensionless, at least 0; 0 disables. Typical 1e2 to 1e5."""
+    fisher_samples: Count = 1000
+    """Sequences that the Fisher information is estimated from. At least 1."""
+    dynamic_batching: bool = False
+    """Fills each micro-batch to a budget of tokens instead of a number of sequences."""
+
+
+class Lora(Section):
+    """Low-rank adapters: only they train (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Count
+    """Rank of each adapter, in dimensions. At least 1."""
+    alpha: Positive
+    """Scale: an adapter's output is multiplied by alpha / rank. Above 0."""
+    dropout: BelowOne = 0.0
+    """Probability that an adapter's input is dropped. 0 to below 1."""
+    target_modules: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
+        "q_proj",
+        "v_proj",
+    )
+    """Linear layers that get an adapter, by their Hugging Face names."""
+
+
+class Quantization(Section):
+    """How the frozen base model is stored (QLoRA: Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    bits: Literal[4, 8] = 4
+    """Bits a weight. 4 or 8."""
+    quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    """Code of a weight."""
+    double_quant: bool = True
+    """Quantizes the scales too; saves about 0.4 bits a weight."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type that products are taken in."""
+
+
+class Dpo(Section):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    beta: Positive = 0.1
+    """Strength of the pull to the reference model. Dimensionless, above 0. Typical 0.01 to 0.5."""
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Loss of a pair's margin."""
+    label_smoothing: Annotated[BelowOne, Field(lt=0.5)] = 0.0
+    """Probability that a preference is the wrong way round. 0 to below 0.5."""
+    reference_free: bool = False
+    """Leaves the reference model out."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of this stage, per step, above 0; unset, `training.learning_rate`."""
+    batch_size: Count | None = None
+    """Pairs in the whole batch, at least 1; unset, `training.batch_size`."""
+    epochs: Count | None = None
+    """Passes over the pairs, at least 1; unset, `training.epochs`."""
+    data: str | None = None
+    """Name of the preference pairs: a key of `data.sources`, or a path."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning on instructions."""
+
+    learning_rate: Positive | None = None
+    """Peak learning rate of this stage, per step, above 0; unset, `training.learning_rate`."""
+    batch_size: Count | None = None
+    """Sequences in the whole batch, at least 1; unset, `training.batch_size`."""
+    epochs: Count | None = None
+    """Passes over the instructions, at least 1; unset, `training.epochs`."""
+    data: str | None = None
+    """Name of the instructions: a key of `data.sources`, or a path."""
+
+
+class Moe(Section):
+    """Mixture of experts in place of each layer's feed-forward network."""
+
+    num_experts: Count
+    """Experts a layer. At least 1."""
+    num_experts_per_tok: Count = 2
+    """Experts that a token visits. 1 to `num_experts`."""
+    router_aux_loss_coef: NonNegative = 0.01
+    """Weight of the loss that keeps the experts equally busy. At least 0."""
+
+
+class Continual(Section):
+    """Learning domains one after another without forgetting (Kirkpatrick et al. 2017, arXiv:1612.00796)."""
+
+    method: Literal["ewc"] = "ewc"
+    """What holds earlier domains back."""
+    ewc_lambda: NonNegative = 5000.0
+    """Stiffness of the pull to the previous phase. Dimensionless, at least 0. Typical 1e2 to 1e5."""
+    fisher_samples: Count = 1000
+    """Sequences that the Fisher information of a phase is estimated from. At least 1."""
+
+
+class Phase(Section):
+    """One domain of a curriculum."""
+
+    name: str
+    """Name of the domain: a key of `data.sources`."""
+    tokens: Tokens
+    """Tokens trained on, at least 1: `10B` is 1e10."""
+    lr: Positive
+    """Peak learning rate of the phase, per step. Above 0."""
+
+
+class Curriculum(Section):
+    """Domains in the order they are learned."""
+
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    """The phases, first to last. At least one."""
+
+
+class RopeScaling(Section):
+    """Llama-3's stretch of the rotary frequencies to contexts longer than those trained on."""
+
+    factor: Positive
+    """How many times longer the context becomes. Above 0."""
+    low_freq_factor: Positive = 1.0
+    """Wavelengths above original_max_position / this are stretched in full. Above 0."""
+    high_freq_factor: Positive = 4.0
+    """Wavelengths below original_max_position / this are left alone. Above `low_freq_factor`."""
+    original_max_position: Count = 8192
+    """Context that the base model was trained on, in tokens. At least 1."""

@@ -1,0 +1,180 @@
+"""A recipe's file, its parents, its scale and the command line's `--set`, laid over each other and validated."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from igla_mega.config import breaches, rules, yaml_text
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.merging import has, merge, without_nulls
+from igla_mega.config.schema import Recipe
+from igla_mega.config.tiers import preset
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def packaged() -> dict[str, str]:
+    """Return the packaged recipes, name -> the line that their file opens with, in the card's order."""
+    order = ["pretrain_7b", "koshey_7b", "lora", "qlora", "dpo", "sft_dpo", "moe_8x7b", "continual"]
+    paths = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    names = sorted(paths, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return {name: _first_comment(paths[name]) for name in names}
+
+
+def scales() -> list[str]:
+    """Return the names that `--scale` takes."""
+    return sorted(path.stem for path in (RECIPES / "scales").glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, *, scale: str | None = None, overrides: list[str] | None = None) -> Recipe:
+    """Return a recipe that holds all rules which need no world size.
+
+    From the bottom up: its koshey tier's presets, the recipes it extends, the recipe, the scale, the overrides.
+
+    Args:
+        name_or_path: a packaged recipe's name, or a path.
+        scale: name of an overlay in `recipes/scales`, such as `laptop`.
+        overrides: `a.b=c` each, c in YAML; `a.0.b=c` reaches into a list.
+
+    Raises:
+        ConfigError: every breach at once.
+    """
+    path = _find(str(name_or_path))
+    content = _read_with_parents(path, seen=[])
+    content.setdefault("name", path.stem)
+    if scale is not None:
+        content = _at_scale(content, _read_scale(scale))
+    for override in overrides or []:
+        content = _override(content, override)
+    return _validate(_with_tiers(content))
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; loading it gives the same recipe."""
+    plain = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _first_comment(path: Path) -> str:
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    return next((line for line in lines if not line.startswith("yaml-language-server")), "")
+
+
+def _find(name_or_path: str) -> Path:
+    is_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path or "/" in name_or_path
+    path = Path(name_or_path) if is_path else RECIPES / f"{name_or_path}.yaml"
+    if path.is_file():
+        return path
+    if is_path:
+        raise ConfigError(f"{name_or_path}: no such file. Packaged recipes: {', '.join(packaged())}.")
+    near = difflib.get_close_matches(name_or_path, packaged(), n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"packaged are {', '.join(packaged())}."
+    raise ConfigError(f"{name_or_path}: no such recipe; {hint} A recipe of your own is given by its path, `my.yaml`.")
+
+
+def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        circle = " -> ".join(recipe.name for recipe in [*seen, path])
+        raise ConfigError(f"{path}: extends itself: {circle}. Remove one `extends:`.")
+    content = yaml_text.read_mapping(path)
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: {parent!r} is not the name or path of one recipe.")
+    beside = path.parent / parent
+    try:
+        parent_path = beside if beside.is_file() else _find(parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
+    inherited = _read_with_parents(parent_path, [*seen, path.resolve()])
+    inherited.pop("name", None)
+    return merge(inherited, content)
+
+
+def _read_scale(scale: str) -> dict[str, Any]:
+    path = RECIPES / "scales" / f"{scale}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--scale {scale}: no such scale. Use {' or '.join(scales())}, or none for full size.")
+    return yaml_text.read_mapping(path)
+
+
+def _at_scale(content: dict[str, Any], overlays: dict[str, Any]) -> dict[str, Any]:
+    """Lay on each overlay whose condition, a key that the recipe has (or `always`), holds; each stage likewise."""
+    scaled = content
+    for condition, overlay in overlays.items():
+        if condition == "always" or has(content, condition):
+            scaled = merge(scaled, overlay)
+    return _in_stages(scaled, lambda stage: _at_scale(stage, overlays))
+
+
+def _with_tiers(content: dict[str, Any]) -> dict[str, Any]:
+    koshey = content.get("koshey")
+    tier = koshey.get("tier") if isinstance(koshey, dict) else None
+    if isinstance(tier, int):
+        content = merge(preset(tier), content)
+    return _in_stages(content, _with_tiers)
+
+
+def _in_stages(content: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    stages = content.get("stages")
+    if not isinstance(stages, list):
+        return content
+    return {**content, "stages": [change(stage) if isinstance(stage, dict) else stage for stage in stages]}
+
+
+def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
+    path, equals, written = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: write KEY=VALUE, such as `training.total_steps=100`.")
+    return _put(content, parts, yaml_text.parse(written, f"--set {override}"), override)
+
+
+def _put(container: Any, parts: list[str], value: Any, override: str) -> Any:
+    if not parts:
+        return value
+    head, *rest = parts
+    if isinstance(container, list):
+        if not head.isdigit() or int(head) >= len(container):
+            raise ConfigError(f"--set {override}: `{head}` is not one of 0 to {len(container) - 1}, counted from 0.")
+        return [_put(item, rest, value, override) if i == int(head) else item for i, item in enumerate(container)]
+    if container is not None and not isinstance(container, dict):
+        raise ConfigError(f"--set {override}: `{head}` lies in {container!r}, which is a value, not a section.")
+    return {**(container or {}), head: _put((container or {}).get(head), rest, value, override)}
+
+
+def _validate(content: dict[str, Any]) -> Recipe:
+    content = without_nulls(content)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(*breaches.of_schema(error), *_rules_on_the_rest(error, content)) from None
+    rules.check(recipe)
+    return recipe
+
+
+def _rules_on_the_rest(error: ValidationError, content: dict[str, Any]) -> list[str]:
+    """Return the rules' breaches with the broken keys left out, but none that speaks of a broken key."""
+    broken: list[breaches.Place] = []
+    rest: Recipe | None = None
+    # What leaves may be required: its section then leaves in the next round.
+    while rest is None:
+        places = [detail["loc"] for detail in error.errors()]
+        content = breaches.without(content, places)
+        broken += places
+        try:
+            rest = Recipe.model_validate(content)
+        except ValidationError as next_error:
+            if next_error.errors() == error.errors():
+                return []
+            error = next_error
+    keys = {breaches.dotted(place) for place in broken}
+    above = tuple(f"{breaches.dotted(place[:depth])}:" for place in broken for depth in range(1, len(place)))
+    found = rules.breaches(rest)
+    return [breach for breach in found if not breach.startswith(above) and not any(key in breach for key in keys)]

@@ -1,0 +1,132 @@
+"""Numbers as recipes write them: `4M tokens`, `140B`, `auto`, and the ranges that fields share."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, WithJsonSchema, WrapValidator
+from pydantic_core import PydanticCustomError
+
+BATCH_FORMS = "a number of sequences (`128`) or of tokens (`512K tokens`, `4M tokens`; K is 2^10, M is 2^20)"
+TOKEN_FORMS = "a number of tokens: `140B`, `1.5T`, `200K` (K, M, B, T are powers of 1000) or a whole number"
+
+_BATCH = re.compile(r"(\d+(?:\.\d+)?) ?([KM]?) tokens", re.IGNORECASE)
+_BATCH_UNIT = {"": 1, "K": 2**10, "M": 2**20}
+_TOKENS = re.compile(r"(\d+(?:\.\d+)?) ?([KMBT]?)(?: tokens)?", re.IGNORECASE)
+_TOKENS_UNIT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def batch_tokens(batch_size: int | str) -> int | None:
+    """Return the tokens that a batch size names (`4M tokens` is 4 * 2^20), None when it counts sequences."""
+    if isinstance(batch_size, int):
+        return None
+    match = _BATCH.fullmatch(batch_size.strip())
+    if match is None:
+        raise ValueError(f"{batch_size!r} is not {BATCH_FORMS}")
+    return round(float(match[1]) * _BATCH_UNIT[match[2].upper()])
+
+
+def tokens(written: int | float | str) -> int:
+    """Return the tokens that a data size names: `140B` is 1.4e11."""
+    if isinstance(written, str):
+        match = _TOKENS.fullmatch(written.strip())
+        if match is None:
+            raise ValueError(f"{written!r} is not {TOKEN_FORMS}")
+        return round(float(match[1]) * _TOKENS_UNIT[match[2].upper()])
+    if int(written) != written:
+        raise ValueError(f"{written!r} is not a whole number")
+    return int(written)
+
+
+def tokens_text(count: int) -> str | int:
+    """Write a data size back in its largest unit, without loss: 140000000000 is `140B`."""
+    for unit, size in reversed(_TOKENS_UNIT.items()):
+        if unit and size <= count and tokens(text := f"{count / size:.6g}{unit}") == count:
+            return text
+    return count
+
+
+def is_not(forms: str) -> WrapValidator:
+    """Report whatever a type refuses in one line, `VALUE is not FORMS`, instead of one for each arm of a union."""
+
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except (ValidationError, ValueError, TypeError, OverflowError):
+            raise PydanticCustomError("is_not", "{forms}", {"forms": forms}) from None
+
+    return WrapValidator(validate)
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("is_not", "{forms}", {"forms": "a number"})
+    return value
+
+
+def _positive_batch(value: Any) -> int | str:
+    if isinstance(value, str) and not value.strip().isdigit():
+        size: int | str = value
+        amount = batch_tokens(value) or 0
+    else:
+        size = amount = int(value)
+        if amount != float(value):
+            raise ValueError("not whole")
+    if amount < 1:
+        raise ValueError("empty")
+    return size
+
+
+def _positive_tokens(value: Any) -> int:
+    count = tokens(value)
+    if count < 1:
+        raise ValueError("none")
+    return count
+
+
+_RECOMPUTE_WORDS = {True: "full", False: "none"}
+Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+"""A whole number of at least 1."""
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
+"""A whole number of at least 0."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+"""A finite number above 0."""
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+"""A finite number of at least 0."""
+Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(_no_bool)]
+"""A share, 0 to 1."""
+BelowOne = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
+"""A share, 0 to below 1."""
+CountOrAuto = Annotated[Count | Literal["auto"], is_not("a whole number of at least 1, or `auto`")]
+BoolOrAuto = Annotated[bool | Literal["auto"], is_not("true, false or `auto`")]
+BatchSize = Annotated[
+    int | str,
+    BeforeValidator(_positive_batch),
+    BeforeValidator(_no_bool),
+    is_not(BATCH_FORMS),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?[KkMm]? tokens$"}]}
+    ),
+]
+"""`128` sequences or `4M tokens`, kept as written."""
+Tokens = Annotated[
+    int,
+    BeforeValidator(_positive_tokens),
+    BeforeValidator(_no_bool),
+    is_not(TOKEN_FORMS),
+    PlainSerializer(tokens_text, return_type=int | str),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^\d+(\.\d+)? ?[KkMmBbTt]?( tokens)?$"},
+            ]
+        }
+    ),
+]
+"""`140B`, read as 1.4e11 tokens, written back as `140B`."""
+Recompute = Annotated[
+    Literal["none", "selective", "full"],
+    BeforeValidator(lambda value: _RECOMPUTE_WORDS[value] if isinstance(value, bool) else value),
+    WithJsonSchema({"enum": [True, False, "none", "selective", "full"]}),
+]
+"""What the backward pass computes again; true is `full`, false is `none`."""

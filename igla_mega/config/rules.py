@@ -1,0 +1,348 @@
+"""What must hold between the keys of a recipe: one function a rule, each yielding its breaches in finished words."""
+
+from collections.abc import Callable, Iterator
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+
+Rule = Callable[[Recipe], Iterator[str]]
+
+# Weights are written with two or three digits: thirds as 0.33 still add up.
+MIX_TOLERANCE = 0.0101
+
+
+def check(recipe: Recipe, world_size: int | None = None, device: str = "cpu") -> None:
+    """Refuse a recipe that breaks a rule.
+
+    Args:
+        world_size: ranks it is to run on; None leaves out what needs them.
+        device: `cpu` or `cuda`, where it is to run.
+
+    Raises:
+        ConfigError: every breach at once.
+    """
+    if found := breaches(recipe, world_size, device):
+        raise ConfigError(*found)
+
+
+def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu") -> list[str]:
+    """Return every breach of a recipe, a stage's with its place in front."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, not cpu or cuda")
+    if recipe.stages is not None:
+        found = [*stages_hold_the_model(recipe)]
+        for i, stage in enumerate(recipe.stages):
+            found += [f"stages.{i}.{breach}" for breach in breaches(stage, world_size, device)]
+        return found
+    found = [breach for rule in RULES for breach in rule(recipe)]
+    return found + (list(world_fits_layout(recipe, world_size)) if world_size is not None else [])
+
+
+def near_divisors(number: int, wanted: int) -> str:
+    """Return the divisors of a number next to the wanted one, in words: `2 or 4`."""
+    # Bounded, for a number with a dozen digits too many; 1 and the number itself divide whatever lies between.
+    start = min(wanted - 1, number)
+    below = next((size for size in range(start, max(0, start - 10**5), -1) if number % size == 0), 1)
+    above = next((size for size in range(wanted + 1, min(number, wanted + 10**5)) if number % size == 0), number)
+    return " or ".join(str(size) for size in dict.fromkeys((below, above)) if size != wanted)
+
+
+def near_multiples(unit: int, wanted: int) -> str:
+    """Return the multiples of a unit next to the wanted number, in words: `8190 or 8196`."""
+    below = wanted // unit * unit
+    return " or ".join(str(size) for size in (below, below + unit) if size > 0)
+
+
+def stages_hold_the_model(recipe: Recipe) -> Iterator[str]:
+    for key in ("model", "base_model"):
+        if getattr(recipe, key) is not None:
+            yield f"{key}: given beside `stages:`, each of which is a recipe of its own. Move it into the first stage."
+
+
+def has_a_model(recipe: Recipe) -> Iterator[str]:
+    if recipe.model is None and recipe.base_model is None:
+        yield "model: missing. Give `model:` (trained from nothing) or `base_model:` (a trained one to start from)."
+
+
+def heads_fit_hidden_size(recipe: Recipe) -> Iterator[str]:
+    if (model := recipe.model) is None:
+        return
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        yield (
+            f"model.num_heads: {model.num_heads} does not divide model.hidden_size {model.hidden_size}. "
+            f"Use {near_divisors(model.hidden_size, model.num_heads)}, or set model.head_dim."
+        )
+    elif model.head_size % 2:
+        yield f"model.head_dim: {model.head_size} is odd; rotary positions turn pairs. Use {model.head_size + 1}."
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads {model.num_heads}. "
+            f"Use {near_divisors(model.num_heads, model.num_kv_heads)}."
+        )
+
+
+def rope_scaling_bands_are_ordered(recipe: Recipe) -> Iterator[str]:
+    if recipe.model is None or (scaling := recipe.model.rope_scaling) is None:
+        return
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor: {scaling.low_freq_factor:g} is not below high_freq_factor "
+            f"{scaling.high_freq_factor:g}. Llama 3 has 1 and 4."
+        )
+
+
+def sequence_fits_positions(recipe: Recipe) -> Iterator[str]:
+    length = recipe.sequence_length
+    if recipe.model is not None and length is not None and length > recipe.model.max_position:
+        key = "training.sequence_length" if recipe.training.sequence_length else "data.max_length"
+        yield (
+            f"{key}: {length} is longer than model.max_position {recipe.model.max_position}. "
+            f"Use at most {recipe.model.max_position}, or raise model.max_position."
+        )
+    data = recipe.data
+    if data.max_length and data.max_prompt_length and data.max_prompt_length >= data.max_length:
+        yield (
+            f"data.max_prompt_length: {data.max_prompt_length} leaves no room for an answer in data.max_length "
+            f"{data.max_length}. Use at most {data.max_length - 1}."
+        )
+
+
+def batch_is_whole_sequences(recipe: Recipe) -> Iterator[str]:
+    training, length = recipe.training, recipe.sequence_length
+    tokens = training.batch_tokens
+    if tokens is None:
+        return
+    if training.gradient_accumulation is not None:
+        yield (
+            f"training.gradient_accumulation: {training.gradient_accumulation} cannot be kept with batch_size "
+            f"{training.batch_size}, which fixes the whole batch. Remove it, or give batch_size in sequences."
+        )
+    if length is not None and tokens % length:
+        yield (
+            f"training.batch_size: {training.batch_size} = {tokens} tokens is not a whole number of sequences of "
+            f"{length}. Use {near_multiples(length, tokens).replace(' or', ' tokens or')} tokens."
+        )
+
+
+def length_of_run_is_said_once(recipe: Recipe) -> Iterator[str]:
+    training = recipe.training
+    if training.total_steps is not None and training.epochs is not None:
+        yield (
+            f"training.epochs: {training.epochs} and training.total_steps {training.total_steps} both say how long the "
+            "run is. Keep one; --set training.epochs=null takes the other back."
+        )
+    said = (training.total_steps, training.epochs, recipe.curriculum)
+    in_stage = [section.epochs for section in (recipe.sft, recipe.dpo) if section is not None]
+    if not any(said) and not any(in_stage):
+        yield "training.total_steps: missing, and so is training.epochs. Give one: how long is the run?"
+
+
+def warmup_is_said_once(recipe: Recipe) -> Iterator[str]:
+    training, scheduler = recipe.training, recipe.scheduler
+    steps, total = training.warmup_steps, training.total_steps
+    if steps is not None and total is not None and steps > total:
+        yield (
+            f"training.warmup_steps: {steps} is more than training.total_steps {total}. "
+            f"Use at most {total}, or --set training.warmup_steps=null."
+        )
+        return
+    for key, ratio in (
+        ("training.warmup_ratio", training.warmup_ratio),
+        ("scheduler.warmup_ratio", scheduler.warmup_ratio),
+    ):
+        if steps is not None and total is not None and ratio is not None and abs(steps - ratio * total) > 1:
+            yield (
+                f"training.warmup_steps: {steps} disagrees with {key} {ratio:g}, which is {round(ratio * total)} of "
+                f"{total} steps. Set {key} to {steps / total:.4g}, or remove one of the two."
+            )
+    ratios = (training.warmup_ratio, scheduler.warmup_ratio)
+    if None not in ratios and ratios[0] != ratios[1]:
+        yield f"training.warmup_ratio: {ratios[0]:g} disagrees with scheduler.warmup_ratio {ratios[1]:g}. Remove one."
+
+
+def learning_rate_falls(recipe: Recipe) -> Iterator[str]:
+    training = recipe.training
+    if training.min_lr > training.learning_rate:
+        yield (
+            f"training.min_lr: {training.min_lr:g} is above training.learning_rate {training.learning_rate:g}. "
+            f"Use at most {training.learning_rate:g}; a tenth of it is usual."
+        )
+
+
+def mix_adds_up(recipe: Recipe) -> Iterator[str]:
+    mix, sources = recipe.data.mix, recipe.data.sources
+    total = sum(mix.values())
+    if mix and abs(total - 1) > MIX_TOLERANCE:
+        terms = " + ".join(f"{name} {weight:g}" for name, weight in mix.items())
+        yield f"data.mix: {terms} adds up to {total:.4g}, not 1. Raise or lower a weight by {abs(1 - total):.4g}."
+    if not sources:
+        return
+    for name in mix.keys() - sources.keys():
+        yield f"data.sources.{name}: missing; data.mix gives `{name}` a weight of {mix[name]:g}. Give its path."
+    for name in sources.keys() - mix.keys() if recipe.data.format == "text" and not recipe.curriculum else ():
+        yield f"data.mix.{name}: missing; data.sources has `{name}`, which would never be read. Give its weight."
+
+
+def experts_add_up(recipe: Recipe) -> Iterator[str]:
+    moe, parallel = recipe.moe, recipe.distributed.expert_parallel
+    if moe is None:
+        if recipe.training.expert_capacity_factor is not None:
+            yield "training.expert_capacity_factor: given without `moe:`. Remove it, or give `moe.num_experts`."
+        if parallel not in ("auto", 1):
+            yield f"distributed.expert_parallel: {parallel} without `moe:`; there are no experts. Use 1 or auto."
+        return
+    if moe.num_experts_per_tok > moe.num_experts:
+        yield (
+            f"moe.num_experts_per_tok: {moe.num_experts_per_tok} is more than moe.num_experts {moe.num_experts}. "
+            f"Use at most {moe.num_experts}."
+        )
+    if parallel != "auto" and moe.num_experts % parallel:
+        yield (
+            f"distributed.expert_parallel: {parallel} does not divide moe.num_experts {moe.num_experts}. "
+            f"Use {near_divisors(moe.num_experts, parallel)}."
+        )
+
+
+def features_go_together(recipe: Recipe) -> Iterator[str]:
+    if recipe.quantization is not None and recipe.lora is None:
+        yield "quantization: given without `lora:`; quantized weights are frozen and nothing would train. Add `lora:`."
+    if recipe.sft is not None and recipe.dpo is not None:
+        yield "dpo: given beside `sft:` in one run. Make them two `stages:`."
+
+
+def tensor_parallel_divides_model(recipe: Recipe) -> Iterator[str]:
+    tensor, model = recipe.distributed.tensor_parallel, recipe.model
+    if tensor == "auto" or model is None:
+        return
+    for key in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+        size = getattr(model, key)
+        if size % tensor:
+            yield (
+                f"distributed.tensor_parallel: {tensor} does not divide model.{key} {size}. "
+                f"Use {near_divisors(size, tensor)}, or set {key} to {near_multiples(tensor, size)}."
+            )
+
+
+def pipeline_divides_layers(recipe: Recipe) -> Iterator[str]:
+    pipeline, chunks = recipe.distributed.pipeline_parallel, recipe.distributed.virtual_pipeline
+    if chunks > 1 and pipeline in ("auto", 1):
+        yield (
+            f"distributed.virtual_pipeline: {chunks} needs distributed.pipeline_parallel above 1, which is {pipeline}. "
+            "Use virtual_pipeline 1, or pipeline_parallel 2."
+        )
+    if pipeline == "auto" or recipe.model is None or recipe.model.num_layers % (pipeline * chunks) == 0:
+        return
+    layers = recipe.model.num_layers
+    split = f"{pipeline}" if chunks == 1 else f"{pipeline} x virtual_pipeline {chunks} = {pipeline * chunks}"
+    yield (
+        f"distributed.pipeline_parallel: {split} does not divide model.num_layers {layers}. "
+        f"Use {near_divisors(layers, pipeline * chunks)} in all, or {near_multiples(pipeline * chunks, layers)} layers."
+    )
+
+
+def sequence_divides_among_ranks(recipe: Recipe) -> Iterator[str]:
+    where, length = recipe.distributed, recipe.sequence_length
+    if length is None:
+        return
+    if where.sequence_parallel is True and where.tensor_parallel != "auto" and length % where.tensor_parallel:
+        yield (
+            f"distributed.sequence_parallel: tensor_parallel {where.tensor_parallel} does not divide the sequence of "
+            f"{length} tokens. Set training.sequence_length to {near_multiples(where.tensor_parallel, length)}."
+        )
+    context = where.context_parallel
+    if context != "auto" and context > 1 and length % (2 * context):
+        yield (
+            f"distributed.context_parallel: {context} does not fit the sequence of {length} tokens: zig-zag needs a "
+            f"multiple of {2 * context}. Set training.sequence_length to {near_multiples(2 * context, length)}."
+        )
+
+
+def fsdp_is_proved(recipe: Recipe) -> Iterator[str]:
+    where = recipe.distributed
+    if where.strategy != "FSDP":
+        return
+    for key in ("pipeline_parallel", "expert_parallel"):
+        size = getattr(where, key)
+        if size not in ("auto", 1):
+            yield (
+                f"distributed.strategy: FSDP with {key} {size} is not proved to train exactly, so it is refused. "
+                f"Use strategy DDP (its optimizer state is sharded too), or {key} 1."
+            )
+
+
+RULES: list[Rule] = [
+    has_a_model,
+    heads_fit_hidden_size,
+    rope_scaling_bands_are_ordered,
+    sequence_fits_positions,
+    batch_is_whole_sequences,
+    length_of_run_is_said_once,
+    warmup_is_said_once,
+    learning_rate_falls,
+    mix_adds_up,
+    experts_add_up,
+    features_go_together,
+    tensor_parallel_divides_model,
+    pipeline_divides_layers,
+    sequence_divides_among_ranks,
+    fsdp_is_proved,
+]
+
+
+def world_fits_layout(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Yield a breach when the fixed sizes of a layout do not divide the world."""
+    where = recipe.distributed
+    sizes = {
+        key: size
+        for key in ("tensor_parallel", "pipeline_parallel", "context_parallel")
+        if (size := getattr(where, key)) != "auto"
+    }
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if world_size % product:
+        terms = " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
+        yield (
+            f"distributed: {terms} = {product} ranks does not divide the world of {world_size}. "
+            f"Start {near_multiples(product, world_size)} ranks, or use {near_divisors(world_size, product)} in all."
+        )
+
+
+def not_yet(recipe: Recipe) -> list[str]:
+    """Return a sentence for each thing that a recipe asks for and `train` cannot do yet."""
+    sentences = []
+    for asked, key, what, way_out in _not_built(recipe):
+        if asked:
+            sentences.append(f"{key}: {what} not built yet, so `train` cannot run this recipe; {way_out}.")
+    for i, stage in enumerate(recipe.stages or ()):
+        sentences += [f"stages.{i}.{sentence}" for sentence in not_yet(stage)]
+    return sentences
+
+
+def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
+    koshey, where = recipe.koshey, recipe.distributed
+    context, expert = where.context_parallel, where.expert_parallel
+    for key, what, without in (
+        ("lora", "adapters are", "all weights"),
+        ("quantization", "quantized base models are", "in bf16"),
+        ("dpo", "preference optimization is", "on the language loss"),
+        ("sft", "instruction tuning is", "on plain text"),
+        ("moe", "mixture of experts is", "one dense network"),
+        ("continual", "continual learning is", "without it"),
+        ("curriculum", "training in phases is", "in one phase"),
+    ):
+        yield getattr(recipe, key) is not None, key, what, f"set {key}=null to train {without}"
+    if koshey is not None:
+        for word, what in (
+            ("ring_attention", "ring attention is"),
+            ("ewc_enabled", "the EWC pull is"),
+            ("dynamic_batching", "token-budget batching is"),
+        ):
+            yield getattr(koshey, word), f"koshey.{word}", what, f"set koshey.{word}=false to train without it"
+    key = "distributed.context_parallel"
+    yield context not in ("auto", 1), key, f"context parallelism ({context}) is", f"set {key}=1"
+    key = "distributed.expert_parallel"
+    yield expert not in ("auto", 1), key, f"expert parallelism ({expert}) is", f"set {key}=1"
+    yield recipe.stages is not None, "stages", "running stages is", "give one stage as a recipe of its own"
+    form = recipe.data.format
+    yield form != "text", "data.format", f"training on {form} is", "set data.format=text"

@@ -1,0 +1,320 @@
+"""Every knob of a recipe, with its unit and range in the docstring below it. Loading is `load.py`'s.
+
+What spans two sections (`hidden_size` and `tensor_parallel`, a batch and a world) is in `rules.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from igla_mega.config import quantities
+from igla_mega.config.features import (
+    Continual,
+    Curriculum,
+    Dpo,
+    Koshey,
+    Lora,
+    Moe,
+    Quantization,
+    RopeScaling,
+    Sft,
+)
+from igla_mega.config.quantities import (
+    BatchSize,
+    BelowOne,
+    BoolOrAuto,
+    Count,
+    CountOrAuto,
+    Fraction,
+    NonNegative,
+    Positive,
+    Recompute,
+    Tokens,
+    Whole,
+    is_not,
+)
+from igla_mega.config.section import Section
+
+PathOrPaths = Annotated[str | tuple[str, ...], is_not("a path or a list of paths")]
+
+
+class Model(Section):
+    """Shape of a Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
+
+    hidden_size: Count
+    """Width of the residual stream, in channels. At least 1."""
+    num_layers: Count
+    """Transformer layers. At least 1."""
+    num_heads: Count
+    """Query heads. At least 1."""
+    num_kv_heads: Count = Field(default_factory=lambda given: given.get("num_heads", 1))
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads. At least 1; unset, `num_heads`."""
+    head_dim: Count | None = None
+    """Channels of one head, even. At least 2; unset, hidden_size / num_heads."""
+    intermediate_size: Count
+    """Width of the feed-forward network (of one expert, with `moe`), in channels. At least 1."""
+    vocab_size: Count = 32000
+    """Token ids, 0 to vocab_size - 1. At least 1."""
+    max_position: Count = 8192
+    """Longest sequence, in tokens. At least 1."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary wavelengths. Above 0."""
+    rope_scaling: RopeScaling | None = None
+    """Llama-3's stretch of the wavelengths; unset, none."""
+    tie_embeddings: bool = False
+    """Uses the input embedding as output projection too."""
+    norm_epsilon: Positive = 1e-5
+    """Added to the mean square before its root is taken. Above 0."""
+    init_std: Positive = 0.02
+    """Standard deviation of initial weights. Above 0."""
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head: `head_dim`, or hidden_size / num_heads where that is unset."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def num_parameters(self, moe: Moe | None = None) -> int:
+        """Return the parameters of the whole model, every expert counted."""
+        experts = moe.num_experts if moe else 1
+        norms = self.hidden_size * (2 * self.num_layers + 1)
+        embedding = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embedding + norms + self.num_layers * self._layer_weights(experts, router=moe)
+
+    def matmul_parameters(self, moe: Moe | None = None) -> int:
+        """Return the parameters that one token is multiplied with.
+
+        The output projection counts, the embedding's look-up and the norms do not; of the experts, those visited.
+        """
+        experts = moe.num_experts_per_tok if moe else 1
+        return self.vocab_size * self.hidden_size + self.num_layers * self._layer_weights(experts, router=moe)
+
+    def _layer_weights(self, experts: int, router: Moe | None) -> int:
+        attention = 2 * self.hidden_size * self.head_size * (self.num_heads + self.num_kv_heads)
+        gate = self.hidden_size * router.num_experts if router else 0
+        return attention + gate + experts * 3 * self.hidden_size * self.intermediate_size
+
+
+class Training(Section):
+    """How much is learned, how fast, in which steps."""
+
+    learning_rate: Positive = 3e-4
+    """Peak learning rate, per step. Above 0."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the schedule. 0 to `learning_rate`."""
+    batch_size: BatchSize = "4M tokens"
+    """Tokens (`4M tokens` is 4 x 2^20) or sequences (`128`) a step, at least 1, over all ranks; sequences together with
+    `gradient_accumulation` are per data-parallel rank and micro-batch."""
+    gradient_accumulation: Count | None = None
+    """Micro-batches a step and data-parallel rank, for `batch_size` in sequences. At least 1; unset, chosen."""
+    warmup_steps: Whole | None = None
+    """Steps over which the learning rate rises to its peak. At least 0; unset, the ratio's."""
+    warmup_ratio: Fraction | None = None
+    """The same as a share of all steps, 0 to 1; unset, `scheduler.warmup_ratio`, else 0."""
+    total_steps: Count | None = None
+    """Optimizer steps of the run. At least 1."""
+    epochs: Count | None = None
+    """Passes over the data, in place of `total_steps`. At least 1."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay, per unit of learning rate; none on norms. At least 0."""
+    gradient_clip: NonNegative = 1.0
+    """L2 norm that the whole gradient is scaled down to. At least 0; 0 disables."""
+    seed: Whole = 1234
+    """Seed of weights and data order. At least 0."""
+    sequence_length: Count | None = None
+    """Tokens of a training sample. At least 1; unset, `model.max_position`."""
+    expert_capacity_factor: Positive | None = None
+    """Tokens an expert takes, as a multiple of its fair share; more are dropped. Above 0; unset, none are dropped."""
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Tokens a step over all ranks; None when `batch_size` counts sequences."""
+        return quantities.batch_tokens(self.batch_size)
+
+
+class Optimizer(Section):
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+
+    type: Literal["AdamW"] = "AdamW"
+    """The optimizer."""
+    beta1: BelowOne = 0.9
+    """Decay of the mean of gradients, per step. 0 to below 1."""
+    beta2: BelowOne = 0.95
+    """Decay of the mean of squared gradients, per step. 0 to below 1."""
+    epsilon: Positive = 1e-8
+    """Added to the root of the second moment. Above 0."""
+
+
+class Scheduler(Section):
+    """How the learning rate falls from `learning_rate` to `min_lr` after the warm-up."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the fall; `constant` stays at `learning_rate`."""
+    warmup_ratio: Fraction | None = None
+    """Warm-up as a share of all steps. 0 to 1."""
+
+
+class Distributed(Section):
+    """Where the model and its batch lie. A size that is `auto` is chosen for the world it runs in."""
+
+    strategy: Literal["FSDP", "DDP"] = "DDP"
+    """What data-parallel ranks do with the weights: FSDP shards them, DDP keeps them whole."""
+    precision: Literal["BF16", "FP32"] = "BF16"
+    """Type of activations and products; main weights and gradients are fp32 in both."""
+    gradient_checkpointing: Recompute = "none"
+    """Computes activations again in the backward pass: none, selective (attention), full (true: whole layers)."""
+    tensor_parallel: CountOrAuto = "auto"
+    """Ranks that each matrix is split over. At least 1."""
+    pipeline_parallel: CountOrAuto = "auto"
+    """Ranks that the layers are split over. At least 1."""
+    virtual_pipeline: Count = 1
+    """Model chunks a pipeline rank, for the interleaved schedule. At least 1."""
+    context_parallel: CountOrAuto = "auto"
+    """Ranks that each sequence is split over. At least 1."""
+    expert_parallel: CountOrAuto = "auto"
+    """Ranks that the experts are split over. At least 1."""
+    micro_batch_size: CountOrAuto = "auto"
+    """Sequences a rank takes through the model at once. At least 1."""
+    sequence_parallel: BoolOrAuto = "auto"
+    """Splits norms and residuals along the sequence over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Shards the optimizer's state over data-parallel ranks (DDP)."""
+    overlap_communication: bool = True
+    """Reduces gradients while the backward pass still runs."""
+    kernels: Literal["auto", "te", "local", "require"] = "auto"
+    """Whose layers: Transformer Engine's (te), ours (local), those that are there (auto), ours with all native ops
+    (require)."""
+    keep_freed_memory: bool = False
+    """Keeps freed memory in the process instead of returning its pages (CPU, glibc): faster steps."""
+    timeout_seconds: Count = 600
+    """Seconds a rank waits for its peers before the run ends. At least 1."""
+
+
+class Data(Section):
+    """What is read."""
+
+    total_tokens: Tokens | None = None
+    """Tokens that the recipe states, at least 1: `140B` is 1.4e11. They do not end a run; its steps do."""
+    mix: dict[str, Positive] = Field(default={})
+    """Weight of each source, above 0; they add up to 1."""
+    sources: dict[str, PathOrPaths] = Field(default={})
+    """Files of each source: paths from the working directory, `*` allowed."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer."""
+    prepared: str | None = None
+    """Folder that `prepare` writes indexed data sets to and `train` reads them from."""
+    text_key: str = "text"
+    """Key of a JSON line that holds its text."""
+    validation_fraction: BelowOne = 0.01
+    """Share of documents held out. 0 to below 1."""
+    skip_broken_lines: bool = False
+    """Skips JSON lines that do not parse, and counts them, instead of stopping at the first."""
+    workers: Count = 1
+    """Processes that tokenize. At least 1."""
+    format: Literal["text", "instructions", "preference_pairs"] = "text"
+    """What a document is."""
+    max_length: Count | None = None
+    """Longest prompt and answer together, in tokens. At least 1; unset, `training.sequence_length`."""
+    max_prompt_length: Count | None = None
+    """Longest prompt, in tokens. At least 1; unset, `max_length`."""
+
+
+class Checkpoint(Section):
+    """When the run is saved and what is kept."""
+
+    every_steps: Whole = 1000
+    """Steps between checkpoints. At least 0; 0 saves only at the end."""
+    keep_last: Count = 3
+    """Newest checkpoints that are kept. At least 1."""
+    keep_every: Count | None = None
+    """Checkpoints whose step is a multiple of this are kept for good, in steps. At least 1; unset, none."""
+    asynchronous: bool = True
+    """Writes while training goes on."""
+
+
+class Evaluation(Section):
+    """Loss on held-out data."""
+
+    every_steps: Whole = 1000
+    """Steps between evaluations. At least 0; 0 evaluates only at the end."""
+    num_batches: Count = 16
+    """Global batches an evaluation. At least 1."""
+
+
+class Logging(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """Writes `tensorboard/` in the run folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases."""
+    project: str = "igla-mega"
+    """Its project."""
+
+
+class Recipe(Section):
+    """What is trained, on what, how, where. A section left out is its defaults, or a feature not asked for."""
+
+    name: str = ""
+    """Name of the recipe; unset, its file's."""
+    extends: str | None = None
+    """Recipe that this one changes: a packaged one's name, or a path from this file's folder. Mappings merge, except
+    `mix` and `sources`, which replace the parent's; null takes a key back."""
+    base_model: str | None = None
+    """Trained model to start from: a folder below `--models` or $IGLA_MODELS."""
+    model: Model | None = None
+    """Shape of the model; unset, the base model's."""
+    koshey: Koshey | None = None
+    """Long context and memory of earlier tasks."""
+    training: Training = Field(default_factory=Training)
+    """How much is learned, how fast."""
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    """AdamW's constants."""
+    scheduler: Scheduler = Field(default_factory=Scheduler)
+    """Course of the learning rate."""
+    distributed: Distributed = Field(default_factory=Distributed)
+    """Where the model and its batch lie."""
+    data: Data = Field(default_factory=Data)
+    """What is read."""
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """When the run is saved."""
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    """Loss on held-out data."""
+    logging: Logging = Field(default_factory=Logging)
+    """Where metrics go."""
+    lora: Lora | None = None
+    """Low-rank adapters."""
+    quantization: Quantization | None = None
+    """Storage of the frozen base model."""
+    dpo: Dpo | None = None
+    """Preference optimization."""
+    sft: Sft | None = None
+    """Fine-tuning on instructions."""
+    moe: Moe | None = None
+    """Mixture of experts."""
+    continual: Continual | None = None
+    """Learning without forgetting."""
+    curriculum: Curriculum | None = None
+    """Domains in order."""
+    stages: Annotated[tuple["Recipe", ...], Field(min_length=1)] | None = None
+    """Recipes run one after another, each from the weights of the one before. At least one."""
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens of a training sample; None when only the base model knows."""
+        longest = self.model.max_position if self.model is not None else None
+        return self.training.sequence_length or self.data.max_length or longest
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Return the warm-up's steps: those given, else the ratio of `total_steps`, else 0."""
+        if self.training.warmup_steps is not None:
+            return self.training.warmup_steps
+        ratio = self.training.warmup_ratio if self.training.warmup_ratio is not None else self.scheduler.warmup_ratio
+        return round((ratio or 0.0) * total_steps)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a recipe's JSON Schema, for editors; no key is required, since a parent may give what a file lacks."""
+    schema = Recipe.model_json_schema()
+    for section in schema["$defs"].values():
+        section.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,1 @@
+"""Text to tokens to batches: tokenizer, indexed datasets, blending, windows. Only `batches` imports torch."""

@@ -1,0 +1,234 @@
+"""The micro-batches of a training step, as tensors: a pure function of (corpus, step, data-parallel rank)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.data.blend import Blend
+from igla_mega.data.indexed import IndexedReader
+from igla_mega.data.windows import Windows
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch this process computes.
+
+    Micro-batch m of data-parallel rank r holds rows (m * data_parallel + r) * micro_batch_size + j of the global batch:
+    the batch is the same for every layout. Tensor, pipeline and context peers have the same share.
+    """
+
+    global_batch: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int
+    data_parallel: int = 1
+    data_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.micro_batch_size * self.data_parallel):
+            raise ConfigError(
+                f"training.batch_size: {self.global_batch} sequences do not divide into micro-batches of"
+                f" {self.micro_batch_size} on {self.data_parallel} data-parallel ranks.\n"
+                f"  Use a multiple of {self.micro_batch_size * self.data_parallel}."
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.global_batch // (self.micro_batch_size * self.data_parallel)
+
+    def rows(self, microbatch: int) -> np.ndarray:
+        """Rows of the global batch in one micro-batch, int64 [micro_batch_size]."""
+        first = (microbatch * self.data_parallel + self.data_rank) * self.micro_batch_size
+        return np.arange(first, first + self.micro_batch_size, dtype=np.int64)
+
+
+class Corpus:
+    """The sources of a run: open files, their split by document, and the blend."""
+
+    def __init__(
+        self,
+        prefixes: Mapping[str, str | Path],
+        mix: Mapping[str, float],
+        *,
+        sequence_length: int,
+        seed: int,
+        vocab_size: int,
+        validation_fraction: float,
+    ):
+        """Open every source of `mix` whose weight is above zero, and every other in `prefixes` for validation only.
+
+        Args:
+            prefixes: source name -> path without .bin and .idx.
+            mix: source name -> weight.
+            sequence_length: tokens per sample.
+            seed: of the order of the samples.
+            vocab_size: rows of the model's embedding.
+            validation_fraction: share of the documents, the last of each source, kept from training.
+
+        Raises:
+            ConfigError: all that is wrong with the sources, together.
+        """
+        self.sequence_length = sequence_length
+        self.blend = Blend(mix)
+        drawn = [name for name, weight in mix.items() if weight > 0]
+        breaches = [
+            f"data.sources.{name}: no path for a source that data.mix draws from.\n  Give it one, or weight 0."
+            for name in drawn
+            if name not in prefixes
+        ]
+        self.readers: dict[str, IndexedReader] = {}
+        self._train: dict[str, Windows] = {}
+        self._validation: dict[str, tuple[int, int]] = {}
+        for name, prefix in prefixes.items():
+            try:
+                reader = IndexedReader(prefix, vocab_size)
+                border = split_point(name, reader, validation_fraction)
+                if name in drawn:
+                    self._train[name] = Windows(name, 0, border, sequence_length, seed)
+            except ConfigError as error:
+                breaches += error.breaches
+                continue
+            self.readers[name] = reader
+            self._validation[name] = (border, reader.num_tokens)
+        if breaches:
+            raise ConfigError(*breaches)
+        self._identity = json.dumps([dict(mix), sequence_length, seed, vocab_size, validation_fraction])
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of global samples (int64 [n]), int64 [n, sequence_length + 1]."""
+        sources, indices = self.blend.lookup(samples)
+        rows = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
+        for source in np.unique(sources):
+            name = self.blend.names[source]
+            here = np.flatnonzero(sources == source)
+            for row, start in zip(here, self._train[name].starts(indices[here]), strict=True):
+                self._fill(rows[row], name, int(start))
+        return rows
+
+    def micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
+        """The micro-batches of one rank at one step (counted from 0), in order.
+
+        Yields:
+            tokens, labels (the next tokens), position_ids: int64 [B, S]; loss_mask: float32 [B, S].
+
+        Raises:
+            ConfigError: a token id outside the vocabulary.
+        """
+        for microbatch in range(share.num_microbatches):
+            yield self._batch(self.rows(step * share.global_batch + share.rows(microbatch)))
+
+    def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
+        """What one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
+
+        `samples` count within the source, from the start of training, without end: epoch = sample // windows_per_epoch.
+        """
+        sources, indices = self.blend.sources_of(step * global_batch, (step + 1) * global_batch)
+        entry = {}
+        for source in np.unique(sources):
+            name = self.blend.names[source]
+            drawn = indices[sources == source]
+            first, last = int(drawn[0]), int(drawn[-1])
+            per_epoch = self._train[name].per_epoch
+            entry[name] = {"samples": [first, last + 1], "epochs": [first // per_epoch, last // per_epoch]}
+        return entry
+
+    def windows_per_epoch(self) -> dict[str, int]:
+        """Samples in one pass over each source's training part."""
+        return {name: windows.per_epoch for name, windows in self._train.items()}
+
+    def validation_names(self) -> list[str]:
+        """Sources that have a validation part."""
+        return [name for name, (first, end) in self._validation.items() if end - first >= 2]
+
+    def num_validation_samples(self, name: str) -> int:
+        first, end = self._validation[name]
+        return max((end - first - 1) // self.sequence_length, 1)
+
+    def validation_batches(self, name: str, share: Share, num_batches: int) -> Iterator[Batch]:
+        """Validation samples of one source, in the order of the file, the same at every call.
+
+        Every rank gets equally many micro-batches: what goes beyond the split is filled with rows of loss_mask 0, and
+        so is the rest of a split shorter than one window. A mean over the mask is therefore exact for every layout.
+
+        Args:
+            num_batches: at most so many global batches.
+        """
+        first, end = self._validation[name]
+        num_samples = self.num_validation_samples(name)
+        for batch in range(min(num_batches, -(-num_samples // share.global_batch))):
+            for microbatch in range(share.num_microbatches):
+                rows = np.zeros((share.micro_batch_size, self.sequence_length + 1), dtype=np.int64)
+                mask = np.zeros((share.micro_batch_size, self.sequence_length), dtype=np.float32)
+                for row, sample in enumerate(batch * share.global_batch + share.rows(microbatch)):
+                    if sample < num_samples:
+                        start = first + int(sample) * self.sequence_length
+                        length = min(self.sequence_length + 1, end - start)
+                        self._fill(rows[row], name, start, length)
+                        mask[row, : length - 1] = 1.0
+                yield self._batch(rows, mask)
+
+    def fingerprint(self) -> str:
+        """A short digest of the order of the data, the files' sizes, and the ends of their contents.
+
+        Ranks that compare it know that they read the same; it costs the same for any size.
+        """
+        digest = hashlib.blake2b(self._identity.encode(), digest_size=8)
+        for name, reader in self.readers.items():
+            for suffix in (".idx", ".bin"):
+                path = Path(reader.prefix + suffix)
+                size = path.stat().st_size
+                digest.update(f"{name}{suffix}{size}".encode())
+                with open(path, "rb") as stream:
+                    digest.update(stream.read(1 << 16))
+                    stream.seek(max(0, size - (1 << 16)))
+                    digest.update(stream.read(1 << 16))
+        return digest.hexdigest()
+
+    def _fill(self, row: np.ndarray, name: str, start: int, length: int | None = None) -> None:
+        length = length or self.sequence_length + 1
+        reader = self.readers[name]
+        if error := reader.out_of_range(start, start + length):
+            raise error
+        row[:length] = reader.tokens(start, start + length)
+
+    def _batch(self, rows: np.ndarray, loss_mask: np.ndarray | None = None) -> Batch:
+        shape = (len(rows), self.sequence_length)
+        return {
+            "tokens": _tensor(rows[:, :-1]),
+            "labels": _tensor(rows[:, 1:]),
+            "loss_mask": _tensor(np.ones(shape, np.float32) if loss_mask is None else loss_mask),
+            "position_ids": _tensor(np.broadcast_to(np.arange(self.sequence_length), shape)),
+        }
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """A contiguous copy, in pinned memory where CUDA is, so that its transfer can overlap the step."""
+    dtype = torch.float32 if array.dtype == np.float32 else torch.int64
+    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+    tensor.numpy()[:] = array
+    return tensor
+
+
+def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:
+    """Offset in the stream where validation begins: the last `validation_fraction` of the documents, at least one.
+
+    Raises:
+        ConfigError: no document would be left for training.
+    """
+    if validation_fraction == 0:
+        return reader.num_tokens
+    held_out = max(1, round(reader.num_documents * validation_fraction))
+    if held_out >= reader.num_documents:
+        raise ConfigError(
+            f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {reader.num_documents}"
+            f" documents of {name}: none is left to train on.\n"
+            "  Give the source more documents, or set data.validation_fraction to 0."
+        )
+    return reader.document_start(reader.num_documents - held_out)

@@ -1,0 +1,174 @@
+"""Let megatron-core run on a machine without CUDA: gloo, CPU tensors. Inert where CUDA is.
+
+Called once by the entry point (`prepare`), never at import. Two parts, kept apart:
+`_map_cuda_to_host` answers what megatron-core asks of `torch.cuda` with the CPU's equivalent;
+`_PATCHES` mends lines of the pinned megatron-core 0.16.1 that fail there. Each patch names its line.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+MALLOC_TRIM_THRESHOLD, MALLOC_TOP_PAD, MALLOC_MMAP_MAX = -1, -2, -4  # mallopt(3), <malloc.h>
+
+
+def prepare() -> torch.device:
+    """Make this process ready for megatron-core and return the device that it will use."""
+    # Advice to the authors of these two libraries, repeated by every rank.
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if not getattr(torch.cuda, "_igla_host", False):
+        _map_cuda_to_host()
+        for patch in _PATCHES:
+            patch()
+        torch.cuda._igla_host = True
+    return torch.device("cpu")
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed pages instead of giving them back to the kernel after each large tensor.
+
+    A training step frees and takes the same gigabyte again and again; each time the kernel must fault it in.
+    Opt-in, since a process then never shrinks. The measured gain stands in `bench/results`.
+
+    Returns:
+        False where the C library is not glibc and nothing was changed.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    settings = ((MALLOC_MMAP_MAX, 0), (MALLOC_TRIM_THRESHOLD, 2**31 - 1), (MALLOC_TOP_PAD, 64 * 2**20))
+    return all(libc.mallopt(option, value) for option, value in settings)
+
+
+def _names_cuda(device) -> bool:
+    # `torch.cuda.current_device()` is an index, so a bare int means CUDA.
+    return (isinstance(device, int) and not isinstance(device, bool)) or str(device).startswith("cuda")
+
+
+def _on_host(constructor: Callable) -> Callable:
+    """`torch.zeros(..., device="cuda", pin_memory=True)` becomes an unpinned CPU tensor."""
+
+    @functools.wraps(constructor)
+    def wrapper(*args, **kwargs):
+        if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return constructor(*args, **kwargs)
+
+    return wrapper
+
+
+class _Inert:
+    """A CUDA stream or event: on the host everything has already happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self if name == "record_event" else None
+
+    def __eq__(self, other):
+        return isinstance(other, _Inert)
+
+    def __hash__(self):
+        return 0
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+
+def _map_cuda_to_host() -> None:
+    from torch import _dynamo  # its tables must see the genuine torch.cuda functions, so import it first
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.utils._device import _device_constructors
+
+    _dynamo.config.disable = True  # mcore's jit_fuser is torch.compile: no C++ compiler run for forty tiny fusions
+
+    cuda = torch.cuda
+    # One function object per name: dynamo refuses the same object under two names.
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda *args, **kwargs: _Inert())
+    cuda.current_device = lambda: 0
+    cuda.Stream, cuda.Event = type("Stream", (_Inert,), {}), type("Event", (_Inert,), {})
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+    for constructor in _device_constructors():
+        if getattr(torch, constructor.__name__, None) is constructor:
+            setattr(torch, constructor.__name__, _on_host(constructor))
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
+        setattr(torch.Tensor, name, _on_host(getattr(torch.Tensor, name)))
+
+    move, type_name = torch.Tensor.to, torch.Tensor.type
+
+    def to(self, *args, **kwargs):
+        args = ["cpu" if not torch.is_tensor(a) and _names_cuda(a) else a for a in args]
+        if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        return move(self, *args, **kwargs)
+
+    def cuda_type(self, *args, **kwargs):
+        # mcore's optimizers sort parameters by the *name* of their CUDA tensor type.
+        name = type_name(self, *args, **kwargs)
+        asked_for_name = not args and not kwargs and self.device.type == "cpu"
+        return name.replace("torch.", "torch.cuda.", 1) if asked_for_name else name
+
+    torch.Tensor.to, torch.Tensor.type = to, cuda_type
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+    make_mesh = DeviceMesh.__init__
+
+    def host_mesh(self, device_type, *args, **kwargs):
+        make_mesh(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    DeviceMesh.__init__ = host_mesh
+
+    # The tracked "device" random generator is the host's.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _define_te_general_gemm() -> None:
+    """moe/moe_utils.py:1192: the router names `te_general_gemm`, undefined without Transformer Engine."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _make_split_sizes_numpy() -> None:
+    """moe/moe_utils.py:1091: all-to-all split sizes become numpy only when they leave a GPU."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _set_cuda_rng_state_on_host() -> None:
+    """tensor_parallel/random.py:60: `_set_cuda_rng_state` takes a CUDA generator by index."""
+    import megatron.core.tensor_parallel.random as random
+
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+_PATCHES = (_define_te_general_gemm, _make_split_sizes_numpy, _set_cuda_rng_state_on_host)

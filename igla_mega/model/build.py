@@ -1,0 +1,195 @@
+"""From the recipe's `model` section to this rank's chunks of a megatron-core GPTModel, with their weights."""
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from igla_mega import parallel
+from igla_mega.config.schema import Model
+from igla_mega.model.shards import Shard, local_values
+from igla_mega.model.spec import block_spec
+from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
+from igla_mega.plan.layout import Layout
+
+
+class CausalLM(GPTModel):
+    """GPTModel whose last stage, given labels, returns the summed loss without ever holding all logits."""
+
+    true_vocab_size: int
+
+    def _postprocess(self, hidden_states, *, labels, loss_mask=None, **rest):
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest)
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        # [S, B, H] on every rank; the backward of either sums the ranks' shares of the gradient.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            labels.t().reshape(-1),
+            loss_mask.t().reshape(-1),
+            vocab_size=self.true_vocab_size,
+            group=self.tp_group if self.tp_group.size() > 1 else None,
+        )
+
+
+def transformer_config(
+    model: Model,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: str = "none",
+    transformer_engine: bool = False,
+) -> TransformerConfig:
+    """Translate the `model` section and the layout into megatron-core's words.
+
+    Args:
+        dtype: of the parameters as the modules see them (FSDP passes float32 and casts on gathering).
+        recompute: "none", "selective" (attention core and MLP) or "full" (every layer).
+    """
+    cuda = device.type == "cuda"
+    recompute_settings = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recompute]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights are set by `initialize`, by global name, so that every layout starts from the same model.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=True,
+        # Interleaved stages: batched p2p mismatches two sends between the same two ranks, and freeing an output
+        # while gloo still sends it gives wrong numbers without an error.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        deallocate_pipeline_outputs=cuda,
+        # Fused CUDA kernels of apex and Transformer Engine; torch.compile fusions.
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        apply_rope_fusion=transformer_engine,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        **recompute_settings,
+    )
+
+
+def build_chunks(config: TransformerConfig, model: Model, *, transformer_engine: bool = False) -> list[CausalLM]:
+    """Build this rank's pipeline chunks, as a rule without allocating their weights (torch's meta device)."""
+    padded_vocab = math.ceil(model.vocab_size / config.tensor_model_parallel_size) * config.tensor_model_parallel_size
+    num_stages = config.virtual_pipeline_model_parallel_size
+    # Tied embeddings on two stages are compared while they are built, so they need memory then.
+    where = "cpu" if model.tie_embeddings and config.pipeline_model_parallel_size > 1 else "meta"
+    chunks = []
+    for stage in range(num_stages) if num_stages else [None]:
+        first, last = parallel.pipeline_ends(stage)
+        with torch.device(where):
+            chunk = CausalLM(
+                config,
+                block_spec(config, stage, transformer_engine),
+                vocab_size=padded_vocab,
+                max_sequence_length=model.max_position,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=model.tie_embeddings,
+                position_embedding_type="rope",
+                rotary_base=model.rope_theta,
+                vp_stage=stage,
+            )
+        chunk.true_vocab_size = model.vocab_size
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(model)
+        chunks.append(chunk)
+    return chunks
+
+
+def inverse_frequencies(model: Model) -> Tensor:
+    """Angle per position of each pair of dimensions: [D/2] fp32, radians (Su et al. 2021, arXiv:2104.09864, eq. 15).
+
+    With `rope_scaling`, Llama 3's stretch (Grattafiori et al. 2024, arXiv:2407.21783): long wavelengths slow down by
+    `factor`, short ones stay, those between are blended.
+    """
+    dim = model.head_size
+    frequencies = 1.0 / model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def initialize(pairs: Iterable[tuple[Shard, Tensor]], model: Model, seed: int) -> None:
+    """Fill parameters with the recipe's initial weights, the same in every layout.
+
+    Each weight is drawn as a whole from a generator seeded by its name, and a rank keeps its own part. Normal with
+    `init_std`, the projections back into the residual stream divided by sqrt(2 * num_layers) (Radford et al. 2019,
+    section 2.3), norms 1.
+
+    Args:
+        pairs: each parameter's place, and the parameter (a DTensor under FSDP).
+    """
+    for shard, param in pairs:
+        values, start = local_values(param)
+        if len(shard.shape) == 1:
+            values.fill_(1.0)
+            continue
+        values.zero_()  # rows that pad the vocabulary stay 0
+        std = model.init_std
+        if shard.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * model.num_layers)
+        digest = hashlib.blake2b(f"{seed}:{shard.name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+        whole = torch.empty(shard.shape, dtype=torch.float32, device=values.device)
+        whole.normal_(0.0, std, generator=generator)
+        for offset, piece in shard.rectangles(values, start):
+            piece.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))])
+
+
+def materialize(chunks: Iterable[nn.Module], device: torch.device) -> None:
+    """Give chunks built on the meta device memory for their weights (not yet their values), keeping their marks."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            for name, param in module.named_parameters(recurse=False):
+                real = nn.Parameter(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
+                real.__dict__.update(param.__dict__)  # mcore's marks: sequence_parallel, shared_embedding, ...
+                setattr(module, name, real)

@@ -1,0 +1,33 @@
+"""Next-token prediction as a megatron-core forward step."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""One micro-batch: tokens, labels, position_ids [B, S] int64; loss_mask [B, S] fp32."""
+
+
+def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, partial]:
+    """Run one micro-batch through this rank's chunk.
+
+    Returns:
+        What the chunk gives (the summed loss in nats on the last stage, else hidden states), and the function that
+        megatron-core calls on it there: (summed loss, number of targets, [2] both as fp64 for the report).
+    """
+    batch = next(batches)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,  # causal by construction
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(_report, batch["loss_mask"])
+
+
+def _report(loss_mask: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    num_targets = loss_mask.sum()
+    return loss_sum, num_targets.to(torch.int), torch.stack([loss_sum.detach().double(), num_targets.double()])

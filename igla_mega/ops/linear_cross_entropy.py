@@ -1,0 +1,84 @@
+"""Output projection and cross entropy in one pass over chunks of tokens: the logits never exist as a whole.
+
+At vocabulary 32000 the logits and their gradient are the largest tensors of a training step. Here a chunk of them
+lives at a time; the gradient is formed in the forward pass, while the chunk is still in cache
+(the idea of Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, section 3.2), with the vocabulary split over ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from igla_mega.ops.cross_entropy import softmax_gradient_, softmax_statistics
+
+CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Tokens whose logits are held at once. On CPU 256 x 32000 fp32 is 32 MB: about the last-level cache."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, loss_mask, vocab_size, group):
+        needs_grad = any(ctx.needs_input_grad[:2])
+        num_ranks = 1 if group is None else group.size()
+        vocab_start = 0 if group is None else group.rank() * weight.size(0)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        # Chunks add up in fp32, whatever the weights are.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+
+        chunk = CHUNK_TOKENS[hidden.device.type]
+        for rows in (slice(at, at + chunk) for at in range(0, len(hidden), chunk)):
+            logits = hidden[rows] @ weight.t()
+            row_max, sum_exp, target = softmax_statistics(logits, labels[rows], vocab_start, vocab_size)
+            if num_ranks > 1:
+                local_max = row_max.clone()
+                dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=group)
+                sums = torch.stack([sum_exp * torch.exp(local_max - row_max), target])
+                dist.all_reduce(sums, group=group)
+                sum_exp, target = sums
+            lse = row_max + sum_exp.log()
+            losses[rows] = (lse - target) * loss_mask[rows]
+            if needs_grad:
+                softmax_gradient_(logits, lse, labels[rows], loss_mask[rows], vocab_start, vocab_size)
+                torch.mm(logits, weight, out=grad_hidden[rows])
+                if weight.dtype == torch.float32:
+                    grad_weight.addmm_(logits.t(), hidden[rows])
+                else:
+                    grad_weight += logits.t() @ hidden[rows]
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # A host read is free on CPU, and spares a pass over the largest gradient of the model.
+        if grad_output.device.type != "cpu" or grad_output.item() != 1.0:
+            grad_hidden, grad_weight = grad_hidden * grad_output, grad_weight * grad_output
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sum of the cross entropies of `hidden @ weight.T` against `labels`, weighted by `loss_mask`.
+
+    Args:
+        hidden: [N, H]; the same on every rank of `group`.
+        weight: [V, H], this rank's rows of the output projection. Rows beyond `vocab_size` are padding: they take
+            no part in the softmax and get no gradient.
+        labels: [N] int64, ids in the whole vocabulary.
+        loss_mask: [N] fp32 weight of each token's loss; 0 leaves it out.
+        vocab_size: of the whole vocabulary, without padding.
+        group: ranks that share the vocabulary; None when this rank holds all of it.
+
+    Returns:
+        0-d fp32, nats. The gradient of `hidden` is this rank's share: sum it over `group`.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, vocab_size, group)

@@ -1,0 +1,105 @@
+"""Process groups as a value. The only file that touches megatron-core's `parallel_state`."""
+
+import datetime
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from igla_mega.plan.layout import Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it."""
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Every axis of the layout, and this rank's place on each."""
+
+    rank: int
+    world_size: int
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    """Data parallel, context ranks not included: these ranks read different samples."""
+    data_context: Axis
+    """Data and context parallel: these ranks hold the same parameters."""
+    model: Axis
+    """Tensor and pipeline parallel: these ranks hold one replica of the model."""
+    host_group: dist.ProcessGroup
+    """All ranks over gloo: for objects, for checkpoints written from a thread, and for agreeing on errors."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def under_launcher() -> bool:
+    """Whether torchrun (or the like) has told this process its rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Join the default process group: NCCL beside gloo on CUDA, gloo on CPU; alone when not under torchrun."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    if under_launcher():
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # A file store needs no free port.
+    store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="igla-"), "store"), 1)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def build(layout: Layout, seed: int) -> Mesh:
+    """Lay the ranks out: tensor innermost, then context, data, pipeline (megatron-core's order)."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    ps = parallel_state
+    return Mesh(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor=_axis(ps.get_tensor_model_parallel_group()),
+        pipeline=_axis(ps.get_pipeline_model_parallel_group()),
+        data=_axis(ps.get_data_parallel_group()),
+        data_context=_axis(ps.get_data_parallel_group(with_context_parallel=True)),
+        model=_axis(ps.get_model_parallel_group()),
+        host_group=dist.new_group(backend="gloo"),
+    )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(group, group.size(), group.rank())
+
+
+def stop() -> None:
+    """Leave the process groups; safe when they were never joined."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pipeline_ends(virtual_stage: int | None) -> tuple[bool, bool]:
+    """Whether this rank's chunk `virtual_stage` holds the embedding, and whether it holds the output layer."""
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+    )

@@ -1,0 +1,181 @@
+"""Where a recipe's model and batch lie in a world of ranks; every `auto` of `distributed:` is decided here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from igla_mega.config import rules
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.rules import near_divisors, near_multiples
+from igla_mega.config.schema import Recipe
+
+# Tokens of a micro-batch that keep a core's caches, or a GPU's multiprocessors, busy.
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of ranks: tensor x pipeline x context x data = world size. All sizes are numbers of ranks but for:
+
+    virtual_pipeline: model chunks a pipeline rank; micro_batch_size, global_batch: sequences;
+    num_microbatches: a step and data-parallel rank; sequence_length: tokens; notes: decisions to say aloud.
+    """
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    context: int
+    expert: int
+    data: int
+    sequence_parallel: bool
+    strategy: Literal["FSDP", "DDP"]
+    distributed_optimizer: bool
+    micro_batch_size: int
+    num_microbatches: int
+    global_batch: int
+    sequence_length: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layout:
+    """Return the layout of a recipe on `world_size` ranks of one device, `cpu` or `cuda`.
+
+    Sizes that the recipe fixes are kept. Of those left to choose, a CPU gets tensor parallelism as far as the heads
+    divide (it is what two cores can show), a GPU gets data parallelism.
+
+    Raises:
+        ConfigError: the model, the batch and the world do not fit; every breach at once.
+    """
+    rules.check(recipe, world_size, device)
+    if recipe.stages is not None:
+        raise ConfigError("stages: each stage has a layout of its own. Choose it for one stage.")
+    length = recipe.sequence_length
+    if length is None:
+        raise ConfigError(
+            f"training.sequence_length: not given, and {recipe.base_model} is not loaded to tell its longest. Set it."
+        )
+    where, notes = recipe.distributed, []
+    pipeline = _number(where.pipeline_parallel, otherwise=1)
+    context = _number(where.context_parallel, otherwise=1)
+    free = world_size // (pipeline * context)
+    tensor = _number(where.tensor_parallel, otherwise=0) or _choose_tensor(recipe, free, device)
+    data = free // tensor
+
+    sequence_parallel = where.sequence_parallel
+    if sequence_parallel == "auto":
+        sequence_parallel = device == "cuda" and tensor > 1 and length % tensor == 0
+    elif sequence_parallel and tensor == 1:
+        sequence_parallel = False
+        notes.append("sequence_parallel: one tensor-parallel rank has no peers to split the sequence with; it is off.")
+    elif sequence_parallel and length % tensor:
+        raise ConfigError(
+            f"distributed.sequence_parallel: tensor_parallel {tensor} does not divide the sequence of {length} tokens. "
+            f"Set training.sequence_length to {near_multiples(tensor, length)}."
+        )
+
+    strategy = where.strategy
+    if strategy == "FSDP" and data * context == 1:
+        strategy = "DDP"
+        notes.append(
+            f"strategy: FSDP has one data-parallel rank to shard over ({world_size} in all, tensor_parallel {tensor}, "
+            f"pipeline_parallel {pipeline}); it runs as DDP, which is the same there."
+        )
+
+    global_batch, micro_batch_size = _batch(recipe, length, data, pipeline, context, device)
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=where.virtual_pipeline,
+        context=context,
+        expert=_choose_expert(recipe, data, device),
+        data=data,
+        sequence_parallel=sequence_parallel,
+        strategy=strategy,
+        distributed_optimizer=where.distributed_optimizer,
+        micro_batch_size=micro_batch_size,
+        num_microbatches=global_batch // (data * micro_batch_size),
+        global_batch=global_batch,
+        sequence_length=length,
+        notes=tuple(notes),
+    )
+
+
+def _number(size: int | Literal["auto"], otherwise: int) -> int:
+    return otherwise if size == "auto" else size
+
+
+def _choose_tensor(recipe: Recipe, ranks: int, device: str) -> int:
+    model = recipe.model
+    if device == "cuda" or model is None:
+        return 1
+    splits = math.gcd(model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
+    if recipe.distributed.sequence_parallel is True:
+        splits = math.gcd(splits, recipe.sequence_length or 0)
+    return math.gcd(splits, ranks)
+
+
+def _choose_expert(recipe: Recipe, data: int, device: str) -> int:
+    wanted = recipe.distributed.expert_parallel
+    if wanted != "auto":
+        if data % wanted:
+            raise ConfigError(
+                f"distributed.expert_parallel: {wanted} does not divide the {data} data-parallel ranks. "
+                f"Use {near_divisors(data, wanted)}."
+            )
+        return wanted
+    if recipe.moe is None or device == "cpu" or recipe.distributed.strategy == "FSDP":
+        return 1
+    return math.gcd(recipe.moe.num_experts, data)
+
+
+def _batch(recipe: Recipe, length: int, data: int, pipeline: int, context: int, device: str) -> tuple[int, int]:
+    """Return the sequences of the global batch and of a micro-batch."""
+    training, written = recipe.training, recipe.training.batch_size
+    if training.batch_tokens is not None:
+        global_batch = training.batch_tokens // length
+    elif training.gradient_accumulation is not None:
+        global_batch = int(written) * training.gradient_accumulation * data
+    else:
+        global_batch = int(written)
+    if global_batch % data:
+        raise ConfigError(
+            f"training.batch_size: {written} = {global_batch} sequences does not divide among {data} data-parallel "
+            f"ranks. Use {near_multiples(data, global_batch)} sequences, or {near_divisors(global_batch, data)} ranks."
+        )
+    per_rank = global_batch // data
+    wanted = recipe.distributed.micro_batch_size
+    if wanted != "auto" and per_rank % wanted:
+        raise ConfigError(
+            f"distributed.micro_batch_size: {wanted} does not divide the {per_rank} sequences of a data-parallel rank "
+            f"(batch {global_batch} / {data} ranks). Use {near_divisors(per_rank, wanted)}."
+        )
+    interleaved = recipe.distributed.virtual_pipeline > 1
+    if interleaved and per_rank % pipeline:
+        raise ConfigError(
+            f"training.batch_size: {written} leaves {per_rank} sequences to a data-parallel rank, which "
+            f"pipeline_parallel {pipeline} does not divide, as virtual_pipeline asks. "
+            f"Use {near_multiples(pipeline * data, global_batch)} sequences in all, or virtual_pipeline 1."
+        )
+    if wanted == "auto":
+        groups = pipeline if interleaved else 1
+        return global_batch, _choose_micro_batch(recipe, per_rank, groups, length // context, device)
+    if interleaved and per_rank // wanted % pipeline:
+        raise ConfigError(
+            f"distributed.micro_batch_size: {wanted} makes {per_rank // wanted} micro-batches, which pipeline_parallel "
+            f"{pipeline} does not divide, as virtual_pipeline asks. "
+            f"Use {near_divisors(per_rank // pipeline, wanted)}, or virtual_pipeline 1."
+        )
+    return global_batch, wanted
+
+
+def _choose_micro_batch(recipe: Recipe, per_rank: int, groups: int, length: int, device: str) -> int:
+    """Return the largest micro-batch within the device's budget that leaves a multiple of `groups` micro-batches."""
+    training = recipe.training
+    if training.gradient_accumulation is not None and training.gradient_accumulation % groups == 0:
+        return per_rank // training.gradient_accumulation
+    most = max(1, MICRO_BATCH_TOKENS[device] // length)
+    return max(size for size in range(1, most + 1) if per_rank % (size * groups) == 0)

@@ -1,0 +1,243 @@
+"""Composition root: from a recipe to a run. The only file that knows all parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from igla_mega import host, ops, parallel
+from igla_mega.checkpoint import store
+from igla_mega.config import load
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+from igla_mega.data.batches import Corpus, Share
+from igla_mega.data.preprocess import source_prefixes
+from igla_mega.model import build
+from igla_mega.model.shards import Shards, named_shards, shards_of
+from igla_mega.model.spec import use_transformer_engine
+from igla_mega.parallel import Mesh
+from igla_mega.plan.layout import Layout, choose_layout
+from igla_mega.train import ddp, fsdp, loop
+from igla_mega.train.metrics import Trackers
+from igla_mega.train.progress import Display, Silent
+from igla_mega.train.step import Engine
+
+DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32}
+
+
+def train(recipe: Recipe, run_dir: Path, *, stop_after: int | None = None) -> None:
+    """Run a recipe on this rank, from where its run folder left off.
+
+    Args:
+        recipe: resolved; its data is prepared.
+        stop_after: the step at which this call saves and stops, when that is before the last.
+
+    Raises:
+        ConfigError: something the user gave does not fit; said before any weight is allocated.
+    """
+    device = host.prepare()
+    if recipe.distributed.keep_freed_memory and device.type == "cpu":
+        host.keep_freed_memory()
+    parallel.start(device, recipe.distributed.timeout_seconds)
+    try:
+        layout = choose_layout(recipe, dist.get_world_size(), device.type)
+        if recipe.distributed.kernels == "require":
+            ops.require_kernels(device.type)
+        mesh = parallel.build(layout, recipe.training.seed)
+        _train_stage(recipe, run_dir, layout, mesh, device, stop_after)
+    finally:
+        parallel.stop()
+
+
+def _train_stage(
+    recipe: Recipe, run_dir: Path, layout: Layout, mesh: Mesh, device: torch.device, stop_after: int | None
+) -> None:
+    corpus = open_corpus(recipe, layout.sequence_length)
+    _all_read_the_same(corpus, mesh)
+    share = Share(layout.global_batch, layout.micro_batch_size, layout.data, mesh.data.rank)
+    total_steps = num_steps(recipe, corpus, layout.global_batch)
+    recipe_yaml = load.dump(recipe)
+
+    say: Callable[[str], None] = print if mesh.is_main else lambda text: None
+    checkpoints = run_dir / "checkpoints"
+    found = store.find(checkpoints, mesh, say)
+    progress = found[1] if found else store.Progress()
+    _same_batches(progress, layout.global_batch)
+
+    engine, shards = build_engine(recipe, layout, mesh, device, initialize=found is None)
+    if found:
+        load_into(engine, shards, found[0], progress.step)
+
+    last_step = min(total_steps, stop_after or total_steps)
+    run = loop.Run(
+        recipe=recipe,
+        recipe_yaml=recipe_yaml,
+        engine=engine,
+        corpus=corpus,
+        share=share,
+        writer=store.CheckpointWriter(
+            checkpoints,
+            mesh,
+            store.Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every),
+            asynchronous=recipe.checkpoint.asynchronous,
+        ),
+        device=device,
+        total_steps=total_steps,
+        last_step=last_step,
+        peak_flops=loop.peak_flops(device, DTYPES[recipe.distributed.precision]),
+    )
+    display: Display | Silent = Silent()
+    trackers = None
+    if mesh.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for line in _changes(run_dir / "recipe.yaml", recipe_yaml):
+            say(line)
+        (run_dir / "recipe.yaml").write_text(recipe_yaml)
+        trackers = Trackers(run_dir, recipe.logging, resume_step=progress.step, recipe=recipe.model_dump(mode="json"))
+        display = Display(last_step, progress.step)
+        for line in _opening(run, progress, found[0] if found else None):
+            display.say(line)
+    try:
+        if progress.step < last_step:
+            loop.train(run, progress, display, trackers)
+        else:
+            display.say(f"nothing to do: {run_dir} is at step {progress.step} of {total_steps}")
+    finally:
+        display.close()
+        if trackers:
+            trackers.close()
+
+
+def build_engine(
+    recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, *, initialize: bool = True
+) -> tuple[Engine, Shards]:
+    """Build this rank's model and optimizer.
+
+    Args:
+        initialize: give the weights their initial values; False when a checkpoint's will follow.
+    """
+    model, dtype = recipe.model, DTYPES[recipe.distributed.precision]
+    assert model is not None, "resolved before"
+    sharded = layout.strategy == "FSDP"
+    transformer_engine = use_transformer_engine(recipe.distributed.kernels, device)
+    config = build.transformer_config(
+        model,
+        layout,
+        dtype=torch.float32 if sharded else dtype,
+        device=device,
+        recompute=recipe.distributed.gradient_checkpointing,
+        transformer_engine=transformer_engine,
+    )
+    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine)
+    shards = shards_of(chunks, mesh, model.vocab_size)
+
+    if sharded:
+        fsdp.wrap(chunks[0], mesh, dtype).to_empty(device=device)
+        if initialize:
+            build.initialize(named_shards(chunks, shards), model, recipe.training.seed)
+        optimizer = fsdp.ShardedAdamW(chunks[0], shards, mesh, config, recipe.training, recipe.optimizer)
+        return Engine(mesh, layout, chunks, optimizer), shards
+
+    build.materialize(chunks, device)
+    if initialize:
+        build.initialize(named_shards(chunks, shards), model, recipe.training.seed)
+    wrapped = ddp.wrap(
+        chunks,
+        config,
+        distributed_optimizer=layout.distributed_optimizer and mesh.data_context.size > 1,
+        overlap=recipe.distributed.overlap_communication and device.type == "cuda",
+    )
+    return Engine(mesh, layout, wrapped, ddp.MegatronAdamW(wrapped, shards, config, recipe.training, recipe.optimizer)), shards
+
+
+def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int) -> None:
+    """Make an engine what it was when the checkpoint was saved, in whatever layout either has.
+
+    The weights the modules compute with are read by themselves: with a distributed optimizer this rank's masters
+    are only part of them.
+    """
+    group = engine.mesh.host_group
+    store.load_weights(checkpoint, named_shards(engine.chunks, shards), group)
+    store.load_slots(checkpoint, engine.optimizer.slots(), group)
+    engine.optimizer.loaded(num_updates)
+
+
+def open_corpus(recipe: Recipe, sequence_length: int) -> Corpus:
+    """Open the recipe's prepared data sets."""
+    assert recipe.model is not None, "resolved before"
+    return Corpus(
+        source_prefixes(recipe.data),
+        recipe.data.mix,
+        sequence_length=sequence_length,
+        seed=recipe.training.seed,
+        vocab_size=recipe.model.vocab_size,
+        validation_fraction=recipe.data.validation_fraction,
+    )
+
+
+def num_steps(recipe: Recipe, corpus: Corpus, global_batch: int) -> int:
+    """Optimizer steps of the run: as given, or so many that `epochs` passes over all windows are made."""
+    if recipe.training.total_steps is not None:
+        return recipe.training.total_steps
+    if recipe.training.epochs is None:
+        raise ConfigError("training.total_steps: neither it nor training.epochs is given. Set one.")
+    return max(1, recipe.training.epochs * sum(corpus.windows_per_epoch().values()) // global_batch)
+
+
+def _all_read_the_same(corpus: Corpus, mesh: Mesh) -> None:
+    fingerprints: list = [None] * mesh.world_size
+    dist.all_gather_object(fingerprints, corpus.fingerprint(), group=mesh.host_group)
+    other = next((rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"data.prepared: rank {other} reads other data than rank 0 ({fingerprints[other]}, {fingerprints[0]}).\n"
+            "  Put the prepared data sets on storage that all nodes share, or copy the same files to each."
+        )
+
+
+def _same_batches(progress: store.Progress, global_batch: int) -> None:
+    if progress.samples != progress.step * global_batch:
+        raise ConfigError(
+            f"training.batch_size: the run took {progress.samples // progress.step} sequences a step until step "
+            f"{progress.step}, this recipe takes {global_batch}: samples would be skipped or repeated.\n"
+            "  Keep the batch size, or start in a new run folder."
+        )
+
+
+def _changes(path: Path, recipe_yaml: str) -> list[str]:
+    """What the recipe says otherwise than the one this run folder was trained with."""
+    if not path.exists():
+        return []
+    import yaml
+
+    old, new = (_flat(yaml.safe_load(text)) for text in (path.read_text(), recipe_yaml))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: was {old.get(key)}, is {new.get(key)} from here on" for key in keys]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _opening(run: loop.Run, progress: store.Progress, checkpoint: Path | None) -> list[str]:
+    layout, model = run.engine.layout, run.recipe.model
+    assert model is not None
+    sizes = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "context": layout.context,
+        "data": layout.data,
+    }
+    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
+    lines = [
+        f"{run.recipe.name}: {model.num_parameters() / 1e6:,.1f}M parameters, {layout.strategy}, {split}, "
+        f"{layout.global_batch} x {layout.sequence_length} tokens a step, {run.recipe.distributed.precision}",
+        *layout.notes,
+    ]
+    if checkpoint:
+        lines.append(f"resuming at step {progress.step} ({progress.tokens:,} tokens) from {checkpoint}")
+    return lines

@@ -1,0 +1,61 @@
+"""What the user sees while a run trains: a bar with loss, rate and time left, or a plain line now and then."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 10.0
+"""Where there is no terminal, a line about every so often."""
+
+
+class Display:
+    """On the main rank; other ranks have `Silent`."""
+
+    def __init__(self, total_steps: int, step: int):
+        self.console = Console(stderr=True)
+        self._total, self._last_line, self._bar = total_steps, 0.0, None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=step)
+            self._bar.start()
+
+    def step(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Show a step that has been taken."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=f"loss {loss:.3f} · {tokens_per_second:,.0f} tok/s")
+        elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS or step == self._total:
+            self._last_line = time.monotonic()
+            minutes, seconds = divmod(int(seconds_left), 60)
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {left} left")
+
+    def say(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar where it is."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Silent:
+    """The display of every rank but the main one."""
+
+    def step(self, *_) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...

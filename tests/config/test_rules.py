@@ -1,0 +1,256 @@
+import pytest
+
+from igla_mega.config import rules
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.merging import merge
+from igla_mega.config.schema import Recipe
+
+SMALL = {
+    "model": {
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "intermediate_size": 688,
+        "vocab_size": 4096,
+        "max_position": 256,
+    },
+    "training": {"batch_size": "16K tokens", "total_steps": 100},
+}
+TUNE = {"base_model": "llama-7b", "training": {"batch_size": 8, "epochs": 1}}
+MOE = {"moe": {"num_experts": 8, "num_experts_per_tok": 2}}
+
+
+def breaches(change: dict, under: dict = SMALL, world_size: int | None = None) -> list[str]:
+    return rules.breaches(Recipe.model_validate(merge(under, change)), world_size)
+
+
+def test_a_sound_recipe_has_no_breach():
+    assert breaches({}) == breaches({}, under=TUNE) == breaches({}, world_size=8) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"model": {"num_heads": 7, "num_kv_heads": 7}},
+            "model.num_heads: 7 does not divide model.hidden_size 256. Use 4 or 8, or set model.head_dim.",
+        ),
+        (
+            {"model": {"num_kv_heads": 3}},
+            "model.num_kv_heads: 3 does not divide model.num_heads 8. Use 2 or 4.",
+        ),
+        ({"model": {"head_dim": 33}}, "model.head_dim: 33 is odd; rotary positions turn pairs. Use 34."),
+        (
+            {"model": {"rope_scaling": {"factor": 8, "low_freq_factor": 4}}},
+            "model.rope_scaling.low_freq_factor: 4 is not below high_freq_factor 4. Llama 3 has 1 and 4.",
+        ),
+        (
+            {"training": {"sequence_length": 512}},
+            "training.sequence_length: 512 is longer than model.max_position 256. "
+            "Use at most 256, or raise model.max_position.",
+        ),
+        (
+            {"data": {"max_length": 128, "max_prompt_length": 128}},
+            "data.max_prompt_length: 128 leaves no room for an answer in data.max_length 128. Use at most 127.",
+        ),
+        (
+            {"training": {"sequence_length": 250}},
+            "training.batch_size: 16K tokens = 16384 tokens is not a whole number of sequences of 250. "
+            "Use 16250 tokens or 16500 tokens.",
+        ),
+        (
+            {"training": {"gradient_accumulation": 4}},
+            "training.gradient_accumulation: 4 cannot be kept with batch_size 16K tokens, which fixes the whole batch. "
+            "Remove it, or give batch_size in sequences.",
+        ),
+        (
+            {"training": {"epochs": 2}},
+            "training.epochs: 2 and training.total_steps 100 both say how long the run is. Keep one; "
+            "--set training.epochs=null takes the other back.",
+        ),
+        (
+            {"training": {"total_steps": None}},
+            "training.total_steps: missing, and so is training.epochs. Give one: how long is the run?",
+        ),
+        (
+            {"training": {"warmup_steps": 101}},
+            "training.warmup_steps: 101 is more than training.total_steps 100. "
+            "Use at most 100, or --set training.warmup_steps=null.",
+        ),
+        (
+            {"training": {"warmup_steps": 30}, "scheduler": {"warmup_ratio": 0.02}},
+            "training.warmup_steps: 30 disagrees with scheduler.warmup_ratio 0.02, which is 2 of 100 steps. "
+            "Set scheduler.warmup_ratio to 0.3, or remove one of the two.",
+        ),
+        (
+            {"training": {"warmup_ratio": 0.1}, "scheduler": {"warmup_ratio": 0.02}},
+            "training.warmup_ratio: 0.1 disagrees with scheduler.warmup_ratio 0.02. Remove one.",
+        ),
+        (
+            {"training": {"min_lr": 1e-3}},
+            "training.min_lr: 0.001 is above training.learning_rate 0.0003. "
+            "Use at most 0.0003; a tenth of it is usual.",
+        ),
+        (
+            {"data": {"mix": {"web": 0.5, "code": 0.2}}},
+            "data.mix: web 0.5 + code 0.2 adds up to 0.7, not 1. Raise or lower a weight by 0.3.",
+        ),
+        (
+            {"data": {"mix": {"web": 0.5, "code": 0.5}, "sources": {"web": "web.jsonl"}}},
+            "data.sources.code: missing; data.mix gives `code` a weight of 0.5. Give its path.",
+        ),
+        (
+            {"data": {"mix": {"web": 1}, "sources": {"web": "web.jsonl", "code": ["a", "b"]}}},
+            "data.mix.code: missing; data.sources has `code`, which would never be read. Give its weight.",
+        ),
+        (
+            {"training": {"expert_capacity_factor": 1.25}},
+            "training.expert_capacity_factor: given without `moe:`. Remove it, or give `moe.num_experts`.",
+        ),
+        (
+            {"distributed": {"expert_parallel": 2}},
+            "distributed.expert_parallel: 2 without `moe:`; there are no experts. Use 1 or auto.",
+        ),
+        (
+            {"moe": {"num_experts": 2, "num_experts_per_tok": 3}},
+            "moe.num_experts_per_tok: 3 is more than moe.num_experts 2. Use at most 2.",
+        ),
+        (
+            {**MOE, "distributed": {"expert_parallel": 3}},
+            "distributed.expert_parallel: 3 does not divide moe.num_experts 8. Use 2 or 4.",
+        ),
+        (
+            {"quantization": {"bits": 4}},
+            "quantization: given without `lora:`; quantized weights are frozen and nothing would train. Add `lora:`.",
+        ),
+        ({"sft": {}, "dpo": {}}, "dpo: given beside `sft:` in one run. Make them two `stages:`."),
+        (
+            {"distributed": {"tensor_parallel": 4}},
+            "distributed.tensor_parallel: 4 does not divide model.num_kv_heads 2. Use 2, or set num_kv_heads to 4.",
+        ),
+        (
+            {"model": {"vocab_size": 4097}, "distributed": {"tensor_parallel": 2}},
+            "distributed.tensor_parallel: 2 does not divide model.vocab_size 4097. "
+            "Use 1 or 17, or set vocab_size to 4096 or 4098.",
+        ),
+        (
+            {"distributed": {"virtual_pipeline": 2}},
+            "distributed.virtual_pipeline: 2 needs distributed.pipeline_parallel above 1, which is auto. "
+            "Use virtual_pipeline 1, or pipeline_parallel 2.",
+        ),
+        (
+            {"distributed": {"pipeline_parallel": 3}},
+            "distributed.pipeline_parallel: 3 does not divide model.num_layers 4. Use 2 or 4 in all, or 3 or 6 layers.",
+        ),
+        (
+            {"distributed": {"pipeline_parallel": 2, "virtual_pipeline": 4}},
+            "distributed.pipeline_parallel: 2 x virtual_pipeline 4 = 8 does not divide model.num_layers 4. "
+            "Use 4 in all, or 8 layers.",
+        ),
+        (
+            {
+                "training": {"sequence_length": 255, "batch_size": 4},
+                "distributed": {"sequence_parallel": True, "tensor_parallel": 2},
+            },
+            "distributed.sequence_parallel: tensor_parallel 2 does not divide the sequence of 255 tokens. "
+            "Set training.sequence_length to 254 or 256.",
+        ),
+        (
+            {"distributed": {"context_parallel": 3}},
+            "distributed.context_parallel: 3 does not fit the sequence of 256 tokens: zig-zag needs a multiple of 6. "
+            "Set training.sequence_length to 252 or 258.",
+        ),
+        (
+            {"distributed": {"strategy": "FSDP", "pipeline_parallel": 2}},
+            "distributed.strategy: FSDP with pipeline_parallel 2 is not proved to train exactly, so it is refused. "
+            "Use strategy DDP (its optimizer state is sharded too), or pipeline_parallel 1.",
+        ),
+    ],
+)
+def test_a_breach_is_one_line_with_both_numbers_and_the_way_out(change, says):
+    assert breaches(change) == [says]
+
+
+def test_a_recipe_needs_a_model_or_a_base():
+    assert breaches({"model": None})[0].startswith("model: missing. Give `model:`")
+
+
+def test_every_rule_has_a_breach_in_these_tests():
+    cases = test_a_breach_is_one_line_with_both_numbers_and_the_way_out.pytestmark[0].args[1]
+    recipes = [Recipe.model_validate(merge(SMALL, change)) for change, _ in cases] + [Recipe()]
+    assert [rule.__name__ for rule in rules.RULES if not any(list(rule(recipe)) for recipe in recipes)] == []
+
+
+def test_thirds_of_two_digits_add_up():
+    assert breaches({"data": {"mix": {"a": 0.33, "b": 0.33, "c": 0.33}}}) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "near"),
+    [
+        (8, 3, "2 or 4"),
+        (8, 1, "2"),
+        (2, 4, "2"),
+        (7, 3, "1 or 7"),
+        (1, 2, "1"),
+        (10**30 + 57, 2, "1 or " + str(10**30 + 57)),
+    ],
+)
+def test_the_nearest_divisors_are_named_also_of_a_huge_number(number, wanted, near):
+    assert rules.near_divisors(number, wanted) == near
+
+
+def test_a_world_that_the_layout_does_not_divide_is_refused():
+    change = {"distributed": {"tensor_parallel": 2, "pipeline_parallel": 2}}
+    assert breaches(change, world_size=8) == []
+    assert breaches(change, world_size=6) == [
+        "distributed: tensor_parallel 2 x pipeline_parallel 2 = 4 ranks does not divide the world of 6. "
+        "Start 4 or 8 ranks, or use 3 or 6 in all."
+    ]
+
+
+def test_a_stages_breach_names_the_stage():
+    stages = {"stages": [TUNE, {**TUNE, "training": {"epochs": 1, "min_lr": 1.0}}]}
+    assert [line.split(":")[0] for line in breaches(stages, under={})] == ["stages.1.training.min_lr"]
+    assert breaches({**stages, "base_model": "x"}, under={})[0].startswith("base_model: given beside `stages:`")
+
+
+def test_check_raises_all_breaches_in_one_error():
+    recipe = Recipe.model_validate(merge(SMALL, {"training": {"min_lr": 1.0, "warmup_steps": 500}}))
+    with pytest.raises(ConfigError) as caught:
+        rules.check(recipe)
+    assert len(caught.value.breaches) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({}, []),
+        ({"lora": {"rank": 4, "alpha": 8}, "quantization": {}}, ["lora", "quantization"]),
+        ({"dpo": {}, "data": {"format": "preference_pairs"}}, ["dpo", "data.format"]),
+        ({"sft": {}}, ["sft"]),
+        ({**MOE, "distributed": {"expert_parallel": 2}}, ["moe", "distributed.expert_parallel"]),
+        ({"koshey": {"ring_attention": True, "ewc_enabled": True}}, ["koshey.ring_attention", "koshey.ewc_enabled"]),
+        ({"koshey": {"dynamic_batching": True}}, ["koshey.dynamic_batching"]),
+        ({"distributed": {"context_parallel": 2}}, ["distributed.context_parallel"]),
+        (
+            {"continual": {}, "curriculum": {"phases": [{"name": "a", "tokens": 5, "lr": 1e-3}]}},
+            ["continual", "curriculum"],
+        ),
+    ],
+)
+def test_what_is_not_built_is_named_by_its_key(change, keys):
+    sentences = rules.not_yet(Recipe.model_validate(merge(SMALL, change)))
+    assert [sentence.split(":")[0] for sentence in sentences] == keys
+
+
+def test_a_sentence_on_what_is_not_built_says_the_way_out():
+    assert rules.not_yet(Recipe.model_validate({"koshey": {"ring_attention": True}})) == [
+        "koshey.ring_attention: ring attention is not built yet, so `train` cannot run this recipe; "
+        "set koshey.ring_attention=false to train without it."
+    ]
+
+
+def test_continued_pretraining_is_built():
+    assert rules.not_yet(Recipe.model_validate(TUNE)) == []
