@@ -72,6 +72,23 @@ def build(layout: Layout, seed: int) -> Mesh:
         expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(seed)
+    return _mesh()
+
+
+def alone(layout: Layout, device: torch.device, seed: int) -> Mesh:
+    """The mesh of a process that runs a whole model by itself; what was joined before is kept.
+
+    Raises:
+        RuntimeError: this process is one of several.
+    """
+    if not dist.is_initialized():
+        start(device)
+    if dist.get_world_size() > 1:
+        raise RuntimeError(f"a whole model was asked for on one of {dist.get_world_size()} ranks; start one process")
+    return _mesh() if parallel_state.model_parallel_is_initialized() else build(layout, seed)
+
+
+def _mesh() -> Mesh:
     ps = parallel_state
     return Mesh(
         rank=dist.get_rank(),

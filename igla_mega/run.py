@@ -14,7 +14,7 @@ from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Share
 from igla_mega.data.preprocess import source_prefixes
 from igla_mega.model import build
-from igla_mega.model.shards import Shards, named_shards, shards_of
+from igla_mega.model.shards import Shards, local_runs, named_shards, shards_of
 from igla_mega.model.spec import use_transformer_engine
 from igla_mega.parallel import Mesh
 from igla_mega.plan.layout import Layout, choose_layout
@@ -135,20 +135,25 @@ def build_engine(
     if sharded:
         fsdp.wrap(chunks[0], mesh, dtype).to_empty(device=device)
         if initialize:
-            build.initialize(named_shards(chunks, shards), model, recipe.training.seed)
+            build.initialize(local_runs(chunks, shards), model, recipe.training.seed)
         optimizer = fsdp.ShardedAdamW(chunks[0], shards, mesh, config, recipe.training, recipe.optimizer)
         return Engine(mesh, layout, chunks, optimizer), shards
 
     build.materialize(chunks, device)
     if initialize:
-        build.initialize(named_shards(chunks, shards), model, recipe.training.seed)
+        build.initialize(local_runs(chunks, shards), model, recipe.training.seed)
     wrapped = ddp.wrap(
         chunks,
         config,
         distributed_optimizer=layout.distributed_optimizer and mesh.data_context.size > 1,
         overlap=recipe.distributed.overlap_communication and device.type == "cuda",
     )
-    return Engine(mesh, layout, wrapped, ddp.MegatronAdamW(wrapped, shards, config, recipe.training, recipe.optimizer)), shards
+    adam = ddp.MegatronAdamW(wrapped, shards, config, recipe.training, recipe.optimizer)
+    if initialize and dtype != torch.float32:
+        # mcore copies its fp32 masters from the bf16 weights: give them back what rounding took.
+        masters = ((slot.shard, slot.values["master"], slot.start) for slot in adam.slots())
+        build.initialize(masters, model, recipe.training.seed)
+    return Engine(mesh, layout, wrapped, adam), shards
 
 
 def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int) -> None:

@@ -76,4 +76,4 @@ def steps(built, first: int, last: int, learning_rate: float = 1e-2) -> list[tup
 
 def trained(tiny: Recipe, num_steps: int = 6) -> list[tuple[float, float]]:
     """Train from the initial weights; every rank returns the same."""
-    return steps(engine(tiny)[0], 0, num_steps)
+    return steps(engine(tiny)[0], 0, num_steps, tiny.training.learning_rate)

@@ -156,7 +156,7 @@ def _to_write(slots: Iterable[Slot], mesh: Mesh) -> dict[str, Pieces]:
     copies: dict[str, list] = {}
     shapes = {}
     for slot in slots:
-        if not slot.shard.is_first_copy or not _is_writer(slot.shard, slot.values["master"].numel(), mesh):
+        if not slot.shard.is_first_copy or not _is_writer(slot, mesh):
             continue
         for kind, values in slot.values.items():
             name = _key(slot.shard.name, kind)
@@ -166,11 +166,11 @@ def _to_write(slots: Iterable[Slot], mesh: Mesh) -> dict[str, Pieces]:
     return {name: Pieces.of(shapes[name], rectangles) for name, rectangles in copies.items()}
 
 
-def _is_writer(shard: Shard, num_values: int, mesh: Mesh) -> bool:
-    # Data-parallel ranks that each hold the whole tensor-parallel part share the writing by name.
-    if num_values < torch.Size(shard.local_shape).numel() or mesh.data_context.size == 1:
+def _is_writer(slot: Slot, mesh: Mesh) -> bool:
+    if not slot.replicated:
         return True
-    owner = int.from_bytes(hashlib.blake2b(shard.name.encode(), digest_size=4).digest(), "big")
+    # Ranks that keep the same share the writing by name.
+    owner = int.from_bytes(hashlib.blake2b(slot.shard.name.encode(), digest_size=4).digest(), "big")
     return owner % mesh.data_context.size == mesh.data_context.rank
 
 
@@ -295,14 +295,15 @@ def read_progress(path: Path) -> Progress:
 
 
 def write_manifest(path: Path, digests: dict[str, str]) -> None:
-    """Seal a checkpoint folder: size and digest of every file in it (those not in `digests` are read).
+    """Seal a checkpoint folder: size and digest of every file below it (those not in `digests` are read).
 
     Raises:
         OSError: what is on disk is not what was written.
     """
     files = {}
-    for file in sorted(path.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "blake2b": digests.get(file.name) or _digest(file)}
+    for written in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        name = written.relative_to(path).as_posix()
+        files[name] = {"bytes": written.stat().st_size, "blake2b": digests.get(name) or _digest(written)}
     missing = digests.keys() - files.keys()
     if missing:
         raise OSError(f"{sorted(missing)[0]} was written and is not there")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from igla_mega import parallel
 from igla_mega.config.schema import Model
-from igla_mega.model.shards import Shard, local_values
+from igla_mega.model.shards import Shard
 from igla_mega.model.spec import block_spec
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
 from igla_mega.plan.layout import Layout
@@ -158,18 +158,17 @@ def inverse_frequencies(model: Model) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def initialize(pairs: Iterable[tuple[Shard, Tensor]], model: Model, seed: int) -> None:
-    """Fill parameters with the recipe's initial weights, the same in every layout.
+def initialize(runs: Iterable[tuple[Shard, Tensor, int]], model: Model, seed: int) -> None:
+    """Fill parameters, or their fp32 masters, with the recipe's initial weights, the same in every layout.
 
     Each weight is drawn as a whole from a generator seeded by its name, and a rank keeps its own part. Normal with
     `init_std`, the projections back into the residual stream divided by sqrt(2 * num_layers) (Radford et al. 2019,
     section 2.3), norms 1.
 
     Args:
-        pairs: each parameter's place, and the parameter (a DTensor under FSDP).
+        runs: a parameter's place, what this rank holds of it (1-D), and where that starts (as `Shard.rectangles`).
     """
-    for shard, param in pairs:
-        values, start = local_values(param)
+    for shard, values, start in runs:
         if len(shard.shape) == 1:
             values.fill_(1.0)
             continue

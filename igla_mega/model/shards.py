@@ -104,6 +104,8 @@ class Slot(NamedTuple):
     """Where the run starts in the flattened tensor-parallel part of the parameter."""
     values: dict[str, Tensor]
     """1-D views, all of the run's length: `master` (the fp32 weights), `exp_avg`, `exp_avg_sq`."""
+    replicated: bool
+    """Every data-parallel rank keeps the same."""
 
 
 Shards = dict[tuple[int, str], Shard]
@@ -144,6 +146,12 @@ def named_shards(chunks: list[nn.Module], shards: Shards) -> Iterator[tuple[Shar
     for index, chunk in enumerate(chunks):
         for name, param in chunk.named_parameters():
             yield shards[index, name.removeprefix("module.")], param
+
+
+def local_runs(chunks: list[nn.Module], shards: Shards) -> Iterator[tuple[Shard, Tensor, int]]:
+    """Every parameter's place, the flat run of it that this rank holds, and where that run starts."""
+    for shard, param in named_shards(chunks, shards):
+        yield shard, *local_values(param)
 
 
 def _global_name(chunk: GPTModel, name: str) -> str:

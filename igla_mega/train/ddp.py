@@ -96,7 +96,8 @@ class MegatronAdamW:
         for part in self._parts():
             for param, master, start in _masters(part):
                 values = {"master": master, **moments_of(part.optimizer, master)}
-                yield Slot(shard_of[param], start, {name: t.detach().view(-1) for name, t in values.items()})
+                flat = {name: tensor.detach().view(-1) for name, tensor in values.items()}
+                yield Slot(shard_of[param], start, flat, replicated=not hasattr(part, "gbuf_ranges"))
 
     def loaded(self, num_steps: int) -> None:
         for part in self._parts():

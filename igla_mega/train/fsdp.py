@@ -104,7 +104,7 @@ class ShardedAdamW:
         for shard, param in self.params:
             values = {"master": param, **moments_of(self.adam, param)}
             runs = {name: local_values(tensor) for name, tensor in values.items()}
-            yield Slot(shard, runs["master"][1], {name: flat for name, (flat, _) in runs.items()})
+            yield Slot(shard, runs["master"][1], {name: flat for name, (flat, _) in runs.items()}, replicated=False)
 
     def loaded(self, num_steps: int) -> None:
         set_num_steps(self.adam, num_steps)

@@ -1,0 +1,273 @@
+"""The command line. Verbs import what they need when they run: `--help`, `check` and `recipes` know no torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from igla_mega.config.errors import ConfigError
+
+app = typer.Typer(
+    help="Train Llama-style language models on megatron-core, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a path.")]
+Scale = Annotated[str | None, typer.Option(help="Overlay of sizes: `laptop`.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a key; may be repeated.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A run, or one of its checkpoints.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message and exit code 2, the machine's failure a message and 1."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except ConfigError as error:
+        code = _fail(error, 2)
+    except (RuntimeError, FloatingPointError, OSError) as error:
+        if os.environ.get("IGLA_TRACEBACK"):
+            raise
+        code = _fail(error, 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own, for a wrong option or argument
+            raise
+        code = _fail(error.format_message(), 2)
+    # Peers of a rank that failed may be waiting for it: leave without their goodbye.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def _fail(error, code: int) -> int:
+    # Every rank meets the same mistake; one of them says it.
+    if code == 1 or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes."""
+    from igla_mega.config import load
+
+    for name, line in load.packaged().items():
+        print(f"{name:14} {line}")
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    scale: Scale = None,
+    set_: Set = None,
+    nproc: Annotated[int | None, typer.Option(help="Also check the layout for so many ranks.")] = None,
+) -> None:
+    """Validate a recipe (or a checkpoint folder); print every breach at once."""
+    if (Path(recipe) / "manifest.json").is_file():
+        from igla_mega.checkpoint import store
+
+        reason = store.damage(Path(recipe))
+        if reason:
+            raise ConfigError(reason)
+        print(f"{recipe}: every file has the size and digest it was written with")
+        return
+    from igla_mega.config import load, rules
+
+    loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
+    if nproc:
+        from igla_mega.plan.layout import choose_layout
+
+        choose_layout(loaded, nproc, _device())
+    print(f"{loaded.name}: fine")
+    for sentence in rules.not_yet(loaded):
+        print(f"  note: {sentence}")
+
+
+@app.command()
+def prepare(recipe: Recipe, scale: Scale = None, set_: Set = None) -> None:
+    """Turn the raw text of a recipe's sources into indexed datasets."""
+    from igla_mega.data import laptop
+    from igla_mega.data.preprocess import prepare_sources
+
+    loaded = _load(recipe, scale, set_)
+    if scale == "laptop":
+        loaded = laptop.with_data(loaded)
+    prepare_sources(loaded.data)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    scale: Scale = None,
+    set_: Set = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; resumed when it has a checkpoint.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="Save and stop at this step, before the last.")] = None,
+) -> None:
+    """Run a recipe; under torchrun or Slurm as one rank, else starting torchrun by itself."""
+    from igla_mega.config import rules
+    from igla_mega.data import laptop
+
+    loaded = _load(recipe, scale, set_)
+    if refusals := rules.not_yet(loaded):
+        raise ConfigError(*refusals)
+    run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
+    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if scale == "laptop":
+        # Made once, by the process that starts the ranks.
+        loaded = laptop.with_data(loaded, make=not under_launcher or os.environ["RANK"] == "0")
+    if not under_launcher:
+        from igla_mega.plan.hardware import num_local_gpus
+
+        nproc = nproc or num_local_gpus() or 1
+        _check_before_launch(loaded, nproc)
+        if nproc > 1:
+            _quiet_libraries()
+            from igla_mega.launch import torchrun
+
+            raise typer.Exit(torchrun(nproc))
+    _quiet_libraries()
+    from igla_mega import run as engine
+
+    engine.train(loaded, run, stop_after=stop_after)
+
+
+@app.command(name="import")
+def import_(hf_dir: Path, checkpoint: Path) -> None:
+    """Turn a Hugging Face folder into a checkpoint (CPU only, one tensor at a time)."""
+    _quiet_libraries()
+    from igla_mega.checkpoint import hugging_face
+
+    hugging_face.import_folder(hf_dir, checkpoint, say=print)
+    _say_logit_difference(checkpoint, hf_dir)
+
+
+@app.command()
+def export(checkpoint: Checkpoint, hf_dir: Path) -> None:
+    """Turn a checkpoint into a Hugging Face folder (CPU only, one tensor at a time)."""
+    _quiet_libraries()
+    from igla_mega.checkpoint import hugging_face, single
+
+    checkpoint = single.resolve_checkpoint(checkpoint)
+    hugging_face.export_folder(checkpoint, hf_dir, say=print)
+    _say_logit_difference(checkpoint, hf_dir)
+
+
+@app.command(name="eval")
+def eval_(
+    checkpoint: Checkpoint,
+    data: Annotated[list[Path] | None, typer.Option(help="Indexed dataset, without .bin; may be repeated.")] = None,
+) -> None:
+    """Print loss and perplexity for each source: the held-out part of the run's own, or whole datasets."""
+    _quiet_libraries()
+    from igla_mega.evaluate import evaluate
+
+    results = evaluate(checkpoint, {path.name: str(path) for path in data} if data else None)
+    print(f"{'source':16} {'nats/token':>10} {'perplexity':>10} {'tokens':>12}")
+    for name, (loss, perplexity, tokens) in results.items():
+        print(f"{name:16} {loss:10.4f} {perplexity:10.2f} {tokens:12,}")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Continue a text."""
+    _quiet_libraries()
+    from igla_mega.generate import generate as continue_text
+
+    print(prompt, end="", flush=True)
+    continue_text(
+        checkpoint,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=lambda text: print(text, end="", flush=True),
+    )
+    print()
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Write RUN/report.html: the run on one page."""
+    from igla_mega.report.page import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which ops have kernels, and what is lost without the missing."""
+    _quiet_libraries()
+    from rich.console import Console
+    from rich.table import Table
+
+    from igla_mega.doctor import rows
+
+    table = Table("what", "state", "without it")
+    for row in rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _load(recipe: str, scale: str | None, overrides: list[str] | None):
+    from igla_mega.config import load
+
+    return load.load_recipe(recipe, scale=scale, overrides=overrides)
+
+
+def _device() -> str:
+    from igla_mega.plan.hardware import num_local_gpus
+
+    return "cuda" if num_local_gpus() else "cpu"
+
+
+def _check_before_launch(recipe, nproc: int) -> None:
+    """Find the user's mistakes in a second, before ranks import torch."""
+    from igla_mega.data.indexed import IndexedReader
+    from igla_mega.data.preprocess import source_prefixes
+    from igla_mega.plan.layout import choose_layout
+
+    choose_layout(recipe, nproc, _device())
+    breaches = []
+    for prefix in source_prefixes(recipe.data).values():
+        try:
+            IndexedReader(prefix, recipe.model.vocab_size)
+        except ConfigError as error:
+            breaches += error.breaches
+    if breaches:
+        raise ConfigError(*breaches)
+
+
+def _quiet_libraries() -> None:
+    """Keep pinned libraries' advice to their own authors off the user's screen."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)(\.|$)")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _say_logit_difference(checkpoint: Path, hf_dir: Path) -> None:
+    from igla_mega.checkpoint import hugging_face
+
+    if hugging_face.fits_in_memory(checkpoint):
+        difference = hugging_face.logit_difference(checkpoint, hf_dir)
+        print(f"largest difference of the fp32 logits, this engine to transformers: {difference:.1e}")
+    else:
+        print("logits not compared: both models together do not fit into memory")

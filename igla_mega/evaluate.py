@@ -1,0 +1,130 @@
+"""Loss and perplexity of a checkpoint on whole data sets, in one process."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from igla_mega import parallel
+from igla_mega.checkpoint.single import load_single, read_recipe, resolve_checkpoint
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+from igla_mega.data.batches import split_point
+from igla_mega.data.indexed import IndexedReader
+from igla_mega.data.preprocess import source_prefixes
+from igla_mega.model.build import CausalLM
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens that go through the model at once."""
+
+Part = tuple[IndexedReader, int, int]
+"""A data set and the tokens [first, end) of its stream."""
+
+
+def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None) -> dict[str, tuple[float, float, int]]:
+    """Measure a checkpoint on whole data sets.
+
+    Args:
+        checkpoint: a checkpoint, a run folder or its `checkpoints`.
+        prefixes: name -> path without .bin and .idx; None takes what the checkpoint's recipe held out of each source.
+
+    Returns:
+        By name: loss in nats per target token, perplexity, number of target tokens.
+
+    Raises:
+        ConfigError: no such checkpoint, a data set that does not open or holds less than two tokens, or none held
+            out.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    recipe = read_recipe(checkpoint)
+    assert recipe.model is not None and recipe.sequence_length is not None, "read_recipe refuses that"
+    vocab_size = recipe.model.vocab_size
+    parts = _held_out(recipe, vocab_size) if prefixes is None else _whole(prefixes, vocab_size)
+    bf16 = torch.cuda.is_available() and recipe.distributed.precision == "BF16"
+
+    results = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    try:
+        model, _ = load_single(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            for name, part in parts.items():
+                task = progress.add_task(name, total=part[2] - part[1] - 1)
+                loss_sum, num_targets = 0.0, 0
+                for batch_sum, batch_targets in losses(model, part, recipe.sequence_length):
+                    loss_sum, num_targets = loss_sum + batch_sum, num_targets + batch_targets
+                    progress.advance(task, batch_targets)
+                loss = loss_sum / num_targets
+                results[name] = (loss, perplexity(loss), num_targets)
+    finally:
+        parallel.stop()
+    return results
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; inf where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@torch.inference_mode()
+def losses(model: CausalLM, part: Part, sequence_length: int) -> Iterator[tuple[float, int]]:
+    """Yield (summed loss in nats, number of targets) of one batch of windows after the other.
+
+    Windows lie end to end: the last label of one is the first token of the next. So every token but the first is a
+    target once, and the last window is as long as what is left.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    windows_at_once = max(1, BATCH_TOKENS[device.type] // sequence_length)
+    for rows in _windows(part, sequence_length, windows_at_once):
+        batch = torch.from_numpy(rows.astype(np.int64)).to(device)
+        tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
+        mask = torch.ones(tokens.shape, device=device)
+        loss_sum = model(tokens, positions, None, labels=labels, loss_mask=mask)
+        yield float(loss_sum), labels.numel()
+
+
+def _windows(part: Part, sequence_length: int, at_once: int) -> Iterator[np.ndarray]:
+    reader, first, end = part
+    while end - first > 1:
+        num_rows = min(at_once, (end - first - 1) // sequence_length)
+        length = sequence_length if num_rows else end - first - 1
+        stop = first + max(num_rows, 1) * length
+        if error := reader.out_of_range(first, stop + 1):
+            raise error
+        stream = reader.tokens(first, stop + 1)
+        yield np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
+        first = stop
+
+
+def _held_out(recipe: Recipe, vocab_size: int) -> dict[str, Part]:
+    if recipe.data.validation_fraction == 0:
+        raise ConfigError(
+            "data.validation_fraction: 0, so the run held nothing out to evaluate on.\n  Give data sets with --data."
+        )
+    parts = {}
+    for name, prefix in source_prefixes(recipe.data).items():
+        reader = IndexedReader(prefix, vocab_size)
+        parts[name] = (reader, split_point(name, reader, recipe.data.validation_fraction), reader.num_tokens)
+    return _measurable(parts)
+
+
+def _whole(prefixes: Mapping[str, str | Path], vocab_size: int) -> dict[str, Part]:
+    readers = {name: IndexedReader(prefix, vocab_size) for name, prefix in prefixes.items()}
+    return _measurable({name: (reader, 0, reader.num_tokens) for name, reader in readers.items()})
+
+
+def _measurable(parts: dict[str, Part]) -> dict[str, Part]:
+    short = {name: end - first for name, (_, first, end) in parts.items() if end - first < 2}
+    if short:
+        raise ConfigError(
+            *[
+                f"{name}: {count} tokens to evaluate on; a loss needs 2.\n  Leave it out, or give it more text."
+                for name, count in short.items()
+            ]
+        )
+    return parts

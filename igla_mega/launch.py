@@ -1,0 +1,34 @@
+"""Start the ranks of this machine by torchrun."""
+
+import logging
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def torchrun(nproc: int) -> int:
+    """Start this same command as `nproc` ranks on this machine and return their exit code."""
+    # What went wrong is said by the rank; torchrun's own account of it is a page of traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id="igla-mega",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "igla_mega", *sys.argv[1:])
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return 2 if codes == {2} else 1
+    except SignalException as signal:
+        return 128 + signal.sigval
+    return 0
