@@ -1,7 +1,9 @@
 """The command line. Verbs import what they need when they run: `--help`, `check` and `recipes` know no torch."""
 
+import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -46,9 +48,14 @@ def main() -> None:
 
 
 def _fail(error, code: int) -> int:
-    # Every rank meets the same mistake; one of them says it.
-    if code == 1 or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # As a rule every rank meets the same mistake, and rank 0 says it: torchrun then ends this one in its sleep.
+        time.sleep(1.5)
+    text = str(error)
+    if "onnection closed by peer" in text or "onnection reset by peer" in text:
+        text = f"a peer of rank {rank} has ended; what it said is the cause"
+    print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -109,6 +116,7 @@ def train(
     nproc: Annotated[int | None, typer.Option(help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; resumed when it has a checkpoint.")] = None,
     stop_after: Annotated[int | None, typer.Option(help="Save and stop at this step, before the last.")] = None,
+    models: Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")] = None,
 ) -> None:
     """Run a recipe; under torchrun or Slurm as one rank, else starting torchrun by itself."""
     from igla_mega.config import rules
@@ -126,7 +134,7 @@ def train(
         from igla_mega.plan.hardware import num_local_gpus
 
         nproc = nproc or num_local_gpus() or 1
-        _check_before_launch(loaded, nproc)
+        _check_before_launch(loaded, nproc, models)
         if nproc > 1:
             _quiet_libraries()
             from igla_mega.launch import torchrun
@@ -135,7 +143,7 @@ def train(
     _quiet_libraries()
     from igla_mega import run as engine
 
-    engine.train(loaded, run, stop_after=stop_after)
+    engine.train(loaded, run, stop_after=stop_after, models=models)
 
 
 @app.command(name="import")
@@ -237,12 +245,17 @@ def _device() -> str:
     return "cuda" if num_local_gpus() else "cpu"
 
 
-def _check_before_launch(recipe, nproc: int) -> None:
+def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:
     """Find the user's mistakes in a second, before ranks import torch."""
+    from igla_mega.config.load import base_folder
     from igla_mega.data.indexed import IndexedReader
     from igla_mega.data.preprocess import source_prefixes
     from igla_mega.plan.layout import choose_layout
 
+    if recipe.base_model:
+        base_folder(recipe.base_model, models)
+    if recipe.model is None:
+        return  # only the base model knows the rest
     choose_layout(recipe, nproc, _device())
     breaches = []
     for prefix in source_prefixes(recipe.data).values():
@@ -266,8 +279,10 @@ def _quiet_libraries() -> None:
 def _say_logit_difference(checkpoint: Path, hf_dir: Path) -> None:
     from igla_mega.checkpoint import hugging_face
 
-    if hugging_face.fits_in_memory(checkpoint):
+    if not hugging_face.fits_in_memory(checkpoint):
+        print("logits not compared: both models together do not fit into memory")
+    elif importlib.util.find_spec("transformers") is None:
+        print("logits not compared: transformers is not installed (the extra `hf`)")
+    else:
         difference = hugging_face.logit_difference(checkpoint, hf_dir)
         print(f"largest difference of the fp32 logits, this engine to transformers: {difference:.1e}")
-    else:
-        print("logits not compared: both models together do not fit into memory")

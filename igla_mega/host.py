@@ -11,10 +11,15 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 MALLOC_TRIM_THRESHOLD, MALLOC_TOP_PAD, MALLOC_MMAP_MAX = -1, -2, -4  # mallopt(3), <malloc.h>
+
+
+_mapped = False
+"""Whether this process's torch has been mapped already: twice would map the mapping."""
 
 
 def prepare() -> torch.device:
@@ -25,11 +30,12 @@ def prepare() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
-    if not getattr(torch.cuda, "_igla_host", False):
+    global _mapped
+    if not _mapped:
         _map_cuda_to_host()
         for patch in _PATCHES:
             patch()
-        torch.cuda._igla_host = True
+        _mapped = True
     return torch.device("cpu")
 
 
@@ -98,7 +104,8 @@ def _map_cuda_to_host() -> None:
 
     _dynamo.config.disable = True  # mcore's jit_fuser is torch.compile: no C++ compiler run for forty tiny fusions
 
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
+    tensor: Any = torch.Tensor
     # One function object per name: dynamo refuses the same object under two names.
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(cuda, name, lambda *args, **kwargs: None)
@@ -108,16 +115,17 @@ def _map_cuda_to_host() -> None:
     cuda.Stream, cuda.Event = type("Stream", (_Inert,), {}), type("Event", (_Inert,), {})
     cuda.stream = lambda stream: contextlib.nullcontext()
 
-    for constructor in _device_constructors():
-        if getattr(torch, constructor.__name__, None) is constructor:
-            setattr(torch, constructor.__name__, _on_host(constructor))
+    for constructor in filter(None, _device_constructors()):
+        name = constructor.__name__
+        if getattr(torch, name, None) is constructor:
+            setattr(torch, name, _on_host(constructor))  # type: ignore[arg-type]
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
         setattr(torch.Tensor, name, _on_host(getattr(torch.Tensor, name)))
 
     move, type_name = torch.Tensor.to, torch.Tensor.type
 
     def to(self, *args, **kwargs):
-        args = ["cpu" if not torch.is_tensor(a) and _names_cuda(a) else a for a in args]
+        args = tuple("cpu" if not torch.is_tensor(a) and _names_cuda(a) else a for a in args)
         if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
         return move(self, *args, **kwargs)
@@ -128,16 +136,16 @@ def _map_cuda_to_host() -> None:
         asked_for_name = not args and not kwargs and self.device.type == "cpu"
         return name.replace("torch.", "torch.cuda.", 1) if asked_for_name else name
 
-    torch.Tensor.to, torch.Tensor.type = to, cuda_type
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    tensor.to, tensor.type = to, cuda_type
+    tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     make_mesh = DeviceMesh.__init__
 
     def host_mesh(self, device_type, *args, **kwargs):
         make_mesh(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    DeviceMesh.__init__ = host_mesh
+    DeviceMesh.__init__ = host_mesh  # type: ignore[method-assign]
 
     # The tracked "device" random generator is the host's.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))

@@ -27,8 +27,8 @@ def torchrun(nproc: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "igla_mega", *sys.argv[1:])
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return 2 if codes == {2} else 1
+        # Peers that lose the first one end with errors of their own.
+        return 2 if error.get_first_failure()[1].exitcode == 2 else 1
     except SignalException as signal:
         return 128 + signal.sigval
     return 0

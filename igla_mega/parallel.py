@@ -1,7 +1,10 @@
 """Process groups as a value. The only file that touches megatron-core's `parallel_state`."""
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
 import tempfile
 from dataclasses import dataclass
 
@@ -54,11 +57,20 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if under_launcher():
+        _end_with_launcher()
         dist.init_process_group(backend, timeout=timeout)
         return
     # A file store needs no free port.
     store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="igla-"), "store"), 1)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _end_with_launcher() -> None:
+    """Have the kernel end this rank when torchrun's process is gone, however it went: no rank trains on alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def build(layout: Layout, seed: int) -> Mesh:

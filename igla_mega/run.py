@@ -1,13 +1,16 @@
 """Composition root: from a recipe to a run. The only file that knows all parts."""
 
+import errno
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
 
 from igla_mega import host, ops, parallel
-from igla_mega.checkpoint import store
+from igla_mega.checkpoint import hugging_face, single, store
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
@@ -26,12 +29,13 @@ from igla_mega.train.step import Engine
 DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32}
 
 
-def train(recipe: Recipe, run_dir: Path, *, stop_after: int | None = None) -> None:
+def train(recipe: Recipe, run_dir: Path, *, stop_after: int | None = None, models: Path | None = None) -> None:
     """Run a recipe on this rank, from where its run folder left off.
 
     Args:
         recipe: resolved; its data is prepared.
         stop_after: the step at which this call saves and stops, when that is before the last.
+        models: folder below which `base_model` is looked up.
 
     Raises:
         ConfigError: something the user gave does not fit; said before any weight is allocated.
@@ -41,17 +45,55 @@ def train(recipe: Recipe, run_dir: Path, *, stop_after: int | None = None) -> No
         host.keep_freed_memory()
     parallel.start(device, recipe.distributed.timeout_seconds)
     try:
+        lock = _lock(run_dir) if dist.get_rank() == 0 else None
+        dist.barrier()
+        base = None
+        if recipe.base_model:
+            base, recipe = _with_base(recipe, run_dir, models)
         layout = choose_layout(recipe, dist.get_world_size(), device.type)
         if recipe.distributed.kernels == "require":
             ops.require_kernels(device.type)
         mesh = parallel.build(layout, recipe.training.seed)
-        _train_stage(recipe, run_dir, layout, mesh, device, stop_after)
+        _train_stage(recipe, run_dir, layout, mesh, device, stop_after, base)
     finally:
         parallel.stop()
+    if lock:
+        lock.close()
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    """Keep a second run out of the folder; the lock goes with the process, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held while the run lasts)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return lock  # a file system without locks
+        raise ConfigError(
+            f"{run_dir}: another run is training in this folder.\n  Wait for it, end it, or give another --run."
+        ) from None
+    return lock
+
+
+def _with_base(recipe: Recipe, run_dir: Path, models: Path | None) -> tuple[Path, Recipe]:
+    """The base model as a checkpoint (one of Hugging Face's is imported here), and the recipe with its shape."""
+    folder = load.base_folder(recipe.base_model or "", models)
+    checkpoint = folder if (folder / store.MANIFEST).is_file() else run_dir / "base"
+    if dist.get_rank() == 0 and not (checkpoint / store.MANIFEST).is_file():
+        hugging_face.import_folder(folder, checkpoint, say=print)
+    dist.barrier()
+    return checkpoint, recipe.model_copy(update={"model": single.read_recipe(checkpoint).model})
 
 
 def _train_stage(
-    recipe: Recipe, run_dir: Path, layout: Layout, mesh: Mesh, device: torch.device, stop_after: int | None
+    recipe: Recipe,
+    run_dir: Path,
+    layout: Layout,
+    mesh: Mesh,
+    device: torch.device,
+    stop_after: int | None,
+    base: Path | None,
 ) -> None:
     corpus = open_corpus(recipe, layout.sequence_length)
     _all_read_the_same(corpus, mesh)
@@ -65,9 +107,11 @@ def _train_stage(
     progress = found[1] if found else store.Progress()
     _same_batches(progress, layout.global_batch)
 
-    engine, shards = build_engine(recipe, layout, mesh, device, initialize=found is None)
+    engine, shards = build_engine(recipe, layout, mesh, device, initialize=not (found or base))
     if found:
         load_into(engine, shards, found[0], progress.step)
+    elif base:
+        load_into(engine, shards, base, 0, with_moments=False)
 
     last_step = min(total_steps, stop_after or total_steps)
     run = loop.Run(
@@ -156,15 +200,17 @@ def build_engine(
     return Engine(mesh, layout, wrapped, adam), shards
 
 
-def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int) -> None:
+def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int, *, with_moments: bool = True) -> None:
     """Make an engine what it was when the checkpoint was saved, in whatever layout either has.
+
+    Without moments only the weights are taken, as for a base model.
 
     The weights the modules compute with are read by themselves: with a distributed optimizer this rank's masters
     are only part of them.
     """
     group = engine.mesh.host_group
     store.load_weights(checkpoint, named_shards(engine.chunks, shards), group)
-    store.load_slots(checkpoint, engine.optimizer.slots(), group)
+    store.load_slots(checkpoint, engine.optimizer.slots(), group, with_moments=with_moments)
     engine.optimizer.loaded(num_updates)
 
 
@@ -222,7 +268,7 @@ def _changes(path: Path, recipe_yaml: str) -> list[str]:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
@@ -242,6 +288,7 @@ def _opening(run: loop.Run, progress: store.Progress, checkpoint: Path | None) -
         f"{run.recipe.name}: {model.num_parameters() / 1e6:,.1f}M parameters, {layout.strategy}, {split}, "
         f"{layout.global_batch} x {layout.sequence_length} tokens a step, {run.recipe.distributed.precision}",
         *layout.notes,
+        *([run.corpus.blend.note] if run.corpus.blend.note else []),
     ]
     if checkpoint:
         lines.append(f"resuming at step {progress.step} ({progress.tokens:,} tokens) from {checkpoint}")

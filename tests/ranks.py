@@ -39,7 +39,7 @@ def run(num_ranks: int, function: Callable, *args, limit_seconds: float = 60.0) 
             pipes.append(ours)
             processes.append(process)
         outcomes = []
-        for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
+        for pipe, process in zip(pipes, processes, strict=True):
             try:
                 outcomes.append(pipe.recv() if pipe.poll(limit_seconds + 30) else (False, "gave no answer"))
             except EOFError:

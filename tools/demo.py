@@ -53,7 +53,8 @@ def main() -> None:
     after = losses(run / "metrics.jsonl")
     again = [step for step in before if step > 2 * checkpoint_every]
     differing = [step for step in again if before[step] != after[step]]
-    print(f"steps {again[0]} to {again[-1]} were taken twice: " + ("bit for bit the same" if not differing else "NOT the same"))
+    verdict = "NOT the same" if differing else "bit for bit the same"
+    print(f"steps {again[0]} to {again[-1]} were taken twice: {verdict}")
 
     heading("4. It writes")
     prompt = "def __init__(self"

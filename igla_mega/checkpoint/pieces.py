@@ -1,4 +1,4 @@
-"""The parts of a checkpoint on torch's distributed checkpoint (DCP): tensors in pieces, and a reader that trusts no pickle."""
+"""Checkpoints on torch's distributed checkpoint (DCP): tensors in pieces, and a reader that trusts no pickle."""
 
 import io
 import pickle
@@ -31,7 +31,7 @@ class Pieces(Tensor):
     @staticmethod
     def __new__(cls, shape: Iterable[int], dtype: torch.dtype, pieces):
         # DCP asks for a torch.Tensor, and never looks at its data.
-        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device="cpu")
+        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu"))
         self.pieces = {torch.Size(offset): (torch.Size(size), values) for offset, size, values in pieces}
         return self
 
@@ -65,7 +65,7 @@ class Pieces(Tensor):
         return values() if callable(values) else values
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         raise NotImplementedError(f"Pieces holds no data of its own; {func} was called on it")
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -195,11 +194,15 @@ def load_weights(path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.
     _read(path, {name: (shard.shape, rectangles) for name, (shard, rectangles) in targets.items()}, group)
 
 
-def load_slots(path: Path, slots: Iterable[Slot], group: dist.ProcessGroup | None) -> None:
-    """Read master weights and moments into the optimizer's slots. Raises as `load_weights` does."""
+def load_slots(
+    path: Path, slots: Iterable[Slot], group: dist.ProcessGroup | None, *, with_moments: bool = True
+) -> None:
+    """Read master weights (and moments) into the optimizer's slots. Raises as `load_weights` does."""
     targets: dict[str, tuple] = {}
     for slot in slots:
         for kind, values in slot.values.items():
+            if kind != "master" and not with_moments:
+                continue
             entry = targets.setdefault(_key(slot.shard.name, kind), (slot.shard.shape, []))
             entry[1].extend(slot.shard.rectangles(values, slot.start))
     _read(path, targets, group)
@@ -370,5 +373,3 @@ def _save_failed(root: Path, step: int, error: BaseException) -> str:
         f"{root}: the checkpoint of step {step} could not be written: {causes[0].splitlines()[-1]}. {free}\n"
         f"  {stands} Make room (checkpoint.keep_last deletes old ones), then run the same command again to go on."
     )
-
-

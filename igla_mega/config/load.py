@@ -60,6 +60,21 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
+def base_folder(name: str, models: Path | None) -> Path:
+    """Return the folder of a base model: `name` below the folder of models, or itself a path.
+
+    Raises:
+        ConfigError: it is not there, or holds neither a checkpoint nor a Hugging Face model.
+    """
+    folder = next((f for f in (models and models / name, Path(name)) if f and f.is_dir()), None)
+    if folder is None:
+        where = f"in {models}" if models else "here, and neither --models nor $IGLA_MODELS names a folder of models"
+        raise ConfigError(f"base_model: {name} is not {where}. Give --models, or a path.")
+    if not any((folder / file).is_file() for file in ("manifest.json", "config.json")):
+        raise ConfigError(f"base_model: {folder} holds neither a checkpoint (manifest.json) nor a model (config.json).")
+    return folder
+
+
 def _first_comment(path: Path) -> str:
     lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     return next((line for line in lines if not line.startswith("yaml-language-server")), "")

@@ -35,7 +35,7 @@ def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
         }
     )
     if make:
-        if not all(Path(path).is_file() for path in data.sources.values()):
+        if not all((root / f"{name}.jsonl").is_file() for name in data.sources):
             _say(f"no data.sources given: writing a corpus of Python's own texts to {root} (once)")
             # Complete or not there: a killed start leaves no half corpus behind.
             root.mkdir(parents=True, exist_ok=True)

@@ -165,6 +165,8 @@ def prepare_sources(data: DataSection, *, workers: int | None = None, progress: 
     entries = _read_manifest(manifest_file)
     for name, prefix in prefixes.items():
         inputs = data.sources[name]
+        if prefix == inputs:
+            continue
         files = input_files([inputs] if isinstance(inputs, str) else inputs)
         stamp = _stamp(files, tokenizer, data)
         old = entries.get(name, {})
@@ -189,16 +191,22 @@ def prepare_sources(data: DataSection, *, workers: int | None = None, progress: 
 
 
 def source_prefixes(data: DataSection) -> dict[str, str]:
-    """Where `prepare_sources` puts each source: name -> path without .bin and .idx. Looks at no file."""
+    """Where each source's dataset is, or will be put by `prepare_sources`: name -> path without .bin and .idx."""
     if not data.sources:
         raise ConfigError("data.sources: none given.\n  Give each name in data.mix its JSONL files.")
-    if not data.prepared:
+    if not data.prepared and not all(_indexed(path) for path in data.sources.values()):
         raise ConfigError("data.prepared: none given.\n  Name the folder for the prepared datasets.")
     if wrong := [name for name in data.sources if not name or "/" in name or name.startswith(".")]:
         raise ConfigError(
             *[f"data.sources.{name}: cannot name a file.\n  Use no slash, no dot first." for name in wrong]
         )
-    return {name: str(Path(data.prepared) / name) for name in data.sources}
+    prepared = Path(data.prepared or "")
+    return {name: _indexed(path) or str(prepared / name) for name, path in data.sources.items()}
+
+
+def _indexed(path: str | Sequence[str]) -> str | None:
+    """The path itself when it already names an indexed dataset (a prefix), as megatron's users have them."""
+    return path if isinstance(path, str) and Path(f"{path}.idx").is_file() else None
 
 
 def unigram_entropy(prefixes: Mapping[str, str | Path], weights: Mapping[str, float]) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -64,11 +65,11 @@ def transformer_config(
         recompute: "none", "selective" (attention core and MLP) or "full" (every layer).
     """
     cuda = device.type == "cuda"
-    recompute_settings = {
+    recompute_settings: dict[str, Any] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[recompute]
+    }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -109,7 +110,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **recompute_settings,
+        **recompute_settings[recompute],
     )
 
 

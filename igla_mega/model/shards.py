@@ -6,7 +6,7 @@ global parameter. Initialisation, checkpoints and everything else that must not 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ Shards = dict[tuple[int, str], Shard]
 """By chunk and the parameter's name in it: wrappers replace the parameters, the names stay."""
 
 
-def shards_of(chunks: list[GPTModel], mesh: Mesh, vocab_size: int) -> Shards:
+def shards_of(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int) -> Shards:
     """Describe every parameter of this rank's model chunks. Call before wrapping them."""
     shards: Shards = {}
     for index, chunk in enumerate(chunks):
@@ -141,14 +141,14 @@ def shards_of(chunks: list[GPTModel], mesh: Mesh, vocab_size: int) -> Shards:
     return shards
 
 
-def named_shards(chunks: list[nn.Module], shards: Shards) -> Iterator[tuple[Shard, nn.Parameter]]:
+def named_shards(chunks: Sequence[nn.Module], shards: Shards) -> Iterator[tuple[Shard, nn.Parameter]]:
     """Pair every parameter of the chunks, wrapped or not, with its place in the whole."""
     for index, chunk in enumerate(chunks):
         for name, param in chunk.named_parameters():
             yield shards[index, name.removeprefix("module.")], param
 
 
-def local_runs(chunks: list[nn.Module], shards: Shards) -> Iterator[tuple[Shard, Tensor, int]]:
+def local_runs(chunks: Sequence[nn.Module], shards: Shards) -> Iterator[tuple[Shard, Tensor, int]]:
     """Every parameter's place, the flat run of it that this rank holds, and where that run starts."""
     for shard, param in named_shards(chunks, shards):
         yield shard, *local_values(param)

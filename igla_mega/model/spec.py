@@ -59,7 +59,7 @@ class CoreAttention(MegatronModule):
         Returns:
             [Sq, B, H * D]
         """
-        num_queries, batch, num_heads, _ = query.shape
+        num_queries, batch, num_heads = query.shape[:3]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None
         if 1 < num_queries < k.size(2):

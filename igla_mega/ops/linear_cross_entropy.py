@@ -21,9 +21,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad[:2])
         num_ranks = 1 if group is None else group.size()
         vocab_start = 0 if group is None else group.rank() * weight.size(0)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden if needs_grad else hidden[:0])
         # Chunks add up in fp32, whatever the weights are.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
 
         chunk = CHUNK_TOKENS[hidden.device.type]

@@ -1,6 +1,7 @@
 """Data parallelism by megatron-core: gradients in one buffer, optimizer state whole or split over the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -41,13 +42,13 @@ class MegatronAdamW:
 
     def __init__(
         self,
-        chunks: list[nn.Module],
+        chunks: Sequence[nn.Module],
         shards: Shards,
         config: TransformerConfig,
         training: Training,
         optimizer: OptimizerSection,
     ):
-        ddp = chunks[0].ddp_config
+        ddp: Any = chunks[0].ddp_config
         settings = OptimizerConfig(
             optimizer="adam",
             lr=training.learning_rate,
@@ -82,7 +83,7 @@ class MegatronAdamW:
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
         self.megatron.zero_grad()
 
     def step(self, learning_rate: float) -> float:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -110,5 +110,6 @@ class ShardedAdamW:
         set_num_steps(self.adam, num_steps)
 
 
-def _local(grad: Tensor) -> Tensor:
+def _local(grad: Tensor | None) -> Tensor:
+    assert grad is not None, "every parameter takes part in the loss"
     return grad.to_local() if isinstance(grad, DTensor) else grad

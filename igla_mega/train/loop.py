@@ -50,7 +50,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
     recipe, engine = run.recipe, run.engine
     tokens_per_step = run.share.global_batch * engine.layout.sequence_length
     stop = _StopRequest(engine)
-    saved_step, started, recent = progress.step, time.perf_counter(), [time.perf_counter()]
+    saved_step, recent = progress.step, [time.perf_counter()]
     warmup = recipe.num_warmup_steps(run.total_steps)
 
     while progress.step < run.last_step:

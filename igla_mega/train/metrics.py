@@ -19,8 +19,8 @@ class Trackers:
     def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
         rewind(run_dir / "metrics.jsonl", resume_step)
         rewind(run_dir / "ledger.jsonl", resume_step)
-        self._metrics = open(run_dir / "metrics.jsonl", "a")
-        self._ledger = open(run_dir / "ledger.jsonl", "a")
+        self._metrics = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115 (closed by `close`)
+        self._ledger = open(run_dir / "ledger.jsonl", "a")  # noqa: SIM115
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = [self._metrics.close, self._ledger.close]
         if logging.tensorboard:
@@ -51,7 +51,12 @@ class Trackers:
         from tensorboard.summary import Writer
 
         writer = Writer(str(folder))
-        self._scalars.append(lambda scalars, step: [writer.add_scalar(k, v, step) for k, v in scalars.items()])
+
+        def write(scalars: dict[str, float], step: int) -> None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+
+        self._scalars.append(write)
         self._closers.append(writer.close)
 
     def _add_wandb(self, run_dir: Path, logging: Logging, recipe: dict[str, Any]) -> None:

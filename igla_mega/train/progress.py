@@ -31,7 +31,8 @@ class Display:
     def step(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Show a step that has been taken."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=f"loss {loss:.3f} · {tokens_per_second:,.0f} tok/s")
+            text = f"loss {loss:.3f} · {tokens_per_second:,.0f} tok/s"
+            self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS or step == self._total:
             self._last_line = time.monotonic()
             minutes, seconds = divmod(int(seconds_left), 60)

@@ -1,7 +1,7 @@
 """One optimizer step, and one validation pass."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class Engine:
 
     mesh: Mesh
     layout: Layout
-    chunks: list[nn.Module]
+    chunks: Sequence[nn.Module]
     """Wrapped for data parallelism; one, or several with interleaved pipeline stages."""
     optimizer: Optimizer
 
