@@ -44,19 +44,17 @@ def train(recipe: Recipe, run_dir: Path, *, stop_after: int | None = None, model
     if recipe.distributed.keep_freed_memory and device.type == "cpu":
         host.keep_freed_memory()
     parallel.start(device, recipe.distributed.timeout_seconds)
-    try:
-        lock = _lock(run_dir) if dist.get_rank() == 0 else None
-        dist.barrier()
-        base = None
-        if recipe.base_model:
-            base, recipe = _with_base(recipe, run_dir, models)
-        layout = choose_layout(recipe, dist.get_world_size(), device.type)
-        if recipe.distributed.kernels == "require":
-            ops.require_kernels(device.type)
-        mesh = parallel.build(layout, recipe.training.seed)
-        _train_stage(recipe, run_dir, layout, mesh, device, stop_after, base)
-    finally:
-        parallel.stop()
+    lock = _lock(run_dir) if dist.get_rank() == 0 else None
+    dist.barrier()
+    base = None
+    if recipe.base_model:
+        base, recipe = _with_base(recipe, run_dir, models)
+    layout = choose_layout(recipe, dist.get_world_size(), device.type)
+    if recipe.distributed.kernels == "require":
+        ops.require_kernels(device.type)
+    mesh = parallel.build(layout, recipe.training.seed)
+    _train_stage(recipe, run_dir, layout, mesh, device, stop_after, base)
+    parallel.stop()
     if lock:
         lock.close()
 

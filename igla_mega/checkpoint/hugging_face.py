@@ -251,10 +251,12 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
     """
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise ConfigError(
             "transformers is not installed, so the logits cannot be compared.\n  pip install 'igla-mega[hf]'"
         ) from None
+    logging.disable_progress_bar()
     ours, recipe = single.load_single(checkpoint, dtype=torch.float32)
     assert recipe.model is not None, "load_single refuses that"
     folder = _open(hf_dir)

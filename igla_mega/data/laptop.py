@@ -46,7 +46,8 @@ def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
             _say(f"no data.tokenizer given: training one of {vocab_size} tokens on it (once)")
             train_bpe(sorted(root.glob("*.jsonl")), vocab_size, tokenizer)
         ready = Path(data.prepared or "") / "manifest.json"
-        prepare_sources(data, progress=not ready.is_file())
+        if not ready.is_file():
+            prepare_sources(data)
     return recipe.model_copy(update={"data": data})
 
 

@@ -59,7 +59,11 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         )
         batches = _on_device(run.corpus.micro_batches(progress.step, run.share), run.device)
         ledger = run.corpus.ledger_entry(progress.step, run.share.global_batch) if trackers else None
-        report = train_step(engine, batches, step=progress.step, seed=recipe.training.seed, learning_rate=rate)
+        try:
+            report = train_step(engine, batches, step=progress.step, seed=recipe.training.seed, learning_rate=rate)
+        except FloatingPointError:
+            run.writer.wait()  # what is being saved is sound
+            raise
         progress.step += 1
         progress.samples += run.share.global_batch
         progress.tokens += tokens_per_step

@@ -91,7 +91,7 @@ def rewind(path: Path, step: int) -> None:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry.get("step", 0) <= step:
+        if isinstance(entry, dict) and entry.get("step", 0) <= step:
             kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(kept))

@@ -1,0 +1,420 @@
+"""The command line from outside: what a wrong input says, how a run stops, resumes and ends.
+
+Whatever the mistake: one message that names the place and the way out, exit code 2 (1 for the machine's), no
+traceback, within seconds, no process left behind.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from igla_mega.data.indexed import IndexedWriter
+
+VOCAB = 250
+LIMIT_SECONDS = 60
+"""Of a command; generous, since a loaded machine imports torch slowly."""
+
+
+@pytest.fixture(scope="session")
+def laptop_cache(tmp_path_factory):
+    """$IGLA_CACHE with the laptop corpus, made once by `prepare`."""
+    folder = tmp_path_factory.mktemp("igla_cache")
+    done = igla("prepare", "pretrain_7b", "--scale", "laptop", IGLA_CACHE=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def environment(**variables) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "IGLA_MODELS")}
+    root = str(Path(__file__).resolve().parent.parent)
+    return {**kept, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **{name: str(v) for name, v in variables.items()}}
+
+
+def igla(*arguments, cwd=None, **variables) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "igla_mega", *map(str, arguments)],
+        env=environment(**variables),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+
+
+def refused(*arguments, code=2, **options) -> str:
+    """Run what must be refused; the message."""
+    done = igla(*arguments, **options)
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    assert "Traceback" not in said and "File \"" not in said, said
+    assert done.stderr.count("error:") <= 1, said
+    return done.stderr
+
+
+def write_dataset(prefix: Path, *, highest_id: int = VOCAB - 1, dtype=np.uint16) -> Path:
+    generator = np.random.default_rng(3)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    tokens = generator.integers(0, VOCAB, 20_000)
+    tokens[150] = highest_id
+    with IndexedWriter(prefix, dtype) as writer:
+        writer.add(tokens, np.full(100, 200))
+    return prefix
+
+
+def write_recipe(folder: Path, **sections) -> Path:
+    """A recipe of a second's training, on the dataset `prepared/words`."""
+    recipe = {
+        "model": {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "intermediate_size": 96,
+            "vocab_size": VOCAB,
+            "max_position": 32,
+        },
+        "training": {"learning_rate": 1e-2, "batch_size": 8, "total_steps": 8, "warmup_steps": 2},
+        "distributed": {"precision": "FP32", "timeout_seconds": 60},
+        "data": {
+            "mix": {"words": 1.0},
+            "sources": {"words": str(folder / "words.jsonl")},
+            "prepared": str(folder / "prepared"),
+        },
+        "checkpoint": {"every_steps": 2},
+        "evaluation": {"num_batches": 1},
+        "logging": {"tensorboard": False},
+    }
+    for section, changes in sections.items():
+        recipe[section] = {**recipe.get(section, {}), **changes}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_dataset(tmp_path / "prepared" / "words")
+    return write_recipe(tmp_path)
+
+
+def metrics(run: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}
+
+
+def digests(run: Path, step: int) -> dict[str, str]:
+    """Of the files that hold a checkpoint's tensors."""
+    manifest = json.loads((run / f"checkpoints/step_{step:08d}/manifest.json").read_text())
+    return {name: entry["blake2b"] for name, entry in manifest["files"].items() if name.endswith(".distcp")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["training.learning_rat=1e-3"], ["training.learning_rat", "did you mean", "learning_rate"]),
+        (["trainin.learning_rate=1e-3"], ["trainin", "training"]),
+        (["training.batch_size=4X tokens"], ["training.batch_size", "4X tokens"]),
+        (["training.batch_size=1000 tokens"], ["training.batch_size", "1000", "sequences of 32", "992"]),
+        (["distributed.tensor_parallel=3"], ["distributed.tensor_parallel", "num_heads 4", "Use"]),
+        (["distributed.pipeline_parallel=3"], ["distributed.pipeline_parallel", "num_layers 2", "Use"]),
+        (["model.num_heads=5"], ["model.num_heads", "5", "64"]),
+        (["model.hidden_size=-4"], ["model.hidden_size", "-4"]),
+        (["training.min_lr=1"], ["training.min_lr", "0.01"]),
+        (["model=3"], ["model"]),
+        (["training.total_steps"], ["training.total_steps"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_wrong_key_or_value_is_refused_with_place_and_way_out(verb, changes, words, recipe, tmp_path):
+    said = refused(verb, recipe, *(part for change in changes for part in ("--set", change)), cwd=tmp_path)
+    assert [word for word in words if word not in said] == [], said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_breach_is_reported_at_once(recipe):
+    changes = ("model.num_heads=5", "distributed.pipeline_parallel=3", "training.min_lr=1")
+    said = refused("check", recipe, *(part for change in changes for part in ("--set", change)))
+    assert all(key in said for key in ("model.num_heads", "pipeline_parallel", "min_lr")), said
+
+
+@pytest.mark.parametrize(
+    ("nproc", "change", "words"),
+    [
+        (3, "distributed.tensor_parallel=2", ["tensor_parallel 2", "world of 3", "Start 2 or 4 ranks"]),
+        (3, "distributed.strategy=DDP", ["training.batch_size", "8", "3 data-parallel"]),
+    ],
+)
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_world_that_the_layout_or_the_batch_does_not_divide_is_refused(verb, nproc, change, words, recipe, tmp_path):
+    said = refused(verb, recipe, "--set", change, "--nproc", nproc, cwd=tmp_path)
+    assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize("name", ["no_such_recipe", "nowhere/recipe.yaml"])
+def test_a_recipe_that_is_not_there_is_named(name, tmp_path):
+    assert name in refused("check", name, cwd=tmp_path)
+
+
+def test_broken_yaml_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("model:\n  hidden_size: 64\n num_layers: [2\n")
+    said = refused("check", path)
+    assert "broken.yaml" in said and "line 3" in said
+
+
+@pytest.mark.parametrize("arguments", [["trian", "pretrain_7b"], ["check"], ["check", "pretrain_7b", "--sacle", "x"]])
+def test_a_wrong_verb_or_option_is_one_line(arguments):
+    refused(*arguments)
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def empty(file: Path):
+    file.write_bytes(b"")
+
+
+def claim_int32(file: Path):
+    content = bytearray(file.read_bytes())
+    content[17] = 4  # the dtype code behind magic (9 bytes) and version (8)
+    file.write_bytes(content)
+
+
+def claim_float(file: Path):
+    content = bytearray(file.read_bytes())
+    content[17] = 7
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "hurt", "words"),
+    [
+        ("words.bin", os.remove, ["words.bin", "no such file", "prepare"]),
+        ("words.idx", os.remove, ["words.idx", "no such file", "prepare"]),
+        ("words.bin", empty, ["words.bin", "empty", "prepare"]),
+        ("words.idx", empty, ["words.idx", "empty", "prepare"]),
+        ("words.bin", cut, ["words.bin", "39990 bytes", "40000", "cut short", "prepare"]),
+        ("words.idx", cut, ["words.idx", "cut short", "prepare"]),
+        ("words.idx", claim_int32, ["words.bin", "40000 bytes", "int32", "prepare"]),
+        ("words.idx", claim_float, ["words.idx", "float32", "no type for token ids"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
+)
+def test_a_damaged_dataset_is_refused_before_ranks_start(file, hurt, words, recipe, tmp_path):
+    hurt(tmp_path / "prepared" / file)
+    said = refused("train", recipe, "--nproc", 2, cwd=tmp_path)
+    assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize("highest_id", [VOCAB, 60_000])
+def test_a_vocabulary_smaller_than_a_token_id_is_refused(highest_id, recipe, tmp_path):
+    write_dataset(tmp_path / "prepared" / "words", highest_id=highest_id)
+    said = refused("train", recipe, cwd=tmp_path)
+    words = ["words.bin", "token 150", f"id {highest_id}", f"vocab_size {VOCAB}", "tokenizer"]
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(laptop_cache, tmp_path):
+    [tokenizer] = laptop_cache.glob("*/tokenizer_4096")
+    (tmp_path / "words.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "thr\n{"text": "four"}\n')
+    recipe = write_recipe(tmp_path, data={"tokenizer": str(tokenizer)})
+    said = refused("prepare", recipe)
+    assert "words.jsonl:3" in said and "skip_broken_lines" in said
+    done = igla("prepare", recipe, "--set", "data.skip_broken_lines=true")
+    assert done.returncode == 0 and "1 broken lines skipped" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["lora: {rank: 8, alpha: 16}", "moe: {num_experts: 4}", "koshey: {ring_attention: true}", "dpo: {beta: 0.1}"],
+)
+def test_a_feature_that_is_not_built_yet_is_refused_by_train_in_one_sentence(section, recipe, tmp_path):
+    recipe.write_text(recipe.read_text() + section + "\n")
+    said = refused("train", recipe, cwd=tmp_path)
+    assert section.split(":")[0] in said and "not built yet" in said and len(said.splitlines()) == 1
+    checked = igla("check", recipe)
+    assert checked.returncode == 0 and "not built yet" in checked.stdout
+
+
+def test_a_hugging_face_folder_with_a_missing_shard_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=VOCAB
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    said = refused("import", tmp_path / "hf", tmp_path / "native")
+    assert shards[1].name in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("arguments", [["eval"], ["export", "hf"], ["generate", "--prompt", "x"], ["report"]])
+def test_a_run_that_is_not_there_is_named(arguments, tmp_path):
+    verb, *rest = arguments
+    assert "nowhere" in refused(verb, "nowhere", *rest, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a recipe and a run of it, done in one go by one process."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_dataset(folder / "prepared" / "words")
+    recipe = write_recipe(folder)
+    done = igla("train", recipe, "--run", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return recipe, folder / "run"
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    subprocess.run(["cp", "-r", run, folder], check=True)
+    return folder / run.name
+
+
+def test_a_run_writes_what_the_run_folder_promises(finished):
+    recipe, run = finished
+    assert sorted(metrics(run)) == list(range(1, 9))
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000008"
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["total_steps"] == 8
+    assert len((run / "ledger.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(finished):
+    recipe, run = finished
+    before = (run / "metrics.jsonl").read_text()
+    done = igla("train", recipe, "--run", run)
+    assert done.returncode == 0 and "nothing to do" in done.stderr and "step 8 of 8" in done.stderr
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(finished, tmp_path):
+    recipe, run = finished
+    said = refused("train", recipe, "--set", "model.intermediate_size=80", "--run", copy_of(run, tmp_path))
+    assert "[192, 64]" in said and "[160, 64]" in said and "new run folder" in said
+
+
+def test_another_batch_size_is_refused_on_resume(finished, tmp_path):
+    recipe, run = finished
+    changes = ("--set", "training.batch_size=16", "--set", "training.total_steps=10")
+    said = refused("train", recipe, *changes, "--run", copy_of(run, tmp_path))
+    assert "training.batch_size" in said and "8 sequences" in said and "16" in said
+
+
+def test_a_half_written_checkpoint_falls_back_to_the_last_good_one_and_repeats_the_run(finished, tmp_path):
+    recipe, run = finished
+    hurt = copy_of(run, tmp_path)
+    newest = hurt / "checkpoints" / "step_00000008"
+    said = refused("check", newest) if not cut(next(newest.glob("*.distcp"))) else ""
+    assert "step_00000008" in said and "bytes" in said
+    done = igla("train", recipe, "--run", hurt)
+    assert done.returncode == 0, done.stderr
+    assert "step_00000008" in done.stdout + done.stderr and "resuming at step 6" in done.stderr
+    assert metrics(hurt) == metrics(run)
+    assert digests(hurt, 8) == digests(run, 8)
+
+
+def test_a_run_stopped_and_resumed_equals_the_unbroken_one_bit_for_bit(finished, tmp_path):
+    recipe, run = finished
+    for arguments in (["--stop-after", 3], []):
+        done = igla("train", recipe, "--run", tmp_path / "run", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert "resuming at step 3" in done.stderr
+    assert metrics(tmp_path / "run") == metrics(run)
+    assert digests(tmp_path / "run", 8) == digests(run, 8)
+
+
+SMALL = ("hidden_size=64", "num_layers=2", "num_heads=4", "num_kv_heads=2", "intermediate_size=96")
+
+
+@pytest.mark.slow
+def test_two_ranks_on_the_laptop_corpus_stopped_and_resumed_equal_the_unbroken_run(laptop_cache, tmp_path):
+    changes = [*(f"model.{change}" for change in SMALL), "training.total_steps=8", "evaluation.num_batches=1"]
+    command = ["train", "pretrain_7b", "--scale", "laptop", "--nproc", 2]
+    command += [part for change in changes for part in ("--set", change)]
+    for run, arguments in (("unbroken", []), ("broken", ["--stop-after", 3]), ("broken", [])):
+        done = igla(*command, "--run", tmp_path / run, *arguments, IGLA_CACHE=laptop_cache)
+        assert done.returncode == 0, done.stderr
+    assert "tensor 2" in done.stderr
+    assert sorted(metrics(tmp_path / "broken")) == list(range(1, 9))
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
+    assert digests(tmp_path / "broken", 8) == digests(tmp_path / "unbroken", 8)
+
+
+def start_long_run(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
+    """Start a run of many steps and return when it has taken a few."""
+    changes = ("--set", "training.total_steps=100000", "--set", "checkpoint.every_steps=0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "igla_mega", "train", recipe, *changes, "--run", run, "--nproc", str(nproc)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not (run / "metrics.jsonl").exists() or len(metrics_lines(run)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.05)
+    return process
+
+
+def metrics_lines(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def ended(process: subprocess.Popen, family: list[psutil.Process], within_seconds: float) -> str:
+    """Wait for the end of the command; nothing of its family may outlive it."""
+    try:
+        said, _ = process.communicate(timeout=within_seconds)
+    finally:
+        for member in (alive := psutil.wait_procs(family, timeout=5)[1]):
+            member.kill()
+        process.kill()
+    assert alive == [], said
+    return said
+
+
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(nproc, number, recipe, tmp_path):
+    run = tmp_path / "run"
+    process = start_long_run(recipe, run, nproc)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    said = ended(process, family, within_seconds=20)
+    assert "Traceback" not in said, said
+    step = max(metrics(run))
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}", said
+    assert re.search(rf"stopping after step {step}\b", said), said
+
+
+@pytest.mark.slow
+def test_when_one_rank_dies_the_command_fails_and_no_process_stays(recipe, tmp_path):
+    process = start_long_run(recipe, tmp_path / "run", 2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    [second] = [p for p in family if p.is_running() and p.environ().get("RANK") == "1"]
+    second.kill()
+    said = ended(process, family, within_seconds=30)
+    assert process.returncode == 1
+    assert "Traceback" not in said and "error" in said, said
+
+
+@pytest.mark.slow
+def test_when_the_launcher_is_killed_no_rank_trains_on(recipe, tmp_path):
+    process = start_long_run(recipe, tmp_path / "run", 2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    ended(process, family, within_seconds=10)

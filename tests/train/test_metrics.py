@@ -1,0 +1,101 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Logging
+from igla_mega.train import metrics
+from igla_mega.train.metrics import Trackers, rewind
+
+QUIET = Logging(tensorboard=False)
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rewind_drops_later_steps_and_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": {"web": 3.0}}\n{"step": 3}\n{"step": 4, "lo')
+    rewind(path, 2)
+    assert written(path) == [{"step": 1}, {"step": 2}, {"step": 2, "validation_loss": {"web": 3.0}}]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rewind_to_the_start_empties_and_a_missing_file_stays_missing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rewind(path, 5)
+    assert not path.exists()
+    path.write_text('{"step": 1}\n')
+    rewind(path, 0)
+    assert path.read_text() == ""
+
+
+def test_rewind_passes_over_lines_that_are_no_objects(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n4\n[]\n\x00\x00\n{"step": 2}\n')
+    rewind(path, 2)
+    assert written(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_resumed_run_appends_behind_its_checkpoint(tmp_path):
+    for resume_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        trackers = Trackers(tmp_path, QUIET, resume_step=resume_step, recipe={})
+        for step in steps:
+            trackers.metrics({"step": step, "loss": 10.0 * resume_step + step})
+            trackers.ledger({"step": step, "sources": {}})
+        trackers.close()
+    assert [(entry["step"], entry["loss"]) for entry in written(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 23.0),
+        (4, 24.0),
+    ]
+    assert [entry["step"] for entry in written(tmp_path / "ledger.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    trackers = Trackers(tmp_path, QUIET, resume_step=0, recipe={})
+    trackers.metrics({"step": 1, "loss": 2.5})
+    assert written(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+    trackers.close()
+
+
+def test_tensorboard_gets_every_number_at_its_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = Trackers(tmp_path, Logging(), resume_step=0, recipe={})
+    trackers.metrics({"step": 1, "stage": "tiny", "loss": 2.5, "mfu": None})
+    trackers.metrics({"step": 2, "loss": 2.25, "validation_loss": {"web": 3.5}})
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {
+        tag: [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    assert found == {"loss": [(1, 2.5), (2, 2.25)], "validation_loss/web": [(2, 3.5)]}
+
+
+def test_wandb_asked_for_and_absent_is_an_error_that_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="logging.wandb: offline needs the package wandb") as raised:
+        Trackers(tmp_path, Logging(tensorboard=False, wandb="offline"), resume_step=0, recipe={})
+    assert "pip install wandb" in str(raised.value) and "logging.wandb=off" in str(raised.value)
+
+
+def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trackers = Trackers(tmp_path, Logging(tensorboard=False, wandb="offline"), resume_step=0, recipe={"name": "tiny"})
+    trackers.metrics({"step": 1, "loss": 2.5})
+    trackers.close()
+    [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert record.stat().st_size > 0
+
+
+def test_peaks_are_positive_and_of_a_sane_size():
+    assert 10e6 < metrics.peak_memory_bytes(torch.device("cpu")) < 1e12
+    assert 1e8 < metrics.measured_peak_flops(torch.float32) < 1e14

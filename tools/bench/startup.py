@@ -1,0 +1,58 @@
+"""Seconds until the command line answers, and until a two-rank run of the laptop model has taken its first step."""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _common import REPOSITORY, write
+
+COMMAND = [str(Path(sys.executable).with_name("igla-mega"))]
+
+
+def answer_seconds(*words: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([*COMMAND, *words], check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+    return time.perf_counter() - started
+
+
+def first_step_seconds() -> float:
+    """From the command to the first line of metrics.jsonl that holds a loss."""
+    with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
+        words = ["train", "pretrain_7b", "--scale", "laptop", "--nproc", "2", "--set", "training.total_steps=1"]
+        metrics = Path(folder, "metrics.jsonl")
+        started = time.perf_counter()
+        with subprocess.Popen([*COMMAND, *words, "--run", folder], stdout=subprocess.DEVNULL, cwd=REPOSITORY) as train:
+            while not (metrics.exists() and '"loss"' in metrics.read_text()):
+                if train.poll() is not None:
+                    raise SystemExit(f"train ended with {train.returncode} before its first step")
+                time.sleep(0.01)
+            seconds = time.perf_counter() - started
+        return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    first_step_seconds()  # makes the corpus where there is none, and fills the page cache
+    measures = {
+        "igla-mega --help": lambda: answer_seconds("--help"),
+        "igla-mega check pretrain_7b": lambda: answer_seconds("check", "pretrain_7b"),
+        "first step, laptop, 2 ranks": first_step_seconds,
+    }
+    table = {}
+    for name, measure in measures.items():
+        seconds = [measure() for _ in range(args.rounds)]
+        table[name] = {"median_seconds": round(statistics.median(seconds), 3), "seconds": [round(s, 3) for s in seconds]}
+        print(f"{name:28} {table[name]['median_seconds']:7.2f} s  ({min(seconds):.2f} to {max(seconds):.2f})")
+    if args.write:
+        write("startup", {"rounds": args.rounds, "measures": table})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Seconds of a training step, and peak memory, against Hugging Face transformers on the same tokens and threads.
+
+Both clip the gradient to 1. `+malloc`: freed pages stay in the process (`distributed.keep_freed_memory`).
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from _common import (
+    MODELS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    VOCAB,
+    Variant,
+    engine_step,
+    paired,
+    random_tokens,
+    ratio,
+    text,
+    write,
+)
+
+
+def hugging_face(model: str, keep: bool) -> Callable[[], float]:
+    """Stock LlamaForCausalLM in fp32 with torch's default AdamW."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from igla_mega import host
+
+    if keep:
+        host.keep_freed_memory()
+    torch.manual_seed(1)
+    sizes = dict(MODELS[model])
+    tokens = random_tokens(sizes.pop("rows"), sizes["sequence"])
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=sizes["hidden_size"],
+            num_hidden_layers=sizes["num_layers"],
+            intermediate_size=sizes["intermediate_size"],
+            num_attention_heads=NUM_HEADS,
+            num_key_value_heads=NUM_KV_HEADS,
+            vocab_size=VOCAB,
+            max_position_embeddings=sizes["sequence"],
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
+    adam = torch.optim.AdamW(llama.parameters(), lr=3e-4)
+
+    def step() -> float:
+        adam.zero_grad()
+        loss = llama(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        adam.step()
+        return loss.item()
+
+    return step
+
+
+def ours(model: str, precision: str) -> Callable[[], float]:
+    return engine_step(model, precision=precision)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*MODELS], help="default: both")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    tables = {}
+    for model in [args.model] if args.model else MODELS:
+        variants = {
+            "hf": Variant(hugging_face, (model, False), threads=args.threads),
+            "hf+malloc": Variant(hugging_face, (model, True), threads=args.threads),
+            "ours fp32": Variant(ours, (model, "FP32"), threads=args.threads),
+            "ours bf16": Variant(ours, (model, "BF16"), threads=args.threads),
+        }
+        timings = paired(variants, args.rounds)
+        num_tokens = MODELS[model]["rows"] * MODELS[model]["sequence"]
+        table = tables[model] = {}
+        print(f"model {model}, {num_tokens} tokens a step, {args.threads} threads, {args.rounds} rounds")
+        print(f"{'':10} {'median ms':>9} {'tok/s':>6} {'faster than hf':>17} {'than hf+malloc':>17} {'RSS MiB':>8} {'/hf':>5}")
+        for name, timing in timings.items():
+            # Fresh weights know nothing: any other first loss means that not the same model is timed.
+            if abs(timing.first_loss - math.log(VOCAB)) > 0.5:
+                raise SystemExit(f"{name}: first loss {timing.first_loss:.3f}, not about ln V = {math.log(VOCAB):.3f}")
+            row = table[name] = {
+                "median_ms": round(timing.median * 1e3, 1),
+                "tokens_per_second": round(num_tokens / timing.median),
+                "faster_than_hf": ratio(timings["hf"].seconds, timing.seconds),
+                "faster_than_hf_malloc": ratio(timings["hf+malloc"].seconds, timing.seconds),
+                "peak_rss_mib": timing.memory_bytes[0] >> 20,
+                "peak_rss_over_hf": round(timing.memory_bytes[0] / timings["hf"].memory_bytes[0], 3),
+                "first_loss": round(timing.first_loss, 4),
+                "step_seconds": [round(s, 4) for s in timing.seconds],
+            }
+            print(
+                f"{name:10} {row['median_ms']:9.0f} {row['tokens_per_second']:6d} {text(row['faster_than_hf']):>17} "
+                f"{text(row['faster_than_hf_malloc']):>17} {row['peak_rss_mib']:8d} {row['peak_rss_over_hf']:5.2f}"
+            )
+    if args.write:
+        write("train_step", {"rounds": args.rounds, "threads": args.threads, "models": tables})
+
+
+if __name__ == "__main__":
+    main()
