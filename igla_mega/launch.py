@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -28,7 +29,12 @@ def torchrun(nproc: int) -> int:
         elastic_launch(config, sys.executable)("-m", "igla_mega", *sys.argv[1:])
     except ChildFailedError as error:
         # Peers that lose the first one end with errors of their own.
-        return 2 if error.get_first_failure()[1].exitcode == 2 else 1
-    except SignalException as signal:
-        return 128 + signal.sigval
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = " (SIGKILL is also how a machine without memory left ends a process)" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr, flush=True)
+        return 2 if failure.exitcode == 2 else 1
+    except SignalException as stopped:
+        return 128 + stopped.sigval
     return 0

@@ -18,7 +18,9 @@ def written(path):
 
 def test_rewind_drops_later_steps_and_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": {"web": 3.0}}\n{"step": 3}\n{"step": 4, "lo')
+    path.write_text(
+        '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": {"web": 3.0}}\n{"step": 3}\n{"step": 4, "lo'
+    )
     rewind(path, 2)
     assert written(path) == [{"step": 1}, {"step": 2}, {"step": 2, "validation_loss": {"web": 3.0}}]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -81,7 +83,7 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path):
 
 def test_wandb_asked_for_and_absent_is_an_error_that_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="logging.wandb: offline needs the package wandb") as raised:
+    with pytest.raises(ConfigError, match=r"logging\.wandb: offline needs the package wandb") as raised:
         Trackers(tmp_path, Logging(tensorboard=False, wandb="offline"), resume_step=0, recipe={})
     assert "pip install wandb" in str(raised.value) and "logging.wandb=off" in str(raised.value)
 
