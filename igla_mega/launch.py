@@ -33,7 +33,7 @@ def torchrun(nproc: int) -> int:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             hint = " (SIGKILL is also how a machine without memory left ends a process)" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr, flush=True)
+            print(f"error: rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr)
         return 2 if failure.exitcode == 2 else 1
     except SignalException as stopped:
         return 128 + stopped.sigval

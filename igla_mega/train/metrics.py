@@ -69,7 +69,7 @@ class Trackers:
             ) from None
         run = wandb.init(
             project=logging.project,
-            mode=logging.wandb,
+            mode="online" if logging.wandb == "online" else "offline",
             dir=str(run_dir),
             name=run_dir.name,
             # The same folder is the same run, also after a resume.

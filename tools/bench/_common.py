@@ -18,13 +18,21 @@ VOCAB = 32000
 MODELS = {
     "A": {"rows": 8, "sequence": 256, "hidden_size": 256, "num_layers": 4, "intermediate_size": 688},
     "B": {"rows": 4, "sequence": 512, "hidden_size": 512, "num_layers": 8, "intermediate_size": 1376},
+    "laptop": {
+        "rows": 16,
+        "sequence": 256,
+        "hidden_size": 256,
+        "num_layers": 4,
+        "intermediate_size": 688,
+        "vocab_size": 4096,
+    },
 }
 NUM_HEADS, NUM_KV_HEADS = 8, 2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to time: `build(*args)` returns the function that takes a step and returns its loss."""
+    """One thing to time: `build(*args)` returns the function that takes a step and returns its loss (or the like)."""
 
     build: Callable
     args: tuple = ()
@@ -39,6 +47,7 @@ class Processes:
     def __init__(self, variant: Variant):
         # Read when torch is loaded: the threads of a variant that waits must leave the cores to the one that runs.
         os.environ.update(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0", OMP_NUM_THREADS=str(variant.threads))
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # megatron.core's on import
         context = mp.get_context("spawn")
         folder = tempfile.mkdtemp(prefix="igla-bench-")
         self._pipes = []
@@ -50,12 +59,16 @@ class Processes:
         for pipe in self._pipes:
             pipe.recv()
 
-    def step(self) -> tuple[float, float, list[int]]:
-        """Take a step: its seconds (of the slowest rank), its loss, and the peak memory of each rank, bytes."""
+    def stop(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+
+    def step(self) -> tuple:
+        """Take a step: its seconds (of the slowest rank), what it returns, and the peak memory of each rank, bytes."""
         for pipe in self._pipes:
             pipe.send("step")
-        seconds, losses, memory_bytes = zip(*(pipe.recv() for pipe in self._pipes), strict=True)
-        return max(seconds), losses[0], list(memory_bytes)
+        seconds, results, memory_bytes = zip(*(pipe.recv() for pipe in self._pipes), strict=True)
+        return max(seconds), results[0], list(memory_bytes)
 
 
 def _rank_main(variant: Variant, rank: int, folder: str, pipe) -> None:
@@ -71,8 +84,9 @@ def _rank_main(variant: Variant, rank: int, folder: str, pipe) -> None:
     pipe.send("built")
     while pipe.recv():
         started = time.perf_counter()
-        loss = step()
-        pipe.send((time.perf_counter() - started, loss, _peak_memory_bytes()))
+        result = step()
+        pipe.send((time.perf_counter() - started, result, _peak_memory_bytes()))
+    os._exit(0)  # the peers may have gone already
 
 
 def _peak_memory_bytes() -> int:
@@ -104,6 +118,8 @@ def paired(variants: dict[str, Variant], rounds: int) -> dict[str, Timing]:
         for name in list(alive)[:: -1 if index % 2 else 1]:
             taken, _, memory[name] = alive[name].step()
             seconds[name].append(taken)
+    for processes in alive.values():
+        processes.stop()
     return {name: Timing(seconds[name], first_losses[name], memory[name]) for name in alive}
 
 
@@ -120,6 +136,11 @@ def text(quartiles: dict[str, float]) -> str:
 
 def engine_step(model: str, **distributed) -> Callable[[], float]:
     """Build igla_mega's engine on this rank for a model of `MODELS`; returns the function that takes a step."""
+    return engine_and_step(model, **distributed)[1]
+
+
+def engine_and_step(model: str, **distributed) -> tuple:
+    """As `engine_step`, with the engine itself."""
     import torch
     import torch.distributed as dist
 
@@ -135,10 +156,10 @@ def engine_step(model: str, **distributed) -> Callable[[], float]:
         {
             "name": model,
             "model": {
+                "vocab_size": VOCAB,
                 **sizes,
                 "num_heads": NUM_HEADS,
                 "num_kv_heads": NUM_KV_HEADS,
-                "vocab_size": VOCAB,
                 "max_position": sequence,
             },
             "training": {"learning_rate": 3e-4, "batch_size": num_rows, "total_steps": 1000},
@@ -153,6 +174,8 @@ def engine_step(model: str, **distributed) -> Callable[[], float]:
             },
         }
     )
+    assert recipe.model is not None, "given above"
+    vocab_size = recipe.model.vocab_size
     device = host.prepare()
     host.keep_freed_memory()
     if not dist.is_initialized():
@@ -163,7 +186,7 @@ def engine_step(model: str, **distributed) -> Callable[[], float]:
 
     def batches() -> Iterator[dict]:
         rows = num_rows // layout.data
-        for tokens in random_tokens(num_rows, sequence + 1).split(rows)[mesh.data.rank :: layout.data]:
+        for tokens in random_tokens(num_rows, sequence + 1, vocab_size).split(rows)[mesh.data.rank :: layout.data]:
             yield {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
@@ -171,14 +194,14 @@ def engine_step(model: str, **distributed) -> Callable[[], float]:
                 "position_ids": torch.arange(sequence).expand(rows, sequence),
             }
 
-    return lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=3e-4).loss
+    return engine, lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=3e-4).loss
 
 
-def random_tokens(num_rows: int, length: int):
+def random_tokens(num_rows: int, length: int, vocab_size: int = VOCAB):
     """[num_rows, length] int64, the same whenever it is asked for."""
     import torch
 
-    return torch.randint(0, VOCAB, (num_rows, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def machine() -> str:

@@ -25,10 +25,15 @@ def first_step_seconds() -> float:
         words = ["train", "pretrain_7b", "--scale", "laptop", "--nproc", "2", "--set", "training.total_steps=1"]
         metrics = Path(folder, "metrics.jsonl")
         started = time.perf_counter()
-        with subprocess.Popen([*COMMAND, *words, "--run", folder], stdout=subprocess.DEVNULL, cwd=REPOSITORY) as train:
+        command = [*COMMAND, *words, "--run", folder]
+        with (
+            open(Path(folder, "log"), "w+") as log,
+            subprocess.Popen(command, stdout=log, stderr=log, cwd=REPOSITORY) as train,
+        ):
             while not (metrics.exists() and '"loss"' in metrics.read_text()):
                 if train.poll() is not None:
-                    raise SystemExit(f"train ended with {train.returncode} before its first step")
+                    log.seek(0)
+                    raise SystemExit(f"train ended with {train.returncode} before its first step:\n{log.read()}")
                 time.sleep(0.01)
             seconds = time.perf_counter() - started
         return seconds
@@ -48,7 +53,10 @@ def main() -> None:
     table = {}
     for name, measure in measures.items():
         seconds = [measure() for _ in range(args.rounds)]
-        table[name] = {"median_seconds": round(statistics.median(seconds), 3), "seconds": [round(s, 3) for s in seconds]}
+        table[name] = {
+            "median_seconds": round(statistics.median(seconds), 3),
+            "seconds": [round(s, 3) for s in seconds],
+        }
         print(f"{name:28} {table[name]['median_seconds']:7.2f} s  ({min(seconds):.2f} to {max(seconds):.2f})")
     if args.write:
         write("startup", {"rounds": args.rounds, "measures": table})
