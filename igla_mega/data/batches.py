@@ -1,10 +1,12 @@
 """The micro-batches of a training step, as tensors: a pure function of (corpus, step, data-parallel rank)."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from igla_mega.data.blend import Blend
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.windows import Windows
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+Borders = tuple[np.ndarray, int]
+"""Where documents begin within a row, behind its first token, and the number of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Corpus:
         seed: int,
         vocab_size: int,
         validation_fraction: float,
+        document_mask: bool = False,
     ):
         """Open every source of `mix` whose weight is above zero, and every other in `prefixes` for validation only.
 
@@ -71,11 +76,13 @@ class Corpus:
             seed: of the order of the samples.
             vocab_size: rows of the model's embedding.
             validation_fraction: share of the documents, the last of each source, kept from training.
+            document_mask: tokens see only their own document: batches say where documents lie, positions start at 0
+                in each, and the last token of one is no context for the next one's first.
 
         Raises:
             ConfigError: all that is wrong with the sources, together.
         """
-        self.sequence_length = sequence_length
+        self.sequence_length, self.document_mask = sequence_length, document_mask
         self.blend = Blend(mix)
         drawn = [name for name, weight in mix.items() if weight > 0]
         breaches = [
@@ -103,26 +110,34 @@ class Corpus:
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of global samples (int64 [n]), int64 [n, sequence_length + 1]."""
-        sources, indices = self.blend.lookup(samples)
         rows = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
-        for source in np.unique(sources):
-            name = self.blend.names[source]
-            here = np.flatnonzero(sources == source)
-            for row, start in zip(here, self._train[name].starts(indices[here]), strict=True):
-                self._fill(rows[row], name, int(start))
+        for row, (name, start) in zip(rows, self._places(samples), strict=True):
+            self._fill(row, name, start)
         return rows
+
+    def _places(self, samples: np.ndarray) -> list[tuple[str, int]]:
+        """The source of each sample, and where it starts in the source's stream."""
+        sources, indices = self.blend.lookup(samples)
+        starts = np.empty_like(indices)
+        for source in np.unique(sources):
+            here = sources == source
+            starts[here] = self._train[self.blend.names[source]].starts(indices[here])
+        return [(self.blend.names[source], int(start)) for source, start in zip(sources, starts, strict=True)]
 
     def micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
         """The micro-batches of one rank at one step (counted from 0), in order.
 
         Yields:
-            tokens, labels (the next tokens), position_ids: int64 [B, S]; loss_mask: float32 [B, S].
+            tokens, labels (the next tokens), position_ids: int64 [B, S]; loss_mask: float32 [B, S]; with a document
+            mask also documents: for each row, where they begin in it and where the last one ends.
 
         Raises:
             ConfigError: a token id outside the vocabulary.
         """
         for microbatch in range(share.num_microbatches):
-            yield self._batch(self.rows(step * share.global_batch + share.rows(microbatch)))
+            samples = step * share.global_batch + share.rows(microbatch)
+            borders = [self._borders(*place) for place in self._places(samples)] if self.document_mask else None
+            yield self._batch(self.rows(samples), borders=borders)
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
         """What one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
@@ -164,6 +179,7 @@ class Corpus:
         num_samples = self.num_validation_samples(name)
         for batch in range(min(num_batches, -(-num_samples // share.global_batch))):
             for microbatch in range(share.num_microbatches):
+                borders = [(np.empty(0, np.int64), self.sequence_length)] * share.micro_batch_size
                 rows = np.zeros((share.micro_batch_size, self.sequence_length + 1), dtype=np.int64)
                 mask = np.zeros((share.micro_batch_size, self.sequence_length), dtype=np.float32)
                 for row, sample in enumerate(batch * share.global_batch + share.rows(microbatch)):
@@ -172,7 +188,8 @@ class Corpus:
                         length = min(self.sequence_length + 1, end - start)
                         self._fill(rows[row], name, start, length)
                         mask[row, : length - 1] = 1.0
-                yield self._batch(rows, mask)
+                        borders[row] = self._borders(name, start, length)
+                yield self._batch(rows, mask, borders if self.document_mask else None)
 
     def fingerprint(self) -> str:
         """A short digest of the order of the data, the files' sizes, and the ends of their contents.
@@ -198,14 +215,30 @@ class Corpus:
             raise error
         row[:length] = reader.tokens(start, start + length)
 
-    def _batch(self, rows: np.ndarray, loss_mask: np.ndarray | None = None) -> Batch:
+    def _borders(self, name: str, start: int, length: int | None = None) -> Borders:
+        """Where documents begin behind the first of the tokens read at `start`, and how many of these are inputs."""
+        length = length or self.sequence_length + 1
+        return self.readers[name].starts_within(start, start + length) - start, length - 1
+
+    def _batch(
+        self, rows: np.ndarray, loss_mask: np.ndarray | None = None, borders: list[Borders] | None = None
+    ) -> Batch:
         shape = (len(rows), self.sequence_length)
-        return {
+        mask = np.ones(shape, np.float32) if loss_mask is None else loss_mask
+        positions = np.tile(np.arange(self.sequence_length), (len(rows), 1))
+        documents = []
+        for row, (starts, num_inputs) in enumerate(borders or ()):
+            mask[row, starts - 1] = 0.0  # their labels belong to the next document
+            documents.append([0, *starts[starts < num_inputs].tolist(), num_inputs])
+            for first, stop in itertools.pairwise(documents[-1]):
+                positions[row, first:stop] -= first
+        batch = {
             "tokens": _tensor(rows[:, :-1]),
             "labels": _tensor(rows[:, 1:]),
-            "loss_mask": _tensor(np.ones(shape, np.float32) if loss_mask is None else loss_mask),
-            "position_ids": _tensor(np.broadcast_to(np.arange(self.sequence_length), shape)),
+            "loss_mask": _tensor(mask),
+            "position_ids": _tensor(positions),
         }
+        return batch if borders is None else {**batch, "documents": documents}
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -80,6 +80,12 @@ class IndexedReader:
         sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
         return int(np.searchsorted(self._borders, sequence, side="right")) - 1
 
+    def starts_within(self, start: int, stop: int) -> np.ndarray:
+        """Offsets in the stream at which documents begin, above `start` and below `stop`."""
+        first, last = self.document_of(start) + 1, self.document_of(stop - 1)
+        starts = self._offsets[self._borders[first : last + 1]] // self.dtype.itemsize
+        return np.unique(starts[starts > start])  # empty documents begin where the next one does
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, a view of the file in its own dtype."""
         return self._stream[start:stop]

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -181,3 +182,27 @@ def test_a_batch_that_does_not_divide_is_refused():
         ConfigError, match=r"10 sequences do not divide into micro-batches of 2 on 3 .*\n.*multiple of 6"
     ):
         Share(10, 2, 3, 0)
+
+
+def test_with_a_document_mask_positions_start_anew_and_no_document_predicts_the_next(prefixes):
+    data = corpus(prefixes, document_mask=True, sequence_length=64)
+    plain = corpus(prefixes, sequence_length=64)
+    batch, unmasked = (next(c.micro_batches(3, Share(8, 8))) for c in (data, plain))
+    assert torch.equal(batch["tokens"], unmasked["tokens"]) and torch.equal(batch["labels"], unmasked["labels"])
+    assert {len(row) for row in batch["documents"]} <= {2, 3, 4}  # documents of 50 tokens
+    for row, offsets in enumerate(batch["documents"]):
+        assert offsets[0] == 0 and offsets[-1] == 64
+        number = (batch["tokens"][row] % 4000) // 50
+        next_number = (batch["labels"][row] % 4000) // 50
+        starts = [0, *(i for i in range(1, 64) if number[i] != number[i - 1])]
+        assert offsets[:-1] == starts
+        assert torch.equal(batch["loss_mask"][row], (number == next_number).float())
+        expected = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(offsets)])
+        assert torch.equal(batch["position_ids"][row], expected)
+
+
+def test_a_document_mask_leaves_what_fills_up_a_validation_row_outside_every_document(prefixes):
+    data = corpus(prefixes, document_mask=True, sequence_length=512)
+    for batch in data.validation_batches("web", Share(2, 2), 1):
+        assert batch["documents"][0][-1] == 199 and batch["documents"][1] == [0, 512]
+        assert batch["loss_mask"][0, 199:].sum() == 0 and batch["loss_mask"][1].sum() == 0
