@@ -38,6 +38,7 @@ except ImportError:
 
 # The oldest torch whose stable ABI the ops use: one library serves 2.11 and every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020B000000000000"
+OPS = ["cross_entropy", "merge_partials", "accumulate", "fisher", "ewc_penalty"]
 
 
 def build_cuda() -> bool:
@@ -62,12 +63,13 @@ def architecture_flags() -> list[str]:
 def op_extension():
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", STABLE_ABI, *architecture_flags()]
     options = {"name": "igla_mega._C", "include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
+    sources = [f"csrc/{op}.cpp" for op in OPS]
     if not build_cuda():
-        return CppExtension(sources=["csrc/cross_entropy.cpp"], extra_compile_args={"cxx": cxx}, **options)
+        return CppExtension(sources=sources, extra_compile_args={"cxx": cxx}, **options)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "--compiler-options", "-fvisibility=hidden"]
     return CUDAExtension(
-        sources=["csrc/cross_entropy.cpp", "csrc/cross_entropy_cuda.cpp", "csrc/cross_entropy.cu"],
+        sources=[*sources, *(f"csrc/{op}{end}" for op in OPS for end in ("_cuda.cpp", ".cu"))],
         extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc},
         **options,
     )

@@ -1,50 +1,14 @@
 // The CUDA kernels of igla_mega/ops/cross_entropy.py: a block takes a row, 16 bytes a thread a load.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <math.h>
 
 #include "cross_entropy.cuh"
+#include "elements.cuh"
 
 namespace igla {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarp = 32;
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-
-template <class T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) { return x; }
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-template <>
-__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
-
-// 16 bytes of elements, moved by one load or store.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-  T value[kSize];
-};
-
-// A row as single elements up to the first 16-byte boundary, whole packs, and the elements that are left.
-template <class T>
-struct Split {
-  int64_t head;
-  int64_t packs;
-
-  __device__ Split(const T* row, int64_t count) {
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
-    const int64_t to_boundary = (Pack<T>::kSize - past) % Pack<T>::kSize;
-    head = to_boundary < count ? to_boundary : count;
-    packs = (count - head) / Pack<T>::kSize;
-  }
-  __device__ int64_t tail() const { return head + packs * Pack<T>::kSize; }
-};
 
 // exp(x) summed as sum * exp(max): what a thread, a warp and a block have seen so far.
 struct Seen {
@@ -163,6 +127,7 @@ cudaError_t with_element_type(ElementType type, const Body& body) {
     case ElementType::kFloat32: body(static_cast<float*>(nullptr)); break;
     case ElementType::kBfloat16: body(static_cast<__nv_bfloat16*>(nullptr)); break;
     case ElementType::kFloat16: body(static_cast<__half*>(nullptr)); break;
+    case ElementType::kFloat64: return cudaErrorInvalidValue;  // the binding refuses it
   }
   return cudaGetLastError();
 }

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace igla {
+#include "element_type.h"
 
-enum class ElementType { kFloat32, kBfloat16, kFloat16 };
+namespace igla {
 
 struct Shard {
   int64_t num_rows;

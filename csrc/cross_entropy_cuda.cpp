@@ -1,6 +1,4 @@
 // Hands the tensors of igla_mega/ops/cross_entropy.py to the kernels of cross_entropy.cu, on the caller's stream.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,31 +6,13 @@
 
 #include "cross_entropy.cuh"
 #include "cross_entropy_check.h"
+#include "cuda_binding.h"
 
 namespace igla {
 namespace {
 
-ElementType element_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::BFloat16: return ElementType::kBfloat16;
-    case ScalarType::Half: return ElementType::kFloat16;
-    default: return ElementType::kFloat32;
-  }
-}
-
 Shard shard_of(const Tensor& logits, int64_t vocab_start, int64_t vocab_limit) {
   return {logits.size(0), logits.size(1), real_columns(logits, vocab_start, vocab_limit), vocab_start};
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-                  "torch gave no CUDA stream for device ", static_cast<int>(tensor.get_device_index()));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": launch failed, ", cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -41,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_statistics_cuda(const Tensor& logits,
                                                            int64_t vocab_start, int64_t vocab_limit) {
   check_logits(logits);
   check_rows(logits, labels, "labels", ScalarType::Long);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const DeviceGuard guard(logits.get_device_index());
   auto new_row = [&] { return torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float); };
   Tensor row_max = new_row(), sum_exp = new_row(), target_logit = new_row();
   check_launch(launch_softmax_statistics(logits.const_data_ptr(), element_type(logits),
@@ -60,7 +40,7 @@ void softmax_gradient_cuda_(Tensor logits, const Tensor& lse, const Tensor& labe
   check_rows(logits, lse, "lse", ScalarType::Float);
   check_rows(logits, labels, "labels", ScalarType::Long);
   check_rows(logits, weight, "weight", ScalarType::Float);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const DeviceGuard guard(logits.get_device_index());
   check_launch(launch_softmax_gradient(logits.mutable_data_ptr(), element_type(logits),
                                        static_cast<const float*>(lse.const_data_ptr()),
                                        static_cast<const int64_t*>(labels.const_data_ptr()),

@@ -1,11 +1,13 @@
-// Vectors of fp32 lanes, as wide as the target allows, by the compiler's own vector types: no intrinsics to port.
+// Vectors of fp32 or fp64 lanes, as wide as the target allows, by the compiler's own vector types: nothing to port.
 #pragma once
 #include <torch/headeronly/util/Half.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace igla {
 
@@ -22,6 +24,7 @@ using Vec = float __attribute__((vector_size(kVectorBytes)));
 using IntVec = int32_t __attribute__((vector_size(kVectorBytes)));
 using UintVec = uint32_t __attribute__((vector_size(kVectorBytes)));
 using HalfWidthVec = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+using DoubleVec = double __attribute__((vector_size(kVectorBytes)));
 
 // The bits of a bfloat16: the upper half of an fp32.
 struct Bfloat16 {
@@ -29,7 +32,15 @@ struct Bfloat16 {
 };
 using Half = torch::headeronly::Half;
 
+// What an element is computed in: fp32, and fp64 for fp64.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// Elements of type T in a vector.
+template <class T>
+constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(Wide<T>));
+
 inline Vec broadcast(float x) { return Vec{} + x; }
+inline DoubleVec broadcast(double x) { return DoubleVec{} + x; }
 
 inline Vec load(const float* from) {
   Vec v;
@@ -50,6 +61,14 @@ inline Vec load(const Half* from) {
   return v;
 }
 
+inline DoubleVec load(const double* from) {
+  DoubleVec v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+inline void store(double* to, DoubleVec v) { std::memcpy(to, &v, sizeof(v)); }
+
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
 
 inline void store(Bfloat16* to, Vec v) {
@@ -64,18 +83,18 @@ inline void store(Half* to, Vec v) {
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = Half(v[lane]);
 }
 
-// The first `count` < kLanes elements; the other lanes hold `fill`.
+// The first `count` < kLanesOf<T> elements; the other lanes hold `fill`.
 template <class T>
-inline Vec load_part(const T* from, int64_t count, float fill) {
-  T padded[kLanes];
+inline auto load_part(const T* from, int64_t count, Wide<T> fill) {
+  T padded[kLanesOf<T>];
   store(padded, broadcast(fill));
   std::memcpy(static_cast<void*>(padded), from, static_cast<size_t>(count) * sizeof(T));
   return load(padded);
 }
 
-template <class T>
-inline void store_part(T* to, int64_t count, Vec v) {
-  T padded[kLanes];
+template <class T, class V>
+inline void store_part(T* to, int64_t count, V v) {
+  T padded[kLanesOf<T>];
   store(padded, v);
   std::memcpy(static_cast<void*>(to), padded, static_cast<size_t>(count) * sizeof(T));
 }
@@ -101,6 +120,11 @@ inline Vec exp(Vec x) {
   // 2^n from its exponent bits: n = -127 gives 0 and n = 128 gives inf.
   const IntVec exponent = (std::bit_cast<IntVec>(shifted) + 127) << 23;
   return p * std::bit_cast<Vec>(exponent);
+}
+
+inline DoubleVec exp(DoubleVec x) {
+  for (int lane = 0; lane < kLanesOf<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
 }
 
 inline float sum_lanes(Vec v) {

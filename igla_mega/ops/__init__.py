@@ -5,9 +5,22 @@ from pathlib import Path
 
 import torch
 
-from igla_mega.ops import cross_entropy  # noqa: F401  (schemas and references come before the kernels)
+from igla_mega.ops import (  # noqa: F401  (schemas and references come before the kernels)
+    accumulate,
+    cross_entropy,
+    ewc_penalty,
+    fisher,
+    merge_partials,
+)
 
-OPS = ("softmax_statistics", "softmax_gradient_")
+OPS = (
+    "softmax_statistics",
+    "softmax_gradient_",
+    "merge_partials",
+    "accumulate_",
+    "fisher_accumulate_",
+    "ewc_pull_",
+)
 _BUILD = "pip install --no-build-isolation --no-deps -e ."
 
 

@@ -104,7 +104,7 @@ def ring_attention(
     task = _Task(
         inner=inner,
         ring=ring,
-        gather=schedule == "allgather",
+        gather=schedule == "allgather" and ring is not None,
         offsets=offsets,
         causal=causal,
         scale=scale if scale is not None else 1.0 / math.sqrt(q.size(-1)),
@@ -220,15 +220,15 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Tensor,
     rank, size = task.place
     parts = [zigzag_intervals(q.size(0) * size, source, size) for source in range(size)]
     partials = _Partials(q, task.rows)
-    kv = torch.stack((k, v)) if size > 1 else None
+    kv, free = torch.stack((k, v)) if size > 1 else None, None
     for step in range(size):
         source = (rank - step) % size
-        arriving = _pass_on(kv, task.ring, _KV_TAG) if step + 1 < size else None
+        arriving = _pass_on(kv, task.ring, _KV_TAG, free) if step + 1 < size else None
         for rows, block in task.blocks(parts[rank], parts[source]):
             partials.add(rows, block, *_attend(q, k, v, rows, block, task))
         partials.end_of_step()
         if arriving:
-            kv = arriving.wait()
+            kv, free = arriving.wait()
             k, v = kv.unbind()
     return partials.merged()
 
@@ -243,26 +243,26 @@ def _ring_backward(
 
     sums = _Sums(q, k)
     rows_of = _Rows(grad_out, q, out, lse)
-    kv = torch.stack((k, v)) if size > 1 else None
-    grads_arriving = None
+    kv, free = torch.stack((k, v)) if size > 1 else None, None
+    grads_arriving, free_grads = None, None
     for step in range(size):
         source = (rank - step) % size
-        arriving = _pass_on(kv, task.ring, _KV_TAG) if step + 1 < size else None
+        arriving = _pass_on(kv, task.ring, _KV_TAG, free) if step + 1 < size else None
         found = [
             (rows, block, rows_of.gradients(k, v, rows, block, task))
             for rows, block in task.blocks(parts[rank], parts[source])
         ]
         if grads_arriving:
-            sums.kv = grads_arriving.wait()
+            sums.kv, free_grads = grads_arriving.wait()
         for rows, block, grads in found:
             sums.add(rows, block, grads)
         # One hop behind their keys: the last hop brings each rank's own home.
-        grads_arriving = _pass_on(sums.kv, task.ring, _GRAD_TAG) if size > 1 else None
+        grads_arriving = _pass_on(sums.kv, task.ring, _GRAD_TAG, free_grads) if size > 1 else None
         if arriving:
-            kv = arriving.wait()
+            kv, free = arriving.wait()
             k, v = kv.unbind()
     if grads_arriving:
-        sums.kv = grads_arriving.wait()
+        sums.kv, _ = grads_arriving.wait()
     grad_k, grad_v = sums.kv.to(k.dtype).unbind()
     return sums.q.to(q.dtype), grad_k, grad_v
 
@@ -423,17 +423,18 @@ class _Arriving:
     sent: Tensor
     """Kept until it has left."""
 
-    def wait(self) -> Tensor:
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """The message, and memory that is free for the next one."""
         for work in self.works:
             work.wait()
-        return self.buffer
+        return self.buffer, self.sent
 
 
-def _pass_on(message: Tensor | None, ring: dist.ProcessGroup | None, tag: int) -> _Arriving:
-    """Start sending a message to the next rank of the ring and receiving the previous rank's."""
+def _pass_on(message: Tensor | None, ring: dist.ProcessGroup | None, tag: int, free: Tensor | None = None) -> _Arriving:
+    """Start sending a message to the next rank of the ring and receiving the previous rank's, into `free` memory."""
     assert message is not None and ring is not None, "one rank passes nothing on"
     rank, size = ring.rank(), ring.size()
-    buffer = torch.empty_like(message)
+    buffer = torch.empty_like(message) if free is None else free
     to, source = (dist.get_global_rank(ring, (rank + way) % size) for way in (1, -1))
     works = dist.batch_isend_irecv(
         [

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICES
 
 from igla_mega import ops
 from igla_mega.ops import cross_entropy
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 SIZES = [1, 7, 64, 4097]
 # Ids of the shard under test: it starts at 100, and its last three columns are padding where it has that many.
 START = 100

@@ -1,0 +1,36 @@
+// Raw-pointer launcher of merge_partials.cu, for the binding: no torch header on this side.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "element_type.h"
+
+namespace igla {
+
+constexpr int kMergePartials = 32;
+
+// The rows of one out and their lses; strides in elements, the last one innermost.
+struct PartialRows {
+  void* out;  // const but in the result
+  void* lse;
+  int64_t out_stride[3];
+  int64_t lse_stride[3];
+  ElementType type;
+};
+
+struct MergeTable {
+  PartialRows partial[kMergePartials];
+  PartialRows result;
+  int64_t size[3];
+  int64_t columns;
+  int num_partials;
+  bool zero_means_empty;
+
+  int64_t num_rows() const { return size[0] * size[1] * size[2]; }
+};
+
+// `wide`: every tensor is fp64; else every lse is fp32. At most 2^31 - 1 rows.
+cudaError_t launch_merge_partials(const MergeTable& table, bool wide, cudaStream_t stream);
+
+}  // namespace igla

@@ -1,0 +1,165 @@
+"""Ring attention without the wire: what W ranks compute, replayed one after another on one device, against one call.
+
+A ring can lose time to its messages, and to cutting attention into blocks that are merged. This measures the second:
+the blocks, merges and sums of every rank, with keys handed over in memory, against attention in one piece, which does
+the same work. `make gpu-check` runs it on a GPU at 131,072 tokens.
+
+    python tools/bench/ring_replay.py [--device cpu|cuda] [--tokens N] [--ranks W]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also without an installation
+
+from igla_mega.ops import ring_attention as ring
+from igla_mega.ops.zigzag import zigzag_join, zigzag_split
+
+ROUNDS = 5
+
+
+class Place:
+    """A rank of a ring whose others are not there."""
+
+    def __init__(self, rank: int, size: int):
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def replay(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, size: int) -> tuple[Tensor, ...]:
+    """Output, and with `grad_out` also dq, dk, dv, of all `size` ranks in turn; tensors are [S, B, H, D], whole."""
+    parts = [zigzag_split(t, size, 0) for t in (q, k, v)]
+    kv = [torch.stack((parts[1][rank], parts[2][rank])) for rank in range(size)]
+    gradients = [torch.zeros(2, *parts[1][0].shape, dtype=torch.float32, device=q.device) for _ in range(size)]
+    forward, grad_q = [], []
+    for rank in range(size):
+        task = ring._Task(
+            inner=None,
+            ring=Place(rank, size),  # type: ignore[arg-type]
+            gather=False,
+            offsets=((0, q.size(0)),),
+            causal=True,
+            scale=1 / math.sqrt(q.size(3)),
+            deterministic=False,
+        )
+        own = [part[rank] for part in parts]
+        with mock.patch.object(ring, "_pass_on", _Handed(rank, size, kv, gradients)):
+            forward.append(ring._ring_forward(*own, task))
+        if grad_out is not None:
+            with mock.patch.object(ring, "_pass_on", _Handed(rank, size, kv, gradients)):
+                share = zigzag_split(grad_out, size, 0)[rank]
+                grad_q.append(ring._ring_backward(share, *own, *forward[-1], task)[0])
+    out = zigzag_join([out for out, _ in forward], 0)
+    if grad_out is None:
+        return (out,)
+    grad_k, grad_v = (zigzag_join([sums[which].to(q.dtype) for sums in gradients], 0) for which in (0, 1))
+    return out, zigzag_join(grad_q, 0), grad_k, grad_v
+
+
+class _Handed:
+    """Stands in for the ring: the next message is the previous rank's keys, or its sums of their gradients."""
+
+    def __init__(self, rank: int, size: int, kv: list[Tensor], gradients: list[Tensor]):
+        self.rank, self.size, self.kv, self.gradients = rank, size, kv, gradients
+        self.step = self.added = 0
+
+    def __call__(self, message: Tensor, group, tag: int, free: Tensor | None = None) -> "_Message":
+        if tag == ring._KV_TAG:
+            self.step += 1
+            return _Message(self.kv[(self.rank - self.step) % self.size])
+        # Ranks take turns instead of passing sums on: what this one adds is kept for the chunk's owner.
+        self.gradients[(self.rank - self.added) % self.size] += message
+        self.added += 1
+        return _Message(torch.zeros_like(message))
+
+
+class _Message:
+    def __init__(self, message: Tensor):
+        self.message = message
+
+    def wait(self) -> tuple[Tensor, None]:
+        return self.message, None
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None) -> tuple[Tensor, ...]:
+    """The same on one device in one piece."""
+    if grad_out is None:
+        with torch.no_grad():
+            return (ring.ring_attention(q, k, v, None),)  # type: ignore[return-value]
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = ring.ring_attention(*leaves, None)
+    out.backward(grad_out)  # type: ignore[union-attr]
+    return out.detach(), *(leaf.grad for leaf in leaves)  # type: ignore[union-attr, return-value]
+
+
+def seconds(call, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def inputs(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(1)
+    return [
+        torch.randn(tokens, 1, count, dim, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def measure(device: str, tokens: int, size: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> dict:
+    """Medians of the paired ratios, replay to one piece, and errors of both against fp64 on fewer tokens."""
+    q, k, v, grad_out = inputs(tokens, heads, kv_heads, dim, dtype, device)
+    ratios: dict[str, list[float]] = {"forward": [], "forward and backward": []}
+    for _ in range(ROUNDS + 1):
+        for name, gradient in (("forward", None), ("forward and backward", grad_out)):
+            one = seconds(lambda: whole(q, k, v, gradient), device)  # noqa: B023
+            ratios[name].append(one / seconds(lambda: replay(q, k, v, gradient, size), device))  # noqa: B023
+    small = inputs(min(tokens, 4096), 4, 2, dim, dtype, device)
+    exact = whole(*(t.double() for t in small))
+    errors = {
+        name: [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+        for name, found in (("one piece", whole(*small)), ("ring", replay(*small, size)))
+    }
+    return {
+        "device": device,
+        "tokens": tokens,
+        "ranks": size,
+        "heads": [heads, kv_heads, dim],
+        "dtype": str(dtype).removeprefix("torch."),
+        "one piece / ring, time": {name: round(statistics.median(found[1:]), 4) for name, found in ratios.items()},
+        "error against fp64 (out, dq, dk, dv)": errors,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--ranks", type=int, default=8)
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
+    heads, kv_heads, dim, dtype = (32, 8, 128, torch.bfloat16) if cuda else (4, 1, 64, torch.float32)
+    tokens = options.tokens or (131072 if cuda else 8192)
+    print(json.dumps(measure(options.device, tokens, options.ranks, heads, kv_heads, dim, dtype), indent=1))
+
+
+if __name__ == "__main__":
+    main()
