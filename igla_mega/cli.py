@@ -117,6 +117,9 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Run folder; resumed when it has a checkpoint.")] = None,
     stop_after: Annotated[int | None, typer.Option(help="Save and stop at this step, before the last.")] = None,
     models: Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say at the start what context parallelism costs.")
+    ] = False,
 ) -> None:
     """Run a recipe; under torchrun or Slurm as one rank, else starting torchrun by itself."""
     from igla_mega.config import rules
@@ -129,7 +132,8 @@ def train(
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if scale == "laptop":
         # Made once, by the process that starts the ranks.
-        loaded = laptop.with_data(loaded, make=not under_launcher or os.environ["RANK"] == "0")
+        make = not under_launcher or os.environ["RANK"] == "0"
+        loaded = laptop.with_base(laptop.with_data(loaded, make=make), models, num_ranks=nproc or 1, make=make)
     if not under_launcher:
         from igla_mega.plan.hardware import num_local_gpus
 
@@ -143,7 +147,42 @@ def train(
     _quiet_libraries()
     from igla_mega import run as engine
 
-    engine.train(loaded, run, stop_after=stop_after, models=models)
+    engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose)
+
+
+@app.command()
+def fisher(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: `fisher` beside CKPT.")] = None,
+    scale: Scale = None,
+    set_: Set = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
+) -> None:
+    """Estimate and save the Fisher and anchor of a finished model, on a recipe's data."""
+    _quiet_libraries()
+    from igla_mega.data import laptop
+
+    loaded = _load(recipe, scale, set_)
+    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if scale == "laptop":
+        from igla_mega.checkpoint import single
+
+        model = single.read_recipe(single.resolve_checkpoint(checkpoint)).model
+        make = not under_launcher or os.environ["RANK"] == "0"
+        loaded = laptop.with_data(loaded.model_copy(update={"model": model}), make=make)
+    if not under_launcher:
+        from igla_mega.plan.hardware import num_local_gpus
+
+        nproc = nproc or num_local_gpus() or 1
+        if nproc > 1:
+            from igla_mega.launch import torchrun
+
+            raise typer.Exit(torchrun(nproc))
+    from igla_mega import run as engine
+
+    folder = checkpoint.parent if (checkpoint / "manifest.json").is_file() else checkpoint
+    engine.take_fisher(checkpoint, loaded, out or folder / "fisher")
 
 
 @app.command(name="import")

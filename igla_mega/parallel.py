@@ -33,6 +33,8 @@ class Mesh:
     world_size: int
     tensor: Axis
     pipeline: Axis
+    context: Axis
+    """These ranks hold parts of the same sequences."""
     data: Axis
     """Data parallel, context ranks not included: these ranks read different samples."""
     data_context: Axis
@@ -107,6 +109,7 @@ def _mesh() -> Mesh:
         world_size=dist.get_world_size(),
         tensor=_axis(ps.get_tensor_model_parallel_group()),
         pipeline=_axis(ps.get_pipeline_model_parallel_group()),
+        context=_axis(ps.get_context_parallel_group()),
         data=_axis(ps.get_data_parallel_group()),
         data_context=_axis(ps.get_data_parallel_group(with_context_parallel=True)),
         model=_axis(ps.get_model_parallel_group()),

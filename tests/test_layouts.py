@@ -88,6 +88,43 @@ def test_one_process_learns(one_process):
     assert len({loss for loss, _ in one_process}) == len(one_process)
 
 
+CP = {"context_parallel": 2}
+CONTEXT_LAYOUTS = [
+    (2, {**CP, "context_schedule": "p2p"}),
+    (2, {**CP, "context_schedule": "allgather", "micro_batch_size": 4}),
+    (2, {**CP, "context_schedule": "a2a"}),
+    (4, {"context_parallel": 4, "context_schedule": "a2a+p2p"}),
+    (2, {**CP, **FULL, "context_schedule": "p2p"}),
+    (2, {**CP, **SELECTIVE}),
+    (2, {**CP, "distributed_optimizer": False}),
+    (2, {**CP, **FSDP, **FULL}),
+    (4, {**CP, **SP}),
+    (4, {**CP, **PP, "context_schedule": "p2p"}),
+    (4, {**CP, **VPP, **FULL}),
+    (4, {**CP, "distributed_optimizer": True}),
+    (4, {**CP, **FSDP}),
+    (8, {**CP, **FSDP, **SP, **FULL}),
+    (8, {**CP, **SP, **PP, **FULL, "context_schedule": "p2p"}),
+]
+
+
+@pytest.mark.parametrize("case", CONTEXT_LAYOUTS, ids=label)
+def test_a_layout_with_context_parallelism_equals_one_process(case, one_steady_process):
+    results = ranks.run(case[0], tiny.trained, tiny.recipe(**STEADY, **case[1]))
+    assert all(result == results[0] for result in results), "every rank reports the same"
+    loss, grad_norm = largest_differences(results[0], one_steady_process)
+    print(f"{label(case)}: loss {loss:.1e}, gradient norm {grad_norm:.1e}")
+    assert loss < TOLERANCE and grad_norm < TOLERANCE
+
+
+def test_a_padded_sequence_trains_as_it_is():
+    odd = {"training": {"learning_rate": 1e-3, "sequence_length": 29}}
+    one = ranks.run(1, tiny.trained, tiny.recipe(**odd))[0]
+    padded = ranks.run(2, tiny.trained, tiny.recipe(**odd, **CP, pad_sequences=True))[0]
+    loss, grad_norm = largest_differences(padded, one)
+    assert loss < TOLERANCE and grad_norm < TOLERANCE
+
+
 STEADY = {"training": {"learning_rate": 1e-3}}
 BF16 = {"precision": "BF16", **STEADY}
 BF16_LOSS, BF16_NORM = 2e-3, 3e-2

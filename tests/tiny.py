@@ -51,8 +51,9 @@ def engine(tiny: Recipe, *, initialize: bool = True):
 def batches(step: int, layout, data_rank: int):
     """Random rows with an uneven mask: micro-batches, and so ranks, differ in their number of targets."""
     generator = torch.Generator().manual_seed(1000 + step)
-    rows = torch.randint(0, VOCAB, (ROWS, SEQUENCE + 1), generator=generator)
-    mask = (torch.rand(ROWS, SEQUENCE, generator=generator) < torch.linspace(0.3, 1.0, ROWS)[:, None]).float()
+    length = layout.sequence_length
+    rows = torch.randint(0, VOCAB, (ROWS, length + 1), generator=generator)
+    mask = (torch.rand(ROWS, length, generator=generator) < torch.linspace(0.3, 1.0, ROWS)[:, None]).float()
     mbs = layout.micro_batch_size
     for m in range(layout.num_microbatches):
         at = (m * layout.data + data_rank) * mbs
@@ -60,7 +61,7 @@ def batches(step: int, layout, data_rank: int):
             "tokens": rows[at : at + mbs, :-1].contiguous(),
             "labels": rows[at : at + mbs, 1:].contiguous(),
             "loss_mask": mask[at : at + mbs],
-            "position_ids": torch.arange(SEQUENCE).expand(mbs, SEQUENCE),
+            "position_ids": torch.arange(length).expand(mbs, length),
         }
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: one format for every layout, whole or not there at all.
 
 `step_00000100/` holds DCP files with a key per parameter (its fp32 master weights under its global name) and
-`optimizer.<moment>.<name>` beside it, `progress.json`, the resolved `recipe.yaml` and `manifest.json` with the size
+`optimizer.<kind>.<name>` beside it (moments; with Elastic Weight Consolidation also `fisher` and `anchor`, which
+`fisher.json` describes), `progress.json`, the resolved `recipe.yaml` and `manifest.json` with the size
 and digest of every file. It is written under a temporary name, checked, and renamed; `latest` moves last.
 """
 
@@ -11,8 +12,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -39,6 +40,10 @@ class Progress:
     """Sequences consumed."""
     tokens: int = 0
     """Tokens consumed."""
+    stage: int = 0
+    """Stages finished: trained, evaluated and, where that is asked for, consolidated."""
+    domain_losses: list[dict[str, float]] = field(default_factory=list)
+    """After each of them that is a phase, the loss on each domain, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,13 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, slots: Iterable[Slot], progress: Progress, recipe_yaml: str) -> None:
-        """Save what the optimizer holds (`slots`) as the checkpoint of `progress.step`; waits for the one before it.
+    def save(
+        self, slots: Iterable[Slot], progress: Progress, recipe_yaml: str, notes: Mapping[str, str] | None = None
+    ) -> None:
+        """Save `slots` as the checkpoint of `progress.step`; waits for the one before it.
+
+        Args:
+            notes: more files that describe what the slots hold, name -> text.
 
         Raises:
             RuntimeError: the save before this one failed; the message says why.
@@ -87,6 +97,7 @@ class CheckpointWriter:
         self.wait()
         state = _to_write(slots, self.mesh)
         texts = {"progress.json": json.dumps(asdict(progress), indent=1) + "\n", "recipe.yaml": recipe_yaml}
+        texts |= notes or {}
         step = progress.step
 
         def write() -> None:
@@ -119,35 +130,61 @@ class CheckpointWriter:
             raise error
 
     def _write(self, step: int, state: dict[str, Pieces], texts: dict[str, str]) -> None:
-        group, final = self.mesh.host_group, step_dir(self.root, step)
-        temporary = self.root / f".writing_{final.name}"
+        final = step_dir(self.root, step)
 
-        def begin() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name, text in texts.items():
-                (temporary / name).write_text(text)
-
-        def commit() -> None:
-            write_manifest(temporary, digests)
-            if final.exists():  # of a run that was taken back to an earlier step
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            _fsync(self.root)
+        def tidy() -> None:
             _point_latest_to(final)
             for old in self.retention.obsolete(steps_in(self.root)):
                 shutil.rmtree(step_dir(self.root, old))
 
         try:
-            _on_main(group, begin)
-            writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-            dcp.save(state, storage_writer=writer, process_group=group)
-            digests = _gathered_digests(temporary, self.mesh)
-            _on_main(group, commit)
+            _write_folder(final, state, texts, self.mesh, tidy)
         except (CheckpointException, OSError) as error:
-            if self.mesh.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
             raise RuntimeError(_save_failed(self.root, step, error)) from error
+
+
+def save_folder(folder: Path, slots: Iterable[Slot], texts: Mapping[str, str], mesh: Mesh) -> None:
+    """Save slots by themselves, in the format of a checkpoint: whole or not at all.
+
+    Raises:
+        RuntimeError: it could not be written.
+    """
+    try:
+        _write_folder(folder, _to_write(slots, mesh), texts, mesh, lambda: None)
+    except (CheckpointException, OSError) as error:
+        raise RuntimeError(f"{folder}: could not be written: {error}") from error
+
+
+def _write_folder(
+    final: Path, state: dict[str, Pieces], texts: Mapping[str, str], mesh: Mesh, tidy: Callable[[], None]
+) -> None:
+    """Write under another name, seal, rename; then `tidy`, on rank 0."""
+    group, temporary = mesh.host_group, final.parent / f".writing_{final.name}"
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, text in texts.items():
+            (temporary / name).write_text(text)
+
+    def commit() -> None:
+        write_manifest(temporary, digests)
+        if final.exists():  # of a run that was taken back to an earlier step, or before its consolidation
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(final.parent)
+        tidy()
+
+    try:
+        _on_main(group, begin)
+        writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+        dcp.save(state, storage_writer=writer, process_group=group)
+        digests = _gathered_digests(temporary, mesh)
+        _on_main(group, commit)
+    except (CheckpointException, OSError):
+        if mesh.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _to_write(slots: Iterable[Slot], mesh: Mesh) -> dict[str, Pieces]:
@@ -177,6 +214,10 @@ def _key(name: str, kind: str) -> str:
     return name if kind == "master" else f"optimizer.{kind}.{name}"
 
 
+def _kind(key: str) -> str:
+    return key.split(".")[1] if key.startswith("optimizer.") else "master"
+
+
 def load_weights(path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.ProcessGroup | None) -> None:
     """Read weights into parameters (of any dtype, on any device), from a checkpoint of any layout.
 
@@ -195,13 +236,13 @@ def load_weights(path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.
 
 
 def load_slots(
-    path: Path, slots: Iterable[Slot], group: dist.ProcessGroup | None, *, with_moments: bool = True
+    path: Path, slots: Iterable[Slot], group: dist.ProcessGroup | None, *, kinds: Collection[str] | None = None
 ) -> None:
-    """Read master weights (and moments) into the optimizer's slots. Raises as `load_weights` does."""
+    """Read the slots' values, all or those of some kinds. Raises as `load_weights` does."""
     targets: dict[str, tuple] = {}
     for slot in slots:
         for kind, values in slot.values.items():
-            if kind != "master" and not with_moments:
+            if kinds is not None and kind not in kinds:
                 continue
             entry = targets.setdefault(_key(slot.shard.name, kind), (slot.shard.shape, []))
             entry[1].extend(slot.shard.rectangles(values, slot.start))
@@ -219,8 +260,8 @@ def _read(path: Path, targets: dict[str, tuple[tuple[int, ...], list]], group: d
             breaches.append(f"{path}: {name} is {list(stored[name])}, this recipe's model has {list(shape)}.")
     if not breaches:
         wanted = _union(targets, group)
-        with_moments = any(name.startswith("optimizer.") for name in wanted)
-        extra = [n for n in stored if n not in wanted and (with_moments or not n.startswith("optimizer."))]
+        kinds = {_kind(name) for name in wanted}
+        extra = [name for name in stored if name not in wanted and _kind(name) in kinds]
         breaches += [f"{path}: holds {name}, which this recipe's model does not have." for name in extra]
     if breaches:
         more = [f"... and {len(breaches) - 3} more."] if len(breaches) > 3 else []

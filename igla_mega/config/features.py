@@ -7,11 +7,38 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from igla_mega.config.quantities import BelowOne, Count, NonNegative, Positive, Tokens
+from igla_mega.config.quantities import BelowOne, Count, Fraction, NonNegative, Positive, Tokens
 from igla_mega.config.section import Section
 
 
-class Koshey(Section):
+class Memory(Section):
+    """How weights that earlier tasks need are held (Elastic Weight Consolidation)."""
+
+    ewc_lambda: NonNegative = 0.0
+    """Stiffness of the pull to earlier tasks, against a Fisher per token. Dimensionless, at least 0; 0 disables.
+    Typical 1e2 to 1e5."""
+    fisher_samples: Count = 1000
+    """Sequences that the Fisher information of a task is estimated from. At least 1."""
+    fisher_seq_length: Count | None = None
+    """Tokens of each of them. At least 1; unset, the training's."""
+    fisher_labels: Literal["model", "data"] = "model"
+    """Whose next tokens: drawn from the model (the Fisher information), or the data's own (the empirical one)."""
+    fisher: str | None = None
+    """Folder that `igla-mega fisher` wrote for the base model; unset, it is taken on `base_data`."""
+    base_data: str | None = None
+    """What the base model was trained on: a key of `data.sources`, or `mix` for `data.mix`."""
+    coupling: Literal["coupled", "decoupled", "proximal"] = "coupled"
+    """Where the pull enters: the gradient before clipping, after clipping, or a step of its own after AdamW's."""
+    consolidation: Literal["online", "separate", "laplace"] = "online"
+    """How the Fisher of several tasks are joined: decayed by `gamma` about the newest weights, each about its own
+    weights, or summed about the newest."""
+    gamma: Fraction = 1.0
+    """What `online` leaves of earlier tasks at each new one. 0 to 1."""
+    damping: NonNegative = 0.0
+    """Added to every Fisher value, as a multiple of their mean: holds what the samples never touched. At least 0."""
+
+
+class Koshey(Memory):
     """Long context and memory of earlier tasks. `tier` names presets; a key given here wins over its tier."""
 
     tier: Annotated[Count, Field(le=10)] | None = None
@@ -23,10 +50,8 @@ class Koshey(Section):
     """Splits each sequence over `distributed.context_parallel` ranks."""
     ewc_enabled: bool = False
     """Pulls the weights to where the previous task left them (Elastic Weight Consolidation)."""
-    ewc_lambda: NonNegative = 0.0
-    """Stiffness of that pull. Dimensionless, at least 0; 0 disables. Typical 1e2 to 1e5."""
-    fisher_samples: Count = 1000
-    """Sequences that the Fisher information is estimated from. At least 1."""
+    consolidate_every: Tokens | None = None
+    """Tokens after which the Fisher is taken anew and the anchor moved. At least 1; unset, only at the end."""
     dynamic_batching: bool = False
     """Fills each micro-batch to a budget of tokens instead of a number of sequences."""
 
@@ -105,26 +130,38 @@ class Moe(Section):
     """Weight of the loss that keeps the experts equally busy. At least 0."""
 
 
-class Continual(Section):
+class Continual(Memory):
     """Learning domains one after another without forgetting (Kirkpatrick et al. 2017, arXiv:1612.00796)."""
 
     method: Literal["ewc"] = "ewc"
     """What holds earlier domains back."""
     ewc_lambda: NonNegative = 5000.0
-    """Stiffness of the pull to the previous phase. Dimensionless, at least 0. Typical 1e2 to 1e5."""
-    fisher_samples: Count = 1000
-    """Sequences that the Fisher information of a phase is estimated from. At least 1."""
+    """Stiffness of the pull to earlier phases, against a Fisher per token. Dimensionless, at least 0; 0 disables.
+    Typical 1e2 to 1e5."""
+    replay: BelowOne = 0.0
+    """Share of each batch that is drawn from earlier domains, alike from each. 0 to below 1."""
 
 
 class Phase(Section):
     """One domain of a curriculum."""
 
     name: str
-    """Name of the domain: a key of `data.sources`."""
+    """Name of the domain: a key of `data.sources`, unless `data` names another."""
     tokens: Tokens
-    """Tokens trained on, at least 1: `10B` is 1e10."""
+    """Tokens trained on, at least 1: `10B` is 1e10. Rounded up to whole batches."""
     lr: Positive
     """Peak learning rate of the phase, per step. Above 0."""
+    data: str | None = None
+    """What is read: a key of `data.sources`, or `mix` for `data.mix`; unset, `name`."""
+    sequence_length: Count | None = None
+    """Tokens of a training sample in this phase. At least 1; unset, the recipe's."""
+    replay: BelowOne | None = None
+    """Share of each batch from earlier domains in this phase. 0 to below 1; unset, `continual.replay`."""
+
+    @property
+    def source(self) -> str:
+        """What is read: a key of `data.sources`, or `mix`."""
+        return self.data or self.name
 
 
 class Curriculum(Section):

@@ -1,8 +1,11 @@
 """What must hold between the keys of a recipe: one function a rule, each yielding its breaches in finished words."""
 
+import difflib
+import math
 from collections.abc import Callable, Iterator
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
 from igla_mega.config.schema import Recipe
 
 Rule = Callable[[Recipe], Iterator[str]]
@@ -88,6 +91,21 @@ def rope_scaling_bands_are_ordered(recipe: Recipe) -> Iterator[str]:
         yield (
             f"model.rope_scaling.low_freq_factor: {scaling.low_freq_factor:g} is not below high_freq_factor "
             f"{scaling.high_freq_factor:g}. Llama 3 has 1 and 4."
+        )
+
+
+def rope_theta_reaches_max_position(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    # A trained model's theta is what it was trained with, and a stretched one's wavelengths are not theta's alone.
+    if model is None or model.rope_scaling is not None or recipe.base_model is not None:
+        return
+    needed = least_rope_theta(model.max_position)
+    # The fit is good to a factor of 1.5.
+    if model.max_position > 8192 and model.rope_theta < needed / 2:
+        yield (
+            f"model.rope_theta: {model.rope_theta:g} turns too fast for model.max_position {model.max_position}: a "
+            f"token could not tell its own kind from noise that far back, which takes about {needed:.1e}. "
+            f"Use {usual_rope_theta(model.max_position):g}, or model.rope_scaling for a model of shorter contexts."
         )
 
 
@@ -210,6 +228,82 @@ def features_go_together(recipe: Recipe) -> Iterator[str]:
         yield "dpo: given beside `sft:` in one run. Make them two `stages:`."
 
 
+def phases_are_learnable(recipe: Recipe) -> Iterator[str]:
+    if recipe.curriculum is None:
+        return
+    phases, training, model = recipe.curriculum.phases, recipe.training, recipe.model
+    for key in ("total_steps", "epochs"):
+        if (said := getattr(training, key)) is not None:
+            yield f"training.{key}: {said} beside curriculum.phases, whose tokens say how long the run is. Remove it."
+    names = [phase.name for phase in phases]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield f"curriculum.phases: {names.count(name)} are named {name}. Name each otherwise; `data` is what it reads."
+    for i, phase in enumerate(phases):
+        place, length = f"curriculum.phases.{i}", phase.sequence_length
+        yield from _source_is_known(recipe, f"{place}.{'data' if phase.data else 'name'}", phase.source)
+        if phase.lr < training.min_lr <= training.learning_rate:
+            yield f"{place}.lr: {phase.lr:g} is below training.min_lr {training.min_lr:g}. Lower training.min_lr."
+        if length is None:
+            continue
+        if model is not None and length > model.max_position:
+            yield (
+                f"{place}.sequence_length: {length} is longer than model.max_position {model.max_position}. "
+                f"Use at most {model.max_position}."
+            )
+        if training.batch_tokens is not None and training.batch_tokens % length:
+            yield (
+                f"{place}.sequence_length: training.batch_size {training.batch_size} = {training.batch_tokens} tokens "
+                f"is not a whole number of sequences of {length}. Use {near_divisors(training.batch_tokens, length)}."
+            )
+
+
+def memory_has_something_to_hold(recipe: Recipe) -> Iterator[str]:
+    if (memory := recipe.memory) is None:
+        return
+    section = "continual" if memory is recipe.continual else "koshey"
+    if memory.base_data is not None:
+        yield from _source_is_known(recipe, f"{section}.base_data", memory.base_data)
+    for key in ("fisher", "base_data"):
+        if getattr(memory, key) is not None and recipe.base_model is None:
+            yield f"{section}.{key}: given without `base_model:`, which it is of. Remove it, or name the base model."
+    if memory.fisher is not None and memory.base_data is not None and section == "koshey":
+        yield "koshey.base_data: not read beside koshey.fisher. Keep one."
+    length, model = memory.fisher_seq_length, recipe.model
+    if length is not None and model is not None and length > model.max_position:
+        yield (
+            f"{section}.fisher_seq_length: {length} is longer than model.max_position {model.max_position}. "
+            f"Use at most {model.max_position}."
+        )
+    koshey, continual = recipe.koshey, recipe.continual
+    if koshey and continual and koshey.ewc_enabled and koshey.ewc_lambda != continual.ewc_lambda:
+        yield (
+            f"koshey.ewc_lambda: {koshey.ewc_lambda:g} disagrees with continual.ewc_lambda {continual.ewc_lambda:g}. "
+            "Set both alike, or koshey.ewc_enabled=false."
+        )
+    if koshey is not None and koshey.consolidate_every is not None and recipe.curriculum is not None:
+        yield (
+            f"koshey.consolidate_every: {koshey.consolidate_every} beside curriculum.phases, at whose ends the "
+            "Fisher is taken. Remove one."
+        )
+    if continual is not None and recipe.curriculum is not None and recipe.data.validation_fraction == 0:
+        yield (
+            "data.validation_fraction: 0 leaves nothing to measure forgetting on, after each phase of `continual:`. "
+            "Use 0.01, or more for small sources."
+        )
+
+
+def _source_is_known(recipe: Recipe, place: str, source: str) -> Iterator[str]:
+    sources = recipe.data.sources
+    if source == "mix" and "mix" not in sources:
+        # With no data at all, `train` says so, and the laptop scale makes some.
+        if sources and not recipe.data.mix:
+            yield f"{place}: mix, and data.mix gives no source a weight. Give it some, or name a source."
+    elif sources and source not in sources:
+        near = difflib.get_close_matches(source, sources, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sources)}."
+        yield f"{place}: {source} is not in data.sources; {hint}"
+
+
 def tensor_parallel_divides_model(recipe: Recipe) -> Iterator[str]:
     tensor, model = recipe.distributed.tensor_parallel, recipe.model
     if tensor == "auto" or model is None:
@@ -244,16 +338,37 @@ def sequence_divides_among_ranks(recipe: Recipe) -> Iterator[str]:
     where, length = recipe.distributed, recipe.sequence_length
     if length is None:
         return
-    if where.sequence_parallel is True and where.tensor_parallel != "auto" and length % where.tensor_parallel:
-        yield (
-            f"distributed.sequence_parallel: tensor_parallel {where.tensor_parallel} does not divide the sequence of "
-            f"{length} tokens. Set training.sequence_length to {near_multiples(where.tensor_parallel, length)}."
-        )
-    context = where.context_parallel
+    context, tensor = where.context_parallel, where.tensor_parallel
+    if context == "auto" and not (recipe.koshey is not None and recipe.koshey.ring_attention):
+        context = 1
     if context != "auto" and context > 1 and length % (2 * context):
+        if not where.pad_sequences:
+            yield (
+                f"distributed.context_parallel: {context} does not fit the sequence of {length} tokens: zig-zag needs "
+                f"a multiple of {2 * context}. Set training.sequence_length to {near_multiples(2 * context, length)}, "
+                "or distributed.pad_sequences=true."
+            )
+        length += -length % (2 * context)
+    if where.sequence_parallel is not True or tensor == "auto" or context == "auto" or length // context % tensor == 0:
+        return
+    unit = math.lcm(2 * context, tensor * context) if context > 1 else tensor
+    split = f", {length // context} on each of {context} context-parallel ranks" if context > 1 else ""
+    yield (
+        f"distributed.sequence_parallel: tensor_parallel {tensor} does not divide the sequence of {length} tokens"
+        f"{split}. Set training.sequence_length to {near_multiples(unit, length)}."
+    )
+
+
+def heads_divide_among_context_ranks(recipe: Recipe) -> Iterator[str]:
+    where, model = recipe.distributed, recipe.model
+    context, tensor = where.context_parallel, where.tensor_parallel
+    if where.context_schedule != "a2a" or model is None or context == "auto" or tensor == "auto":
+        return
+    if (heads := model.num_kv_heads // tensor) % context:
         yield (
-            f"distributed.context_parallel: {context} does not fit the sequence of {length} tokens: zig-zag needs a "
-            f"multiple of {2 * context}. Set training.sequence_length to {near_multiples(2 * context, length)}."
+            f"distributed.context_schedule: a2a gives each of {context} context-parallel ranks as many key-value "
+            f"heads, and {heads} (num_kv_heads {model.num_kv_heads} / tensor_parallel {tensor}) do not divide. "
+            f"Use p2p or auto, or context_parallel {near_divisors(heads, context)}."
         )
 
 
@@ -274,6 +389,7 @@ RULES: list[Rule] = [
     has_a_model,
     heads_fit_hidden_size,
     rope_scaling_bands_are_ordered,
+    rope_theta_reaches_max_position,
     sequence_fits_positions,
     batch_is_whole_sequences,
     length_of_run_is_said_once,
@@ -282,9 +398,12 @@ RULES: list[Rule] = [
     mix_adds_up,
     experts_add_up,
     features_go_together,
+    phases_are_learnable,
+    memory_has_something_to_hold,
     tensor_parallel_divides_model,
     pipeline_divides_layers,
     sequence_divides_among_ranks,
+    heads_divide_among_context_ranks,
     fsdp_is_proved,
 ]
 
@@ -321,26 +440,18 @@ def not_yet(recipe: Recipe) -> list[str]:
 
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
     koshey, where = recipe.koshey, recipe.distributed
-    context, expert = where.context_parallel, where.expert_parallel
+    expert = where.expert_parallel
     for key, what, without in (
         ("lora", "adapters are", "all weights"),
         ("quantization", "quantized base models are", "in bf16"),
         ("dpo", "preference optimization is", "on the language loss"),
         ("sft", "instruction tuning is", "on plain text"),
         ("moe", "mixture of experts is", "one dense network"),
-        ("continual", "continual learning is", "without it"),
-        ("curriculum", "training in phases is", "in one phase"),
     ):
         yield getattr(recipe, key) is not None, key, what, f"set {key}=null to train {without}"
     if koshey is not None:
-        for word, what in (
-            ("ring_attention", "ring attention is"),
-            ("ewc_enabled", "the EWC pull is"),
-            ("dynamic_batching", "token-budget batching is"),
-        ):
-            yield getattr(koshey, word), f"koshey.{word}", what, f"set koshey.{word}=false to train without it"
-    key = "distributed.context_parallel"
-    yield context not in ("auto", 1), key, f"context parallelism ({context}) is", f"set {key}=1"
+        word, what = "dynamic_batching", "token-budget batching is"
+        yield koshey.dynamic_batching, f"koshey.{word}", what, f"set koshey.{word}=false to train without it"
     key = "distributed.expert_parallel"
     yield expert not in ("auto", 1), key, f"expert parallelism ({expert}) is", f"set {key}=1"
     yield recipe.stages is not None, "stages", "running stages is", "give one stage as a recipe of its own"

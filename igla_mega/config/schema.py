@@ -14,6 +14,7 @@ from igla_mega.config.features import (
     Dpo,
     Koshey,
     Lora,
+    Memory,
     Moe,
     Quantization,
     RopeScaling,
@@ -57,8 +58,11 @@ class Model(Section):
     """Token ids, 0 to vocab_size - 1. At least 1."""
     max_position: Count = 8192
     """Longest sequence, in tokens. At least 1."""
-    rope_theta: Positive = 10000.0
-    """Base of the rotary wavelengths. Above 0."""
+    rope_theta: Positive = Field(
+        default_factory=lambda given: quantities.usual_rope_theta(given.get("max_position", 0))
+    )
+    """Base of the rotary wavelengths. Above 0; unset, 1e4 up to 8192 positions, beyond that the power of ten that
+    `max_position` needs."""
     rope_scaling: RopeScaling | None = None
     """Llama-3's stretch of the wavelengths; unset, none."""
     tie_embeddings: bool = False
@@ -169,7 +173,12 @@ class Distributed(Section):
     virtual_pipeline: Count = 1
     """Model chunks a pipeline rank, for the interleaved schedule. At least 1."""
     context_parallel: CountOrAuto = "auto"
-    """Ranks that each sequence is split over. At least 1."""
+    """Ranks that each sequence is split over. At least 1; `auto` is 1 without `koshey.ring_attention`."""
+    context_schedule: Literal["auto", "p2p", "allgather", "a2a", "a2a+p2p"] = "auto"
+    """How keys and values reach the queries of other context-parallel ranks: round a ring (p2p), all at once
+    (allgather), heads exchanged for tokens (a2a), or that within a node and a ring across nodes (a2a+p2p)."""
+    pad_sequences: bool = False
+    """Fills each sequence up to the multiple of 2 x context_parallel that splitting it needs."""
     expert_parallel: CountOrAuto = "auto"
     """Ranks that the experts are split over. At least 1."""
     micro_batch_size: CountOrAuto = "auto"
@@ -208,6 +217,8 @@ class Data(Section):
     """Share of documents held out. 0 to below 1."""
     skip_broken_lines: bool = False
     """Skips JSON lines that do not parse, and counts them, instead of stopping at the first."""
+    document_mask: bool = False
+    """Keeps documents that share a training sample from seeing each other; positions start anew in each."""
     workers: Count = 1
     """Processes that tokenize. At least 1."""
     format: Literal["text", "instructions", "preference_pairs"] = "text"
@@ -297,6 +308,13 @@ class Recipe(Section):
     """Domains in order."""
     stages: Annotated[tuple["Recipe", ...], Field(min_length=1)] | None = None
     """Recipes run one after another, each from the weights of the one before. At least one."""
+
+    @property
+    def memory(self) -> Memory | None:
+        """What is asked of Elastic Weight Consolidation; None when nothing is."""
+        if self.continual is not None:
+            return self.continual
+        return self.koshey if self.koshey is not None and self.koshey.ewc_enabled else None
 
     @property
     def sequence_length(self) -> int | None:

@@ -22,11 +22,28 @@ from igla_mega.model.spec import block_spec
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
 from igla_mega.plan.layout import Layout
 
+NEAR_RADIANS = 256.0
+
 
 class CausalLM(GPTModel):
-    """GPTModel whose last stage, given labels, returns the summed loss without ever holding all logits."""
+    """GPTModel with rotary angles of any positions, whose last stage, given labels, returns the summed loss without
+    ever holding all logits."""
 
     true_vocab_size: int
+    rotary_frequencies: tuple[Tensor, Tensor]
+    """As `inverse_frequencies` gives them, in fp32 and in fp64."""
+    draws_labels = False
+    """Labels are drawn from the model itself; those given are the keys of the draws (`ops.categorical.token_keys`)."""
+
+    def _preprocess(self, input_ids, position_ids, inference_context=None, packed_seq_params=None, **rest):
+        hidden, _, *others = super()._preprocess(input_ids, position_ids, inference_context=inference_context, **rest)
+        if inference_context is not None:
+            # mcore cuts the angles of the tokens at hand out of those of the whole cache.
+            longest = inference_context.max_sequence_length
+            position_ids = torch.arange(longest, device=position_ids.device).unsqueeze(0)
+        elif packed_seq_params is None:
+            position_ids = position_ids[:1]  # of every row the same
+        return hidden, rotary_angles(position_ids, *self.rotary_frequencies), *others
 
     def _postprocess(self, hidden_states, *, labels, loss_mask=None, **rest):
         if labels is None or not self.post_process:
@@ -46,6 +63,7 @@ class CausalLM(GPTModel):
             loss_mask.t().reshape(-1),
             vocab_size=self.true_vocab_size,
             group=self.tp_group if self.tp_group.size() > 1 else None,
+            draw=self.draws_labels,
         )
 
 
@@ -57,17 +75,20 @@ def transformer_config(
     device: torch.device,
     recompute: str = "none",
     transformer_engine: bool = False,
+    documents: bool = False,
 ) -> TransformerConfig:
     """Translate the `model` section and the layout into megatron-core's words.
 
     Args:
         dtype: of the parameters as the modules see them (FSDP passes float32 and casts on gathering).
-        recompute: "none", "selective" (attention core and MLP) or "full" (every layer).
+        recompute: "none", "selective" (the MLP) or "full" (every layer). Core attention is never computed again: its
+            output and log-sum-exp are kept.
+        documents: rows hold several, with positions of their own.
     """
     cuda = device.type == "cuda"
     recompute_settings: dict[str, Any] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(
@@ -95,6 +116,7 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
+        cp_comm_type=layout.context_schedule,
         expert_model_parallel_size=layout.expert,
         sequence_parallel=layout.sequence_parallel,
         calculate_per_token_loss=True,
@@ -106,7 +128,7 @@ def transformer_config(
         # Fused CUDA kernels of apex and Transformer Engine; torch.compile fusions.
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
-        apply_rope_fusion=transformer_engine,
+        apply_rope_fusion=transformer_engine and not documents,  # the fused kernel turns all rows alike
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -132,24 +154,23 @@ def build_chunks(config: TransformerConfig, model: Model, *, transformer_engine:
                 pre_process=first,
                 post_process=last,
                 share_embeddings_and_output_weights=model.tie_embeddings,
-                position_embedding_type="rope",
-                rotary_base=model.rope_theta,
+                position_embedding_type="none",  # ours, in `_preprocess`
                 vp_stage=stage,
             )
         chunk.true_vocab_size = model.vocab_size
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(model)
+        chunk.rotary_frequencies = inverse_frequencies(model), inverse_frequencies(model, torch.float64)
         chunks.append(chunk)
     return chunks
 
 
-def inverse_frequencies(model: Model) -> Tensor:
-    """Angle per position of each pair of dimensions: [D/2] fp32, radians (Su et al. 2021, arXiv:2104.09864, eq. 15).
+def inverse_frequencies(model: Model, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Radians per position of each pair of dimensions, [D/2] in `dtype` (Su et al. 2021, arXiv:2104.09864, eq. 15).
 
     With `rope_scaling`, Llama 3's stretch (Grattafiori et al. 2024, arXiv:2407.21783): long wavelengths slow down by
     `factor`, short ones stay, those between are blended.
     """
     dim = model.head_size
-    frequencies = 1.0 / model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    frequencies = 1.0 / model.rope_theta ** (torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim)
     scaling = model.rope_scaling
     if scaling is None:
         return frequencies
@@ -157,6 +178,27 @@ def inverse_frequencies(model: Model) -> Tensor:
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotary_angles(positions: Tensor, near: Tensor, exact: Tensor) -> Tensor:
+    """Angles of positions, as mcore's attention turns queries and keys by them.
+
+    In fp32 the product is off by up to 8e-3 radians at position 131072: it is taken in fp64, and whole turns are
+    dropped before it is rounded. Angles below `NEAR_RADIANS` are rounded as everybody rounds them, which costs less
+    than 3e-5: a short context is then turned as transformers turns it, to the last bit.
+
+    Args:
+        positions: [B, S] integers.
+        near, exact: [D/2], radians per position, in fp32 and in fp64.
+
+    Returns:
+        [S, B, 1, D] fp32: the two halves of D are the same.
+    """
+    positions = positions.t().unsqueeze(-1)
+    usual = positions.float() * near.to(positions.device)
+    turned = torch.remainder(positions * exact.to(positions.device), 2 * math.pi).float()
+    angles = torch.where(usual < NEAR_RADIANS, usual, turned)
+    return torch.cat((angles, angles), -1).unsqueeze(2)
 
 
 def initialize(runs: Iterable[tuple[Shard, Tensor, int]], model: Model, seed: int) -> None:

@@ -54,11 +54,13 @@ class Shard:
     """2 for the stacked gate and up projections, each of which is split by itself."""
     sequence_parallel: bool
     """Its gradient on one tensor-parallel rank covers only that rank's tokens."""
+    shared: bool = False
+    """The last pipeline stage's copy of a tied embedding."""
 
     @property
     def is_first_copy(self) -> bool:
-        """Whether this rank's copy is the one to count, where several tensor-parallel ranks hold the same."""
-        return self.dim is not None or self.tensor_rank == 0
+        """Whether this rank's copy is the one to count, where ranks of one replica of the model hold the same."""
+        return not self.shared and (self.dim is not None or self.tensor_rank == 0)
 
     def rectangles(self, values: Tensor, start: int = 0) -> Iterator[Rectangle]:
         """Cut a run of the local part into rectangles of the global parameter.
@@ -103,7 +105,8 @@ class Slot(NamedTuple):
     start: int
     """Where the run starts in the flattened tensor-parallel part of the parameter."""
     values: dict[str, Tensor]
-    """1-D views, all of the run's length: `master` (the fp32 weights), `exp_avg`, `exp_avg_sq`."""
+    """1-D views, all of the run's length: `master` (the fp32 weights), `exp_avg`, `exp_avg_sq`; with Elastic Weight
+    Consolidation also `fisher` and `anchor`."""
     replicated: bool
     """Every data-parallel rank keeps the same."""
 
@@ -133,6 +136,7 @@ def shards_of(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int) -> Shards
                 tensor_size=mesh.tensor.size,
                 halves=2 if name.endswith("linear_fc1.weight") else 1,
                 sequence_parallel=getattr(param, "sequence_parallel", False),
+                shared=getattr(param, "shared", False),
             )
             # mcore's norm counts a parameter by this mark, and sets it only where it initialises the weights itself.
             param.tensor_model_parallel = dim is not None  # type: ignore[attr-defined]

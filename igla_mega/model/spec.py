@@ -2,12 +2,16 @@
 
 import importlib.util
 import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.ops.ring_attention import Kept, ring_attention
 
 
 class RMSNorm(nn.Module):
@@ -32,8 +37,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
 
 
+@dataclass
+class Documents(PackedSeqParams):
+    """Rows that hold several documents, each of which sees only itself."""
+
+    qkv_format: str = "sbhd"
+    rows: Sequence[Sequence[int]] = ()
+    """For each row of the batch, where documents begin in the whole sequence, and where the last one ends."""
+
+
 class CoreAttention(MegatronModule):
-    """Causal attention of one rank's heads by aten's flash kernels (CPU) or flash/cuDNN (CUDA)."""
+    """Causal attention of one rank's heads: over its own tokens by torch's fused kernels, over those of several
+    context-parallel ranks, or within documents, by ring attention.
+
+    When a layer is checkpointed (recomputed in the backward pass) ring attention keeps its output, of the size of the
+    layer's input, and is not run again: at 131,072 tokens it is most of the layer's work.
+    """
 
     def __init__(
         self,
@@ -48,8 +67,19 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.group = pg_collection.cp if pg_collection is not None else None
+        self.schedule = cp_comm_type or "auto"
+        self._to_recompute: deque[Kept] = deque()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: Documents | None = None,
+        **_,
+    ) -> Tensor:
         """Attend; a query sees the keys up to its own position, counted from the end of the keys.
 
         Args:
@@ -60,6 +90,9 @@ class CoreAttention(MegatronModule):
             [Sq, B, H * D]
         """
         num_queries, batch, num_heads = query.shape[:3]
+        if packed_seq_params is not None or (self.group is not None and self.group.size() > 1):
+            documents = packed_seq_params.rows if packed_seq_params is not None else None
+            return self._ring(query, key, value, documents).flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None
         if 1 < num_queries < k.size(2):
@@ -74,6 +107,27 @@ class CoreAttention(MegatronModule):
             enable_gqa=num_heads != key.size(2),
         )
         return out.permute(2, 0, 1, 3).reshape(num_queries, batch, -1)
+
+    def _ring(self, query: Tensor, key: Tensor, value: Tensor, documents: Sequence[Sequence[int]] | None) -> Tensor:
+        kept = None
+        if self.training and self.config.recompute_granularity == "full":
+            # mcore runs a checkpointed layer first without gradients, then again with them, in the same order.
+            kept = self._to_recompute.popleft() if torch.is_grad_enabled() else Kept()
+            if not torch.is_grad_enabled():
+                self._to_recompute.append(kept)
+        out = ring_attention(
+            query,
+            key,
+            value,
+            self.group,
+            scale=self.scale,
+            cu_seqlens=documents,
+            schedule=self.schedule,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            kept=kept,
+        )
+        assert isinstance(out, Tensor), "asked for without its log-sum-exp"
+        return out
 
 
 def use_transformer_engine(kernels: str, device: torch.device) -> bool:
@@ -98,7 +152,8 @@ def block_spec(config: TransformerConfig, virtual_stage: int | None, transformer
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.self_attention.submodules.core_attention = CoreAttention
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+    # Also between Transformer Engine's projections: its context parallelism sums in bf16 and keeps every hop's keys.
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

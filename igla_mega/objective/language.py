@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
-"""One micro-batch: tokens, labels, position_ids [B, S] int64; loss_mask [B, S] fp32."""
+from igla_mega.model.spec import Documents
+
+Batch = dict[str, Any]
+"""One micro-batch: tokens, labels, position_ids [B, S] int64; loss_mask [B, S] fp32. Where rows are packed documents,
+also `documents`: for each row, where they begin in the whole sequence and where the last one ends."""
 
 
 def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, partial]:
@@ -24,6 +28,7 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, pa
         None,  # causal by construction
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=Documents(rows=batch["documents"]) if "documents" in batch else None,
     )
     return output, partial(_report, batch["loss_mask"])
 

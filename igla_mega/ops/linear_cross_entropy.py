@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from igla_mega.ops.categorical import draw_labels
 from igla_mega.ops.cross_entropy import softmax_gradient_, softmax_statistics
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
@@ -24,7 +25,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_mask, vocab_size, group):
+    def forward(ctx, hidden, weight, labels, loss_mask, vocab_size, group, draw):
         needs_grad = any(ctx.needs_input_grad[:2])
         num_ranks = 1 if group is None else group.size()
         vocab_start = 0 if group is None else group.rank() * weight.size(0)
@@ -36,7 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = CHUNK_TOKENS[hidden.device.type]
         for rows in (slice(at, at + chunk) for at in range(0, len(hidden), chunk)):
             logits = _logits(hidden[rows], weight)
-            row_max, sum_exp, target = softmax_statistics(logits, labels[rows], vocab_start, vocab_size)
+            targets = draw_labels(logits, labels[rows], vocab_start, vocab_size, group) if draw else labels[rows]
+            row_max, sum_exp, target = softmax_statistics(logits, targets, vocab_start, vocab_size)
             if num_ranks > 1:
                 local_max = row_max.clone()
                 dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=group)
@@ -46,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             lse = row_max + sum_exp.log()
             losses[rows] = (lse - target) * loss_mask[rows]
             if needs_grad:
-                softmax_gradient_(logits, lse, labels[rows], loss_mask[rows], vocab_start, vocab_size)
+                softmax_gradient_(logits, lse, targets, loss_mask[rows], vocab_start, vocab_size)
                 torch.mm(logits, weight, out=grad_hidden[rows])
                 if weight.dtype == torch.float32:
                     grad_weight.addmm_(logits.t(), hidden[rows])
@@ -63,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A host read is free on CPU, and spares a pass over the largest gradient of the model.
         if grad_output.device.type != "cpu" or grad_output.item() != 1.0:
             grad_hidden, grad_weight = grad_hidden * grad_output, grad_weight * grad_output
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -74,6 +76,7 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
+    draw: bool = False,
 ) -> Tensor:
     """Sum of the cross entropies of `hidden @ weight.T` against `labels`, weighted by `loss_mask`.
 
@@ -85,8 +88,9 @@ def linear_cross_entropy(
         loss_mask: [N] fp32 weight of each token's loss; 0 leaves it out.
         vocab_size: of the whole vocabulary, without padding.
         group: ranks that share the vocabulary; None when this rank holds all of it.
+        draw: labels are drawn from the softmax itself, and `labels` are the keys of the draws (`token_keys`).
 
     Returns:
         0-d fp32, nats. The gradient of `hidden` is this rank's share: sum it over `group`.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, vocab_size, group)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, vocab_size, group, draw)

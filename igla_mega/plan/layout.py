@@ -11,6 +11,8 @@ from igla_mega.config.schema import Recipe
 
 # Tokens of a micro-batch that keep a core's caches, or a GPU's multiprocessors, busy.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
+# Tokens of one sequence on a GPU: with 80 GB, recompute and a 7B model, twice as many do not fit.
+CONTEXT_TOKENS, GPUS_OF_A_NODE = 16384, 8
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,13 @@ class Layout:
     num_microbatches: int
     global_batch: int
     sequence_length: int
+    context_schedule: str = "auto"
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens of a sequence as it is split over the context-parallel ranks."""
+        return self.sequence_length + (-self.sequence_length % (2 * self.context) if self.context > 1 else 0)
 
     @property
     def world_size(self) -> int:
@@ -60,22 +68,21 @@ def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layou
         )
     where, notes = recipe.distributed, []
     pipeline = _number(where.pipeline_parallel, otherwise=1)
-    context = _number(where.context_parallel, otherwise=1)
+    context = _number(where.context_parallel, otherwise=0) or _choose_context(recipe, length, world_size, device)
     free = world_size // (pipeline * context)
-    tensor = _number(where.tensor_parallel, otherwise=0) or _choose_tensor(recipe, free, device)
+    tensor = _number(where.tensor_parallel, otherwise=0) or _choose_tensor(recipe, free, length // context, device)
     data = free // tensor
+    if recipe.koshey is not None and recipe.koshey.ring_attention and context == 1:
+        notes.append(f"koshey.ring_attention: one context-parallel rank of {world_size} in all; nothing is split.")
 
     sequence_parallel = where.sequence_parallel
     if sequence_parallel == "auto":
-        sequence_parallel = device == "cuda" and tensor > 1 and length % tensor == 0
+        sequence_parallel = device == "cuda" and tensor > 1 and length // context % tensor == 0
     elif sequence_parallel and tensor == 1:
         sequence_parallel = False
         notes.append("sequence_parallel: one tensor-parallel rank has no peers to split the sequence with; it is off.")
-    elif sequence_parallel and length % tensor:
-        raise ConfigError(
-            f"distributed.sequence_parallel: tensor_parallel {tensor} does not divide the sequence of {length} tokens. "
-            f"Set training.sequence_length to {near_multiples(tensor, length)}."
-        )
+    chosen = {"tensor_parallel": tensor, "context_parallel": context, "sequence_parallel": sequence_parallel}
+    rules.check(recipe.model_copy(update={"distributed": where.model_copy(update=chosen)}), world_size, device)
 
     strategy = where.strategy
     if strategy == "FSDP" and data * context == 1:
@@ -91,6 +98,7 @@ def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layou
         pipeline=pipeline,
         virtual_pipeline=where.virtual_pipeline,
         context=context,
+        context_schedule=where.context_schedule,
         expert=_choose_expert(recipe, data, device),
         data=data,
         sequence_parallel=sequence_parallel,
@@ -108,13 +116,30 @@ def _number(size: int | Literal["auto"], otherwise: int) -> int:
     return otherwise if size == "auto" else size
 
 
-def _choose_tensor(recipe: Recipe, ranks: int, device: str) -> int:
+def _choose_context(recipe: Recipe, length: int, world_size: int, device: str) -> int:
+    """Return 1 unless ring attention is asked for; then ranks enough to hold the sequence's activations.
+
+    A GPU takes `CONTEXT_TOKENS` of a sequence, on at most a node's GPUs, which NVLink joins; on a CPU, where the point
+    is to see it work, every rank that is free takes part.
+    """
+    where = recipe.distributed
+    if recipe.koshey is None or not recipe.koshey.ring_attention:
+        return 1
+    free = world_size // (_number(where.tensor_parallel, otherwise=1) * _number(where.pipeline_parallel, otherwise=1))
+    wanted = free if device == "cpu" else min(GPUS_OF_A_NODE, -(-length // CONTEXT_TOKENS))
+    splits = [
+        n for n in range(1, free + 1) if free % n == 0 and (n == 1 or length % (2 * n) == 0 or where.pad_sequences)
+    ]
+    return min((n for n in splits if n >= wanted), default=max(splits))
+
+
+def _choose_tensor(recipe: Recipe, ranks: int, tokens: int, device: str) -> int:
     model = recipe.model
     if device == "cuda" or model is None:
         return 1
     splits = math.gcd(model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
     if recipe.distributed.sequence_parallel is True:
-        splits = math.gcd(splits, recipe.sequence_length or 0)
+        splits = math.gcd(splits, tokens)
     return math.gcd(splits, ranks)
 
 

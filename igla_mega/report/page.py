@@ -149,9 +149,14 @@ def _figures(
 ) -> Iterator[tuple[str, str, go.Figure, bool]]:
     """Yield title, unit, plot, and whether it takes the page's whole width, of all that there are numbers for."""
     yield "Loss", "nats per target token, over optimizer steps", _loss_figure(entries), True
+    if matrix := next((e for e in reversed(entries) if e.get("forgetting_matrix")), None):
+        note = "nats per token on each domain after each phase; colour: how far it has risen since it was learned"
+        yield "Forgetting", note, _matrix_figure(matrix), True
     plots: list[tuple[str, str, str, float]] = [
         ("learning_rate", "Learning rate", "per step", 1.0),
         ("grad_norm", "Gradient norm", "L2 over all parameters, before clipping", 1.0),
+        ("ewc_nats", "What is held", "the penalty of Elastic Weight Consolidation, nats per token", 1.0),
+        ("ewc_grad_norm", "Gradient norm of the pull", "L2 over all parameters; the task's is dashed", 1.0),
         ("tokens_per_second", "Throughput", "tokens per second, all ranks together", 1.0),
         ("mfu", "Model FLOP/s utilization", "percent of the device's dense peak", 100.0),
         ("memory_bytes", "Memory", "peak of the main rank, GiB", 2.0**-30),
@@ -161,6 +166,8 @@ def _figures(
         if values:
             figure = _figure(260, logarithmic=key == "grad_norm" and max(values) > 20 * max(min(values), 1e-12) > 0)
             _add_line(figure, (steps, [value * factor for value in values]), title, MAIN)
+            if key == "ewc_grad_norm":
+                _add_line(figure, _series(entries, "task_grad_norm"), "the task's", SOURCE_COLORS[0], dash="dash")
             if key == "learning_rate":
                 figure.update_yaxes(exponentformat="e")
             if key in ("tokens_per_second", "mfu", "memory_bytes"):
@@ -183,9 +190,10 @@ def tokens_by_source(ledger: Iterable[Mapping[str, Any]], sequence_length: int |
     """Tokens of each source that a run has consumed by its ledger; samples where their length is not known."""
     totals: dict[str, int] = {}
     for entry in ledger:
+        length = (entry.get("sequence_length", sequence_length) or 1) if sequence_length else 1
         for name, taken in (entry.get("sources") or {}).items():
             first, end = taken["samples"]
-            totals[name] = totals.get(name, 0) + (end - first) * (sequence_length or 1)
+            totals[name] = totals.get(name, 0) + (end - first) * length
     return totals
 
 
@@ -207,6 +215,37 @@ def _loss_figure(entries: list[dict]) -> go.Figure:
     if entropy is not None:
         ends = [min(steps, default=0), max(steps, default=1)]
         _add_line(figure, (ends, [entropy, entropy]), "unigram entropy", MUTED, dash="dash")
+    return figure
+
+
+def _matrix_figure(entry: Mapping[str, Any]) -> go.Figure:
+    """A row after each phase, the first on top; a domain that was not yet learned is left blank."""
+    names, phases, rows = entry["domains"], entry["phases"], entry["forgetting_matrix"]
+    learned: dict[int, float] = {}
+    risen = [
+        [None if loss is None else loss - learned.setdefault(column, loss) for column, loss in enumerate(row)]
+        for row in rows
+    ]
+    most = max([abs(value) for row in risen for value in row if value is not None] + [1e-3])
+    figure = _figure(90 + 44 * len(phases))
+    figure.add_heatmap(
+        z=risen,
+        x=[html.escape(name) for name in names],
+        y=[html.escape(phase) for phase in phases],
+        text=[["" if loss is None else f"{loss:.3f}" for loss in row] for row in rows],
+        texttemplate="%{text}",
+        # Blue is better than when it was learned, red is forgotten.
+        colorscale=[[0.0, "#0072b2"], [0.5, "#f4f4f4"], [1.0, "#d55e00"]],
+        zmin=-most,
+        zmax=most,
+        xgap=3,
+        ygap=3,
+        colorbar={"title": {"text": "nats"}, "thickness": 12},
+        hovertemplate="%{x} after %{y}: %{text} nats, %{z:+.3f} since it was learned<extra></extra>",
+    )
+    figure.update_xaxes(title=None, side="top", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_layout(hovermode="closest", margin={"l": 56, "r": 12, "t": 40, "b": 12})
     return figure
 
 

@@ -1,23 +1,33 @@
 """Data parallelism by megatron-core: gradients in one buffer, optimizer state whole or split over the ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.distributed.finalize_model_grads import (
+    _allreduce_non_tensor_model_parallel_grads,
+    _allreduce_word_embedding_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from igla_mega.config.schema import Optimizer as OptimizerSection
 from igla_mega.config.schema import Training
 from igla_mega.model.shards import Shards, Slot, named_shards
-from igla_mega.train.optimizer import moments_of, set_num_steps
+from igla_mega.objective.ewc import Ewc, Pull
+from igla_mega.ops.fisher import fisher_accumulate_
+from igla_mega.parallel import Mesh
+from igla_mega.train.optimizer import held_step, moments_of, set_num_steps
 
 
 def wrap(
@@ -44,6 +54,7 @@ class MegatronAdamW:
         self,
         chunks: Sequence[nn.Module],
         shards: Shards,
+        mesh: Mesh,
         config: TransformerConfig,
         training: Training,
         optimizer: OptimizerSection,
@@ -63,7 +74,7 @@ class MegatronAdamW:
             use_distributed_optimizer=ddp.use_distributed_optimizer,
             overlap_param_gather=ddp.overlap_param_gather,
         )
-        self.chunks, self.shards = chunks, shards
+        self.chunks, self.shards, self.mesh, self.config = chunks, shards, mesh, config
         self.megatron = get_megatron_optimizer(settings, chunks)
         for part in self._parts():
             for group in part.optimizer.param_groups:
@@ -86,11 +97,74 @@ class MegatronAdamW:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.megatron.zero_grad()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, ewc: Ewc | None = None) -> tuple[float, Pull | None]:
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
-        _, grad_norm, _ = self.megatron.step()
+        self.megatron.prepare_grads()
+        held = ewc is not None and ewc.holds
+        return held_step(
+            ewc,
+            list(self.slots()) if held else [],
+            self._gradients() if held else [],
+            [part.optimizer for part in self._parts()],
+            clip=self._clip,
+            update=self.megatron.step_with_ready_grads,
+        )
+
+    def _clip(self) -> float:
+        grad_norm = self.megatron.get_grad_norm()
+        for part in self._parts():
+            if params := part.get_parameters():
+                clip_grad_by_total_norm_fp32(params, part.config.clip_grad, grad_norm)
         return float(grad_norm)
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of each slot, in the order of `slots`: views of mcore's fp32 buffer, which its masters' are."""
+        runs = [(param, start, master.numel()) for part in self._parts() for param, master, start in _masters(part)]
+        return [param.main_grad.view(-1)[start : start + size] for param, start, size in runs]  # type: ignore
+
+    @contextmanager
+    def per_sample(self) -> Iterator[Callable[[list[Tensor]], None]]:
+        config, alone = self.config, self.mesh.data_context.size == 1
+        saved = config.finalize_model_grads_func, config.no_sync_func
+
+        def add(sums: list[Tensor]) -> None:
+            if alone:
+                fisher_accumulate_(sums, self._gradients(), 1.0)
+            else:
+                # Context-parallel ranks have the same sample, and each has added its square.
+                torch._foreach_add_(sums, self._gradients(), alpha=1.0 / self.mesh.context.size)
+
+        with ExitStack() as stack:
+            for chunk in self.chunks:  # no bucket is summed while the backward pass still runs
+                stack.enter_context(chunk.no_sync())  # type: ignore[operator]
+            config.no_sync_func = nullcontext
+            config.finalize_model_grads_func = self._finish_sample if alone else self._square_and_sum
+            try:
+                yield add
+            finally:
+                config.finalize_model_grads_func, config.no_sync_func = saved
+
+    def _finish_sample(self, *_, **__) -> None:
+        """Complete the sums of one sample's gradient: over its tokens' ranks, and over tied weights."""
+        if self.mesh.context.size > 1:
+            for buffer in self._buffers():
+                dist.all_reduce(buffer, group=self.mesh.context.group)
+        _allreduce_non_tensor_model_parallel_grads(list(self.chunks), self.config, self.mesh.tensor.group)
+        _allreduce_word_embedding_grads(list(self.chunks), self.config)
+
+    def _square_and_sum(self, *_, **__) -> None:
+        """Square the finished gradients, and have mcore sum the squares as it sums gradients."""
+        self._finish_sample()
+        for buffer in self._buffers():
+            buffer.square_()
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
+                chunk.start_grad_sync()  # type: ignore[operator]
+            chunk.finish_grad_sync()  # type: ignore[operator]
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers]  # type: ignore
 
     def slots(self) -> Iterator[Slot]:
         shard_of = {param: shard for shard, param in named_shards(self.chunks, self.shards)}

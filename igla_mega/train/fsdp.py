@@ -5,26 +5,29 @@ parallelism; what stands here counts each parameter once over both.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
 from igla_mega.config.schema import Optimizer as OptimizerSection
 from igla_mega.config.schema import Training
 from igla_mega.model.shards import Shards, Slot, local_values, named_shards
-from igla_mega.parallel import Mesh
-from igla_mega.train.optimizer import moments_of, set_num_steps
+from igla_mega.objective.ewc import Ewc, Pull
+from igla_mega.parallel import Axis, Mesh
+from igla_mega.train.optimizer import held_step, moments_of, set_num_steps
 
 
 def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
-    """Shard every layer, and the rest as one unit, over the data-parallel ranks; compute in `dtype`."""
+    """Shard every layer, and the rest as one unit, over the data and context ranks; compute in `dtype`."""
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32,
@@ -32,7 +35,7 @@ def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
         cast_forward_inputs=False,
     )
     device_type = next(chunk.parameters()).device.type
-    device_mesh = DeviceMesh.from_group(mesh.data.group, "cuda" if device_type == "cuda" else "cpu")
+    device_mesh = DeviceMesh.from_group(mesh.data_context.group, "cuda" if device_type == "cuda" else "cpu")
     for module in (*chunk.decoder.layers, chunk):
         fully_shard(module, mesh=device_mesh, mp_policy=policy)
     for module in chunk.modules():
@@ -55,6 +58,7 @@ class ShardedAdamW:
         training: Training,
         optimizer: OptimizerSection,
     ):
+        self.chunk, self.config = chunk, config
         self.mesh, self.max_norm = mesh, training.gradient_clip or math.inf
         self.params = list(named_shards([chunk], shards))
         matrices = [param for shard, param in self.params if len(shard.shape) > 1]
@@ -86,7 +90,14 @@ class ShardedAdamW:
             grad.div_(num_tokens.clamp(min=1))
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, ewc: Ewc | None = None) -> tuple[float, Pull | None]:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        held = ewc is not None and ewc.holds
+        slots, gradients = (list(self.slots()), self._gradients()) if held else ([], [])
+        return held_step(ewc, slots, gradients, [self.adam], clip=self._clip, update=self.adam.step)
+
+    def _clip(self) -> float:
         grads = [(_local(param.grad), shard.is_first_copy) for shard, param in self.params]
         norms = torch._foreach_norm([grad for grad, counts in grads if counts], 2.0, dtype=torch.float32)
         squares = torch.stack(norms).double().square().sum()
@@ -95,10 +106,53 @@ class ShardedAdamW:
         grad_norm = squares.sqrt().item()
         if grad_norm > self.max_norm:
             torch._foreach_mul_([grad for grad, _ in grads], self.max_norm / (grad_norm + 1e-6))
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate
-        self.adam.step()
         return grad_norm
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of each slot, 1-D."""
+        return [_local(param.grad).view(-1) for _, param in self.params]
+
+    @contextmanager
+    def per_sample(self) -> Iterator[Callable[[list[Tensor]], None]]:
+        def add(sums: list[Tensor]) -> None:
+            # Context-parallel ranks have the same sample, and each has added its square.
+            torch._foreach_add_(sums, self._gradients(), alpha=1.0 / self.mesh.context.size)
+
+        units = [module for module in self.chunk.modules() if isinstance(module, FSDPModule)]
+        saved = self.config.finalize_model_grads_func
+        with ExitStack() as hooks:
+            self._complete_norms(hooks)
+            for unit in units:
+                unit.set_custom_reduce_scatter(_SquareAndReduceScatter(self.mesh.context))
+            self.config.finalize_model_grads_func = lambda *_, **__: None
+            try:
+                yield add
+            finally:
+                self.config.finalize_model_grads_func = saved
+                for unit in units:
+                    unit.set_custom_reduce_scatter(DefaultReduceScatter())
+
+    def _complete_norms(self, hooks: ExitStack) -> None:
+        """Have norms under sequence parallelism sum their gradient over tensor ranks at once: later it is squared."""
+        partial = {id(param): shard for shard, param in self.params if shard.sequence_parallel}
+        hooked: set[int] = set()
+
+        def add_hooks(module: nn.Module, *_) -> None:
+            for name in names[module]:
+                weight = getattr(module, name)  # gathered by now
+                if id(weight) not in hooked:
+                    hooked.add(id(weight))
+                    hook = weight.register_post_accumulate_grad_hook(
+                        lambda gathered: dist.all_reduce(gathered.grad, group=self.mesh.tensor.group)
+                    )
+                    hooks.callback(hook.remove)
+
+        names: dict[nn.Module, list[str]] = {}
+        for module in self.chunk.modules():
+            own = [name for name, param in module.named_parameters(recurse=False) if id(param) in partial]
+            if own:
+                names[module] = own
+                hooks.callback(module.register_forward_hook(add_hooks).remove)
 
     def slots(self) -> Iterator[Slot]:
         for shard, param in self.params:
@@ -108,6 +162,18 @@ class ShardedAdamW:
 
     def loaded(self, num_steps: int) -> None:
         set_num_steps(self.adam, num_steps)
+
+
+class _SquareAndReduceScatter(DefaultReduceScatter):
+    """What `fully_shard` calls with a unit's gradient: one sample a data-parallel rank, squared before it is summed."""
+
+    def __init__(self, context: Axis):
+        self.context = context
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs):
+        if self.context.size > 1:
+            dist.all_reduce(input_tensor, group=self.context.group)
+        return super().__call__(output_tensor, input_tensor.square_(), *args, **kwargs)
 
 
 def _local(grad: Tensor | None) -> Tensor:

@@ -10,6 +10,9 @@ import torch.distributed as dist
 from igla_mega.checkpoint.store import CheckpointWriter, Progress
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Share
+from igla_mega.objective.ewc import Pull
+from igla_mega.plan.stages import Stage
+from igla_mega.train.memory import notes
 from igla_mega.train.metrics import Trackers, measured_peak_flops, peak_memory_bytes
 from igla_mega.train.progress import Display, Silent
 from igla_mega.train.schedule import learning_rate
@@ -30,35 +33,44 @@ class Run:
     share: Share
     writer: CheckpointWriter
     device: torch.device
-    total_steps: int
+    stage: Stage
     last_step: int
-    """Where this call stops: `total_steps`, or earlier when asked to."""
+    """Where this call stops: the stage's last step, or earlier when asked to."""
     peak_flops: float | None
     """Dense peak of one device in the training's precision, FLOP/s; None where it is not known."""
+    stop: "StopRequest"
+
+    def save(self, progress: Progress) -> None:
+        """Save all that a resume needs, as the checkpoint of this step."""
+        self.writer.save(self.engine.slots(), progress, self.recipe_yaml, notes(self.engine.ewc))
 
 
 def train(run: Run, progress: Progress, display: Display | Silent, trackers: Trackers | None) -> bool:
     """Train from `progress` on, updating it.
 
     Returns:
-        Whether the run is complete (False: asked to stop before; a checkpoint is saved).
+        Whether the stage is complete (False: asked to stop before; a checkpoint is saved).
 
     Raises:
         RuntimeError: a checkpoint could not be written.
         FloatingPointError: the loss is not finite.
     """
-    recipe, engine = run.recipe, run.engine
+    recipe, engine, stage = run.recipe, run.engine, run.stage
     tokens_per_step = run.share.global_batch * engine.layout.sequence_length
-    stop = _StopRequest(engine)
     saved_step, recent = progress.step, [time.perf_counter()]
-    warmup = recipe.num_warmup_steps(run.total_steps)
+    warmup, warned = recipe.num_warmup_steps(stage.schedule_steps), False
 
     while progress.step < run.last_step:
         rate = learning_rate(
-            progress.step, recipe.training, recipe.scheduler, total_steps=run.total_steps, warmup_steps=warmup
+            progress.step - stage.schedule_first,
+            recipe.training,
+            recipe.scheduler,
+            total_steps=stage.schedule_steps,
+            warmup_steps=warmup,
         )
-        batches = _on_device(run.corpus.micro_batches(progress.step, run.share), run.device)
-        ledger = run.corpus.ledger_entry(progress.step, run.share.global_batch) if trackers else None
+        data_step = stage.data_step + progress.step - stage.first_step
+        batches = on_device(run.corpus.micro_batches(data_step, run.share), run.device)
+        ledger = run.corpus.ledger_entry(data_step, run.share.global_batch) if trackers else None
         try:
             report = train_step(engine, batches, step=progress.step, seed=recipe.training.seed, learning_rate=rate)
         except FloatingPointError:
@@ -76,10 +88,16 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         )
         if trackers:
             trackers.metrics(_metrics(run, progress, report, rate, tokens_per_step, step_seconds))
-            trackers.ledger({"step": progress.step, "sources": ledger})
+            length = {"sequence_length": engine.layout.sequence_length} if stage.domain else {}
+            trackers.ledger({"step": progress.step, "sources": ledger, **length})
+        if not warned and (warning := _throttled(report, recipe.training.gradient_clip)):
+            warned = True
+            display.say(f"step {progress.step}: {warning}")
 
         last = progress.step == run.last_step
-        if last or _due(progress.step, recipe.evaluation.every_steps):
+        # The end of a phase has an evaluation of its own, of every domain so far.
+        phase_ends = bool(stage.domain) and progress.step == stage.last_step
+        if not phase_ends and (last or _due(progress.step, recipe.evaluation.every_steps)):
             losses = validate(run)
             if trackers and losses:
                 trackers.metrics({"step": progress.step, "stage": recipe.name, "validation_loss": losses})
@@ -88,16 +106,27 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
                 display.say(f"step {progress.step}: validation loss (nats/token)  {parts}")
             recent = [time.perf_counter()]
         run.writer.poll()
-        stopping = stop.requested()
+        stopping = run.stop.requested()
         if last or stopping or _due(progress.step, recipe.checkpoint.every_steps):
-            run.writer.save(engine.optimizer.slots(), progress, run.recipe_yaml)
+            run.save(progress)
             saved_step = progress.step
         if stopping:
             display.say(f"stopping after step {progress.step}, as asked; the same command goes on from here")
             break
     run.writer.wait()
     assert saved_step == progress.step, "what was trained is saved"
-    return progress.step >= run.total_steps
+    return progress.step >= stage.last_step
+
+
+def _throttled(report: StepReport, gradient_clip: float) -> str | None:
+    """What to say when clipping bites and leaves most of its norm to the pull."""
+    pull = report.pull
+    if pull is None or not 0 < gradient_clip < report.grad_norm or pull.grad_norm <= pull.task_grad_norm:
+        return None
+    return (
+        f"the pull's gradient {pull.grad_norm:.3g} is above the task's {pull.task_grad_norm:.3g}, and clipping shrinks "
+        "both: learning is throttled. Lower ewc_lambda, or set coupling to decoupled or proximal."
+    )
 
 
 def validate(run: Run) -> dict[str, float]:
@@ -106,7 +135,7 @@ def validate(run: Run) -> dict[str, float]:
     for name in run.corpus.validation_names():
         num_samples = run.corpus.num_validation_samples(name)
         num_batches = min(run.recipe.evaluation.num_batches, -(-num_samples // run.share.global_batch))
-        batches = _on_device(run.corpus.validation_batches(name, run.share, num_batches), run.device)
+        batches = on_device(run.corpus.validation_batches(name, run.share, num_batches), run.device)
         losses[name] = evaluate(run.engine, batches, num_batches)
     return losses
 
@@ -135,20 +164,29 @@ def _metrics(
         "tflops_per_device": round(flops_per_device / 1e12, 5),
         "mfu": round(flops_per_device / run.peak_flops, 4) if run.peak_flops else None,
         "memory_bytes": peak_memory_bytes(run.device),
+        **(_pull_metrics(report.pull) if report.pull else {}),
     }
+
+
+def _pull_metrics(pull: Pull) -> dict[str, float]:
+    return {"ewc_nats": pull.nats, "ewc_grad_norm": pull.grad_norm, "task_grad_norm": pull.task_grad_norm}
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _on_device(batches, device: torch.device):
+def on_device(batches, device: torch.device):
+    """The batches' tensors where the model is."""
     if device.type == "cpu":
         return batches
-    return ({name: t.to(device, non_blocking=True) for name, t in batch.items()} for batch in batches)
+    return (
+        {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        for batch in batches
+    )
 
 
-class _StopRequest:
+class StopRequest:
     """SIGTERM or SIGINT asks for a stop at the end of the step; a second SIGINT is as usual."""
 
     def __init__(self, engine: Engine):

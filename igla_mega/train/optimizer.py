@@ -1,12 +1,14 @@
 """What the training step asks of an optimizer, and what a checkpoint needs to know of its state."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from igla_mega.model.shards import Slot
+from igla_mega.model.shards import Slot, local_values
+from igla_mega.objective.ewc import Ewc, Pull
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -17,14 +19,82 @@ class Optimizer(Protocol):
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip by the global norm, update, and return that norm: L2 over all parameters, before clipping."""
+    def step(self, learning_rate: float, ewc: Ewc | None = None) -> tuple[float, Pull | None]:
+        """Clip by the global norm and update, pulled by `ewc`.
+
+        Returns:
+            That norm, L2 over all parameters before clipping, and what the pull was while something is held.
+        """
 
     def slots(self) -> Iterator[Slot]:
         """Walk over the state this rank keeps, making it (zeros) where no step has been taken yet."""
 
     def loaded(self, num_steps: int) -> None:
         """Take up values that were written into the slots, as after `num_steps` updates."""
+
+    def per_sample(self) -> AbstractContextManager[Callable[[list[Tensor]], None]]:
+        """For backward passes over one sample a data-parallel rank, whose gradients are squared before they are summed.
+
+        Yields:
+            A function that adds the sum over data-parallel ranks of the squared gradient of the pass just made to
+            tensors of the slots, 1-D fp32.
+        """
+
+
+def held_step(
+    ewc: Ewc | None,
+    slots: Sequence[Slot],
+    gradients: Sequence[Tensor],
+    adams: Sequence[torch.optim.Optimizer],
+    *,
+    clip: Callable[[], float],
+    update: Callable[[], None],
+) -> tuple[float, Pull | None]:
+    """Clip and update with the pull where `ewc.coupling` puts it.
+
+    `coupled`: before clipping, the gradient of loss and penalty together. `decoupled`: after it, so that a large
+    penalty does not use up the norm that clipping leaves. `proximal`: after AdamW's step, as a step of its own.
+
+    Args:
+        slots, gradients: of one another, in the same order; gradients reduced, divided and unscaled.
+        adams: the optimizers that `update` steps.
+        clip: clips the gradients and returns their norm.
+    """
+    if ewc is None or not ewc.holds:
+        grad_norm = clip()
+        update()
+        return grad_norm, None
+    if ewc.coupling == "coupled":
+        pull = ewc.pull(slots, gradients)
+        grad_norm = clip()
+        update()
+        return grad_norm, pull
+    grad_norm = clip()
+    if ewc.coupling == "decoupled":
+        pull = ewc.pull(slots, gradients)
+        update()
+        return grad_norm, pull
+    pull = ewc.measure(slots, gradients)
+    with ExitStack() as hooks:
+        # Behind AdamW's step and before the weights are handed on to the modules and to other ranks.
+        for adam in adams:
+            hook = adam.register_step_post_hook(lambda stepped, *_: _draw_to_anchor(ewc, slots, stepped))
+            hooks.callback(hook.remove)
+        update()
+    return grad_norm, pull
+
+
+def _draw_to_anchor(ewc: Ewc, slots: Sequence[Slot], adam: torch.optim.Optimizer) -> None:
+    """Take the proximal step of every slot that `adam` has just updated."""
+    places = {slot.values["master"].data_ptr(): i for i, slot in enumerate(slots) if slot.values["master"].numel()}
+    for group in adam.param_groups:
+        for param in group["params"]:
+            weights = local_values(param)[0]
+            if (index := places.get(weights.data_ptr())) is None:
+                continue
+            num_steps = float(adam.state[param].get("step", group.get("step")))
+            unbiased = slots[index].values["exp_avg_sq"] / (1 - group["betas"][1] ** num_steps)
+            ewc.draw_to_anchor(index, weights, unbiased, learning_rate=group["lr"], epsilon=group["eps"])
 
 
 def moments_of(adam: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:

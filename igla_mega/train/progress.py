@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,6 +41,28 @@ class Display:
             left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
             self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {left} left")
 
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a pass over `total` samples beside the steps; yields what counts them up."""
+        done, task = 0, None
+        if self._bar is not None:
+            task = self._bar.add_task(what, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if self._bar is not None and task is not None:
+                self._bar.update(task, completed=done, description=f"{what} of {total} samples")
+            elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
+                self._last_line = time.monotonic()
+                self.say(f"{what}: sample {done}/{total}")
+
+        try:
+            yield advance
+        finally:
+            if self._bar is not None and task is not None:
+                self._bar.remove_task(task)
+
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""
         if self._bar is not None:
@@ -56,6 +80,10 @@ class Silent:
     """The display of every rank but the main one."""
 
     def step(self, *_) -> None: ...
+
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda count: None
 
     def say(self, text: str) -> None: ...
 

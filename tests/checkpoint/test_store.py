@@ -26,6 +26,7 @@ VPP = {**PP, "virtual_pipeline": 2}
 FSDP = {"strategy": "FSDP"}
 TIED = {"model": {"tie_embeddings": True}, "training": {"learning_rate": 1e-3}}
 BF16 = {"precision": "BF16"}
+CP, STEADY = {"context_parallel": 2}, {"training": {"learning_rate": 1e-3}}
 
 
 def save_and_go_on(recipe, folder: str, last: int, asynchronous: bool = True):
@@ -57,7 +58,7 @@ def load_and_go_on(recipe, folder: str, last: int, save_again: str = ""):
 SAME = [
     (1, PLAIN), (2, TP), (2, SP), (2, PP), (2, VPP), (2, {"distributed_optimizer": False}),
     (2, {"distributed_optimizer": True}), (2, FSDP), (4, {**FSDP, **SP}), (4, {**SP, **PP}), (8, {**SP, **VPP}),
-    (1, TIED), (2, {**PP, **TIED}), (2, {**FSDP, **TIED}),
+    (1, TIED), (2, {**PP, **TIED}), (2, {**FSDP, **TIED}), (2, {**CP, **STEADY}),
     (1, BF16), (2, {**TP, **BF16}), (2, {"distributed_optimizer": True, **BF16}), (2, {**FSDP, **BF16}),
 ]  # fmt: skip
 
@@ -91,6 +92,8 @@ OTHERS = [
     ((4, {**FSDP, **TP}), (2, {"distributed_optimizer": True})), ((4, FSDP), (2, FSDP)),
     ((8, {**SP, **VPP}), (1, PLAIN)),
     ((2, {**PP, **TIED}), (1, TIED)), ((1, TIED), (2, {**PP, **TIED})),
+    ((2, {**CP, **STEADY}), (1, STEADY)), ((1, STEADY), (4, {"context_parallel": 4, **STEADY})),
+    ((4, {**CP, **TP, **STEADY}), (4, {**CP, **FSDP, **STEADY})),
 ]  # fmt: skip
 
 

@@ -85,10 +85,10 @@ def test_an_unknown_parent_is_refused_with_the_nearest(write):
 
 def test_an_override_reaches_into_a_list_and_wins_over_the_scale():
     recipe = load_recipe(
-        "continual", scale="laptop", overrides=["curriculum.phases.1.lr=3e-3", "evaluation.every_steps=7"]
+        "continual_7b", scale="laptop", overrides=["curriculum.phases.1.lr=3e-3", "evaluation.every_steps=7"]
     )
     assert recipe.curriculum is not None
-    assert [phase.lr for phase in recipe.curriculum.phases] == [1e-4, 3e-3, 2e-5]
+    assert [phase.lr for phase in recipe.curriculum.phases] == [2e-3, 3e-3, 2e-3]
     assert recipe.evaluation.every_steps == 7
 
 
@@ -127,7 +127,7 @@ def test_the_dump_is_yaml_that_another_reader_reads_alike(write):
 
 def test_all_breaches_are_reported_together():
     message = refusal(
-        "continual",
+        "continual_7b",
         overrides=[
             "continual.ewc_lamda=3",
             "training.batch_size=4X tokens",
@@ -189,7 +189,7 @@ def test_a_wrong_override_is_refused_in_words(override, says):
 
 
 def test_an_override_beyond_a_list_is_refused():
-    message = refusal("continual", overrides=["curriculum.phases.3.lr=1"])
+    message = refusal("continual_7b", overrides=["curriculum.phases.3.lr=1"])
     assert "`3` is not one of 0 to 2, counted from 0." in message
 
 

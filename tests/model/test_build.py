@@ -137,6 +137,28 @@ def test_rotary_frequencies_are_those_of_transformers(scaling, theta):
         hidden_size=256, num_attention_heads=2, max_position_embeddings=16384, rope_parameters=rope
     )
     # fp32 roundings; the share of a blended band is a difference of near numbers, which makes them larger.
-    torch.testing.assert_close(
-        build.inverse_frequencies(model), LlamaRotaryEmbedding(config).inv_freq, rtol=3e-6, atol=0.0
-    )
+    theirs = LlamaRotaryEmbedding(config).inv_freq
+    torch.testing.assert_close(build.inverse_frequencies(model), theirs, rtol=3e-6, atol=0.0)
+    exact = build.inverse_frequencies(model, torch.float64)
+    torch.testing.assert_close(exact, theirs.double(), rtol=3e-6, atol=0.0)
+
+
+def test_rotary_angles_are_exact_131072_positions_out():
+    frequencies = 1e7 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    positions = torch.tensor([[0, 1, 65537, 131071], [5, 6, 7, 8]])
+    angles = build.rotary_angles(positions, frequencies.float(), frequencies)
+    assert angles.shape == (4, 2, 1, 128) and angles.dtype == torch.float32
+    truth = torch.cos(positions.t()[:, :, None, None] * torch.cat((frequencies, frequencies)))
+    assert (torch.cos(angles) - truth).abs().max() < 3e-5
+    # What fp32 would have given.
+    rounded = torch.cos(positions.t()[:, :, None, None].float() * torch.cat((frequencies, frequencies)).float())
+    assert (rounded - truth).abs().max() > 1e-3
+
+
+def test_rotary_angles_are_off_by_less_than_3e_5_radians_everywhere():
+    frequencies = 1e7 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    positions = torch.arange(0, 131072, 7).unsqueeze(0)
+    truth = torch.cos(positions.t() * frequencies)
+    error = (torch.cos(build.rotary_angles(positions, frequencies.float(), frequencies)[:, 0, 0, :64]) - truth).abs()
+    assert error.max() < 3e-5
+    assert error[positions.t() * frequencies > build.NEAR_RADIANS].max() < 5e-7

@@ -95,6 +95,30 @@ def test_the_ledger_is_counted_in_tokens_where_their_number_is_known():
     assert tokens_by_source(ledger, None) == {"web": 7, "code": 1}
 
 
+def test_a_phases_tokens_are_counted_in_its_own_length():
+    ledger = [{"step": 1, "sources": {"web": {"samples": [0, 3]}}, "sequence_length": 5}]
+    assert tokens_by_source(ledger, 10) == {"web": 15}
+
+
+def test_a_run_over_phases_shows_what_was_forgotten_and_the_pull(run_dir):
+    matrix = {
+        "step": 200,
+        "stage": "books",
+        "domains": ["code", "<books>"],
+        "phases": ["code", "<books>"],
+        "forgetting_matrix": [[2.5, None], [3.25, 2.0]],
+        "backward_transfer": -0.75,
+    }
+    pulled = {**train_entry(201), "ewc_nats": 0.1, "ewc_grad_norm": 0.5, "task_grad_norm": 1.0}
+    entries = (run_dir / "metrics.jsonl").read_text().splitlines()[:-1]
+    (run_dir / "metrics.jsonl").write_text("\n".join([*entries, json.dumps(matrix), json.dumps(pulled), ""]))
+    page = write_report(run_dir).read_text()
+    for title in ("Forgetting", "What is held", "Gradient norm of the pull"):
+        assert f"<h2>{title}</h2>" in page
+    assert '[["2.500",""],["3.250","2.000"]]' in page and '"z":[[0.0,null],[0.75,0.0]]' in page
+    assert "<books>" not in page.split("</head>")[1].split("<details>")[0]
+
+
 def test_a_long_line_is_thinned_to_its_means():
     steps, values = _thin(list(range(10 * MAX_POINTS)), [float(i % 2) for i in range(10 * MAX_POINTS)])
     assert len(steps) == MAX_POINTS and set(values) == {0.5}

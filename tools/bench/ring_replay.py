@@ -42,9 +42,9 @@ class Place:
 
 def replay(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, size: int) -> tuple[Tensor, ...]:
     """Output, and with `grad_out` also dq, dk, dv, of all `size` ranks in turn; tensors are [S, B, H, D], whole."""
-    parts = [zigzag_split(t, size, 0) for t in (q, k, v)]
-    kv = [torch.stack((parts[1][rank], parts[2][rank])) for rank in range(size)]
-    gradients = [torch.zeros(2, *parts[1][0].shape, dtype=torch.float32, device=q.device) for _ in range(size)]
+    queries, keys, values = (zigzag_split(t, size, 0) for t in (q, k, v))
+    kv = [torch.stack(pair) for pair in zip(keys, values, strict=True)]
+    gradients = [torch.zeros_like(pair, dtype=torch.float32) for pair in kv]
     forward, grad_q = [], []
     for rank in range(size):
         task = ring._Task(
@@ -56,7 +56,7 @@ def replay(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, size: int) 
             scale=1 / math.sqrt(q.size(3)),
             deterministic=False,
         )
-        own = [part[rank] for part in parts]
+        own = queries[rank], keys[rank], values[rank]
         with mock.patch.object(ring, "_pass_on", _Handed(rank, size, kv, gradients)):
             forward.append(ring._ring_forward(*own, task))
         if grad_out is not None:
@@ -100,10 +100,10 @@ def whole(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None) -> tuple[Ten
     if grad_out is None:
         with torch.no_grad():
             return (ring.ring_attention(q, k, v, None),)  # type: ignore[return-value]
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = ring.ring_attention(*leaves, None)
-    out.backward(grad_out)  # type: ignore[union-attr]
-    return out.detach(), *(leaf.grad for leaf in leaves)  # type: ignore[union-attr, return-value]
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    out = ring.ring_attention(q, k, v, None)
+    assert isinstance(out, Tensor), "asked for without its log-sum-exp"
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
 
 
 def seconds(call, device: str) -> float:
@@ -116,12 +116,15 @@ def seconds(call, device: str) -> float:
     return time.perf_counter() - started
 
 
-def inputs(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def inputs(
+    tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(1)
-    return [
-        torch.randn(tokens, 1, count, dim, generator=generator, device=device, dtype=torch.float32).to(dtype)
-        for count in (heads, kv_heads, kv_heads, heads)
-    ]
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(tokens, 1, count, dim, generator=generator, device=device).to(dtype)
+
+    return normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
 
 
 def measure(device: str, tokens: int, size: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> dict:
@@ -133,7 +136,7 @@ def measure(device: str, tokens: int, size: int, heads: int, kv_heads: int, dim:
             one = seconds(lambda: whole(q, k, v, gradient), device)  # noqa: B023
             ratios[name].append(one / seconds(lambda: replay(q, k, v, gradient, size), device))  # noqa: B023
     small = inputs(min(tokens, 4096), 4, 2, dim, dtype, device)
-    exact = whole(*(t.double() for t in small))
+    exact = whole(small[0].double(), small[1].double(), small[2].double(), small[3].double())
     errors = {
         name: [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
         for name, found in (("one piece", whole(*small)), ("ring", replay(*small, size)))

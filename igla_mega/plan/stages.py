@@ -1,0 +1,169 @@
+"""What a run trains one after another: a recipe as a list of stages, each a stretch of steps on one mix of data.
+
+Weights, moments and what is held pass from stage to stage; the data, the length of the sequences and the course of the
+learning rate are a stage's own. A recipe without phases is one stage.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Phase
+from igla_mega.config.schema import Recipe
+from igla_mega.plan.layout import Layout, choose_layout
+
+MIX = "mix"
+"""A source of this name is all of `data.mix`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive optimizer steps of a run. Steps are counted over the whole run."""
+
+    name: str
+    recipe: Recipe
+    """The run's, with the stage's name, sequence length and learning rate."""
+    layout: Layout
+    mix: dict[str, float]
+    """What its batches are drawn from, source -> weight; whole numbers where something is replayed."""
+    first_step: int
+    num_steps: int
+    schedule_first: int
+    """Where the course of its learning rate begins, which may span several stages."""
+    schedule_steps: int
+    data_step: int
+    """Steps taken on the same data in the same batches before this stage: it goes on behind them."""
+    domain: dict[str, float] = field(default_factory=dict)
+    """What the stage is to learn, source -> weight, without what is replayed; empty where it is not a phase."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def last_step(self) -> int:
+        """The run's step when the stage is done."""
+        return self.first_step + self.num_steps
+
+
+def stages_of(
+    recipe: Recipe, world_size: int, device: str, total_steps: Callable[[Recipe, Layout], int]
+) -> list[Stage]:
+    """Return the stages of a recipe on `world_size` ranks.
+
+    Args:
+        total_steps: steps of a recipe without phases, which the size of its data may say.
+
+    Raises:
+        ConfigError: a stage does not fit; every breach at once.
+    """
+    if recipe.curriculum is None:
+        layout = choose_layout(recipe, world_size, device)
+        return list(_segments(recipe, layout, total_steps(recipe, layout)))
+    phases = recipe.curriculum.phases
+    recipes = _on_one_layout([_phase_recipe(recipe, phase) for phase in phases], world_size, device)
+    stages: list[Stage] = []
+    breaches = []
+    for i, (phase, own) in enumerate(zip(phases, recipes, strict=True)):
+        layout = choose_layout(own, world_size, device)
+        tokens_per_step = layout.global_batch * layout.sequence_length
+        num_steps = -(-phase.tokens // tokens_per_step)
+        first, mix = stages[-1].last_step if stages else 0, _mix(recipe, i)
+        same = [s for s in stages if (s.mix, s.layout) == (mix, layout)]
+        notes = []
+        if num_steps * tokens_per_step != phase.tokens:
+            notes.append(
+                f"{phase.name}: {phase.tokens:,} tokens are rounded up to {num_steps} batches of {tokens_per_step:,}, "
+                f"{num_steps * tokens_per_step:,} in all."
+            )
+        if (warmup := own.num_warmup_steps(num_steps)) > num_steps:
+            breaches.append(
+                f"training.warmup_steps: {warmup} are more than the {num_steps} steps of phase {phase.name}.\n"
+                "  Use fewer, or training.warmup_ratio, which goes with each phase."
+            )
+        stages.append(
+            Stage(
+                phase.name,
+                own,
+                layout,
+                mix,
+                first,
+                num_steps,
+                schedule_first=first,
+                schedule_steps=num_steps,
+                data_step=sum(stage.num_steps for stage in same),
+                domain=weights_of(recipe, phase.source),
+                notes=tuple(notes),
+            )
+        )
+    if breaches:
+        raise ConfigError(*breaches)
+    return stages
+
+
+def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stage]:
+    """One stage, or so many that the Fisher is taken anew between them; one course of the learning rate."""
+    every = recipe.koshey.consolidate_every if recipe.koshey is not None and recipe.memory is recipe.koshey else None
+    steps = -(-every // (layout.global_batch * layout.sequence_length)) if every else total_steps
+    for first in range(0, total_steps, steps):
+        yield Stage(
+            recipe.name,
+            recipe,
+            layout,
+            dict(recipe.data.mix),
+            first,
+            min(steps, total_steps - first),
+            schedule_first=0,
+            schedule_steps=total_steps,
+            data_step=first,
+        )
+
+
+def _phase_recipe(recipe: Recipe, phase: Phase) -> Recipe:
+    length = phase.sequence_length or recipe.training.sequence_length
+    training = recipe.training.model_copy(update={"learning_rate": phase.lr, "sequence_length": length})
+    return recipe.model_copy(update={"name": phase.name, "training": training})
+
+
+def _mix(recipe: Recipe, index: int) -> dict[str, float]:
+    """Weights of the sources that a phase draws from: its own, and what it replays of the domains before it."""
+    assert recipe.curriculum is not None
+    phases, continual = recipe.curriculum.phases, recipe.continual
+    phase = phases[index]
+    own = weights_of(recipe, phase.source)
+    earlier = [p.source for p in phases[:index]]
+    if continual is not None and continual.base_data is not None:
+        earlier.insert(0, continual.base_data)
+    earlier = [source for source in dict.fromkeys(earlier) if source != phase.source]
+    share = phase.replay if phase.replay is not None else continual.replay if continual is not None else 0.0
+    if not share or not earlier:
+        return own
+    replayed = Fraction(str(share))
+    weights = {name: Fraction(str(weight)) * (1 - replayed) for name, weight in _parts(own).items()}
+    for source in earlier:
+        for name, weight in _parts(weights_of(recipe, source)).items():
+            weights[name] = weights.get(name, Fraction()) + weight * replayed / len(earlier)
+    # Whole numbers, so that the blend repeats soon and is exact.
+    unit = math.lcm(*(weight.denominator for weight in weights.values()))
+    return {name: float(weight * unit) for name, weight in weights.items()}
+
+
+def _parts(weights: dict[str, float]) -> dict[str, Fraction]:
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    return {name: weight / sum(exact.values()) for name, weight in exact.items()}
+
+
+def weights_of(recipe: Recipe, source: str) -> dict[str, float]:
+    """Sources and weights that a name of data means: a key of `data.sources`, or `mix` for all of `data.mix`."""
+    return dict(recipe.data.mix) if source == MIX else {source: 1.0}
+
+
+def _on_one_layout(recipes: list[Recipe], world_size: int, device: str) -> list[Recipe]:
+    """Fix the sizes that `auto` leaves open to those of the longest sequences: the ranks stay where they are."""
+    layout = choose_layout(max(recipes, key=lambda one: one.sequence_length or 0), world_size, device)
+    sizes = {
+        "tensor_parallel": layout.tensor,
+        "pipeline_parallel": layout.pipeline,
+        "context_parallel": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+    }
+    return [one.model_copy(update={"distributed": one.distributed.model_copy(update=sizes)}) for one in recipes]

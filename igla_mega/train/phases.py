@@ -1,0 +1,208 @@
+"""How well each domain is known after each phase (the forgetting matrix), and what is held from there on."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from igla_mega.checkpoint.store import Progress
+from igla_mega.config.schema import Recipe
+from igla_mega.data.batches import Corpus, Share
+from igla_mega.objective.ewc import Origin
+from igla_mega.plan.stages import Stage, weights_of
+from igla_mega.train.loop import on_device
+from igla_mega.train.memory import consolidate, hold_file
+from igla_mega.train.metrics import Trackers
+from igla_mega.train.progress import Display, Silent
+from igla_mega.train.step import Engine, evaluate
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a phase is to teach, and how its loss is measured."""
+
+    name: str
+    weights: Mapping[str, float]
+    """Source -> weight."""
+    corpus: Corpus
+    share: Share
+
+
+def domain_losses(engine: Engine, domains: Sequence[Domain], num_batches: int) -> dict[str, float]:
+    """Loss on the held-out part of each domain, in nats per target token, at the domain's own sequence length."""
+    return {domain.name: _loss(engine, domain, num_batches) for domain in domains}
+
+
+def _loss(engine: Engine, domain: Domain, num_batches: int) -> float:
+    corpus, share = domain.corpus, domain.share
+    layout = replace(
+        engine.layout,
+        sequence_length=corpus.sequence_length,
+        micro_batch_size=share.micro_batch_size,
+        num_microbatches=share.num_microbatches,
+    )
+    engine, device = replace(engine, layout=layout), next(engine.chunks[0].parameters()).device
+    measurable = [name for name in domain.weights if name in corpus.validation_names()]
+    total = sum(domain.weights[name] for name in measurable)
+    loss = 0.0
+    for name in measurable:
+        batches = min(num_batches, -(-corpus.num_validation_samples(name) // share.global_batch))
+        rows = on_device(corpus.validation_batches(name, share, batches), device)
+        loss += domain.weights[name] / total * evaluate(engine, rows, batches)
+    return loss
+
+
+def matrix_entry(names: Sequence[str], phases: Sequence[str], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The matrix as it is logged: a row after each of `phases`, a column a domain, nats per token.
+
+    `backward_transfer` (Lopez-Paz and Ranzato 2017, arXiv:1706.08840, on losses): the mean over earlier domains of the
+    loss when each was just learned, minus the loss now. Below 0 is forgetting.
+    """
+    learned: dict[str, float] = {}
+    for row in rows:
+        for name, loss in row.items():
+            learned.setdefault(name, loss)
+    earlier = rows[-2].keys() if len(rows) > 1 else ()
+    changes = [learned[name] - rows[-1][name] for name in earlier]
+    return {
+        "domains": list(names),
+        "phases": list(phases[: len(rows)]),
+        "forgetting_matrix": [[row.get(name) for name in names] for row in rows],
+        "backward_transfer": sum(changes) / len(changes) if changes else None,
+    }
+
+
+def matrix_table(entry: Mapping[str, Any]) -> str:
+    """The matrix for a console; beside a loss, how far it has risen since the domain was learned."""
+    table = Table("after")
+    for name in entry["domains"]:
+        table.add_column(name, justify="right")
+    learned: dict[int, float] = {}
+    for phase, row in zip(entry["phases"], entry["forgetting_matrix"], strict=True):
+        cells = []
+        for column, loss in enumerate(row):
+            if loss is None:
+                cells.append("")
+                continue
+            risen = loss - learned.setdefault(column, loss)
+            cells.append(f"{loss:.3f}" + (f" ({risen:+.3f})" if risen else ""))
+        table.add_row(phase, *cells)
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    transfer = entry["backward_transfer"]
+    end = "" if transfer is None else f"backward transfer {transfer:+.3f} nats/token (below 0: forgotten)"
+    title = "loss on each domain, nats/token (and how far it has risen since the domain was learned)"
+    return "\n".join([title, text.getvalue().rstrip(), *([end] if end else [])])
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What happens before the first stage and after each: domains are measured, what was learned is held."""
+
+    recipe: Recipe
+    stages: Sequence[Stage]
+    corpora: Sequence[Corpus]
+    engine: Engine
+    open_corpus: Callable[[Mapping[str, float], int], Corpus]
+    """Of given weights and sequence length."""
+    from_base: bool
+    display: Display | Silent
+    trackers: Trackers | None
+
+    def begin(self, progress: Progress) -> None:
+        """Hold the base model, as far as it is known what it was trained on."""
+        asked, ewc = self.recipe.memory, self.engine.ewc
+        if base := self._base_domain():
+            progress.domain_losses.append(domain_losses(self.engine, [base], self.recipe.evaluation.num_batches))
+        if asked is None or ewc is None:
+            return
+        name, held = self.recipe.base_model, f"with lambda {ewc.ewc_lambda:g} per token"
+        if not self.from_base:
+            self.display.say(f"EWC: no base model, so nothing is held until {self._first_end()}")
+        elif asked.fisher is not None:
+            origin = hold_file(self.engine, Path(asked.fisher))
+            self.display.say(f"EWC: {name} is held {held}, by the Fisher of {asked.fisher} ({_words(origin)})")
+        elif (source := self._base_source()) is None:
+            self.display.say(
+                f"EWC: continual.base_data does not say what {name} was trained on: it is not held, and "
+                f"{self.stages[0].name} runs free"
+            )
+        else:
+            origin = self._consolidate(weights_of(self.recipe, source), self.stages[0], (source,))
+            self.display.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(origin)})")
+
+    def next_stage(self, progress: Progress) -> int:
+        """Where a run goes on: the stage of its next step, or the one before that was trained and not yet finished."""
+        unfinished = next((i for i, s in enumerate(self.stages) if progress.step < s.last_step), len(self.stages))
+        before = unfinished - 1
+        trained = before == progress.stage and progress.step == self.stages[before].last_step
+        return before if trained and self._finishes(self.stages[before]) else unfinished
+
+    def _finishes(self, stage: Stage) -> bool:
+        """Whether there is more to the end of a stage than its last step."""
+        return bool(stage.domain) or self.engine.ewc is not None
+
+    def finish(self, index: int, progress: Progress) -> bool:
+        """Measure what stage `index` has learned and forgotten, and hold it.
+
+        Returns:
+            Whether there is something new to save.
+        """
+        stage = self.stages[index]
+        if stage.domain:
+            domains = [self._domain(i) for i in range(index + 1)]
+            if base := self._base_domain():
+                domains.insert(0, base)
+            progress.domain_losses.append(domain_losses(self.engine, domains, self.recipe.evaluation.num_batches))
+            names = list(dict.fromkeys(domain.name for domain in domains))
+            before = ["base"] if len(progress.domain_losses) > index + 1 else []
+            done = [*before, *(one.name for one in self.stages[: index + 1])]
+            entry = matrix_entry(names, done, progress.domain_losses)
+            self.display.say(f"step {progress.step}: {stage.name} is done\n{matrix_table(entry)}")
+            if self.trackers:
+                self.trackers.metrics(
+                    {"step": progress.step, "stage": stage.name, "domain_loss": progress.domain_losses[-1], **entry}
+                )
+        if self.recipe.memory is not None and self.engine.ewc is not None:
+            origin = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
+            self.display.say(f"EWC: {stage.name} is held from here on ({_words(origin)})")
+        progress.stage = index + 1
+        return self._finishes(stage)
+
+    def _consolidate(self, weights: Mapping[str, float], stage: Stage, sources: tuple[str, ...]) -> Origin:
+        asked = self.recipe.memory
+        assert asked is not None, "asked for"
+        corpus = self.open_corpus(weights, asked.fisher_seq_length or stage.layout.sequence_length)
+        return consolidate(self.engine, corpus, sources, asked, self.recipe.training.seed, self.display)
+
+    def _base_source(self) -> str | None:
+        """What the base model was trained on; for a longer context that is what it goes on with."""
+        asked = self.recipe.memory
+        if asked is None or not self.from_base:
+            return None
+        return asked.base_data or ("mix" if self.recipe.continual is None and self.recipe.data.mix else None)
+
+    def _base_domain(self) -> Domain | None:
+        if not self.stages[0].domain or (source := self._base_source()) is None:
+            return None
+        return replace(self._domain(0), name=source, weights=weights_of(self.recipe, source))
+
+    def _domain(self, index: int) -> Domain:
+        stage, layout = self.stages[index], self.stages[index].layout
+        data = self.engine.mesh.data
+        share = Share(layout.global_batch, layout.micro_batch_size, data.size, data.rank)
+        return Domain(stage.name, stage.domain, self.corpora[index], share)
+
+    def _first_end(self) -> str:
+        first = self.stages[0]
+        if len(self.stages) == 1:
+            return "the end, where Fisher and anchor are taken: the model is then ready for continual learning"
+        return f"step {first.last_step}, where the Fisher of {first.name} is taken"
+
+
+def _words(origin: Origin) -> str:
+    return f"{origin.samples:,} sequences, {origin.tokens:,} tokens"
