@@ -239,7 +239,7 @@ def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(l
 
 @pytest.mark.parametrize(
     "section",
-    ["lora: {rank: 8, alpha: 16}", "moe: {num_experts: 4}", "koshey: {ring_attention: true}", "dpo: {beta: 0.1}"],
+    ["lora: {rank: 8, alpha: 16}", "moe: {num_experts: 4}", "koshey: {dynamic_batching: true}", "dpo: {beta: 0.1}"],
 )
 def test_a_feature_that_is_not_built_yet_is_refused_by_train_in_one_sentence(section, recipe, tmp_path):
     recipe.write_text(recipe.read_text() + section + "\n")
@@ -311,7 +311,7 @@ def test_another_batch_size_is_refused_on_resume(finished, tmp_path):
     recipe, run = finished
     changes = ("--set", "training.batch_size=16", "--set", "training.total_steps=10")
     said = refused("train", recipe, *changes, "--run", copy_of(run, tmp_path))
-    assert "training.batch_size" in said and "8 sequences" in said and "16" in said
+    assert "training.batch_size" in said and "64 sequences" in said and "128" in said
 
 
 def test_a_half_written_checkpoint_falls_back_to_the_last_good_one_and_repeats_the_run(finished, tmp_path):
