@@ -23,6 +23,7 @@ from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
 from igla_mega.plan.layout import Layout
 
 NEAR_RADIANS = 256.0
+"""Rotary angles below this are rounded to fp32 as they are; those beyond lose their whole turns first."""
 
 
 class CausalLM(GPTModel):
