@@ -78,8 +78,10 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     """Write Fisher and anchor of a checkpoint's model, on the data of a recipe, as a folder that a recipe can name.
 
     Raises:
-        ConfigError: as for `train`; also when the recipe does not say which data.
+        ConfigError: as for `train`; also when the recipe does not say which data, or `out` holds something.
     """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: is there already, and would be lost.\n  Give another --out, or move it away.")
     device = host.prepare()
     parallel.start(device, recipe.distributed.timeout_seconds)
     checkpoint = single.resolve_checkpoint(checkpoint)

@@ -314,6 +314,20 @@ def test_another_batch_size_is_refused_on_resume(finished, tmp_path):
     assert "training.batch_size" in said and "64 sequences" in said and "128" in said
 
 
+def test_the_fisher_of_a_finished_model_is_written_once_and_overwrites_nothing(finished, tmp_path):
+    recipe, run = finished
+    sizes = ("--set", "koshey.ewc_enabled=true", "--set", "koshey.ewc_lambda=100", "--set", "koshey.fisher_samples=4")
+    out = tmp_path / "held"
+    done = igla("fisher", run, recipe, "--out", out, *sizes)
+    assert done.returncode == 0, done.stderr
+    origin = json.loads((out / "fisher.json").read_text())
+    assert (origin["normalization"], origin["samples"], origin["labels"]) == ("per token", 4, "model")
+    assert "every file has the size and digest" in igla("check", out).stdout
+    before = sorted(path.stat().st_mtime_ns for path in out.iterdir())
+    assert "would be lost" in refused("fisher", run, recipe, "--out", out, *sizes)
+    assert sorted(path.stat().st_mtime_ns for path in out.iterdir()) == before
+
+
 def test_a_half_written_checkpoint_falls_back_to_the_last_good_one_and_repeats_the_run(finished, tmp_path):
     recipe, run = finished
     hurt = copy_of(run, tmp_path)

@@ -27,6 +27,7 @@ from igla_mega.model.shards import Shard, Slot, local_values
 from igla_mega.parallel import Mesh
 
 MANIFEST = "manifest.json"
+_REPLACED = ".replaced_"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -169,10 +170,15 @@ def _write_folder(
 
     def commit() -> None:
         write_manifest(temporary, digests)
-        if final.exists():  # of a run that was taken back to an earlier step, or before its consolidation
-            shutil.rmtree(final)
+        # A step may be saved again, after a consolidation or in a run that was taken back; a half of it is undone by
+        # `_restore`.
+        replaced = final.parent / f"{_REPLACED}{final.name}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            os.replace(final, replaced)
         os.replace(temporary, final)
         _fsync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         tidy()
 
     try:
@@ -292,6 +298,8 @@ def find(root: Path, mesh: Mesh, say: Callable[[str], None]) -> tuple[Path, Prog
     Raises:
         ConfigError: there are checkpoints, and every one is damaged.
     """
+    if mesh.is_main:
+        _restore(root)
     found: list = [steps_in(root)[::-1] if mesh.is_main else None]
     dist.broadcast_object_list(found, src=0, group=mesh.host_group)
     damages = []
@@ -314,6 +322,16 @@ def find(root: Path, mesh: Mesh, say: Callable[[str], None]) -> tuple[Path, Prog
         if unfinished:
             say(f"{root}: no whole checkpoint; {unfinished[0]} was never finished.")
     return None
+
+
+def _restore(root: Path) -> None:
+    """Finish what a save was killed in: a checkpoint moved aside goes back, unless the new one is in its place."""
+    for replaced in root.glob(f"{_REPLACED}*"):
+        final = root / replaced.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.replace(replaced, final)
 
 
 def damage(path: Path, *, part: int = 0, num_parts: int = 1) -> str | None:

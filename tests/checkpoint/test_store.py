@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -195,6 +196,24 @@ def test_a_save_survives_kill_9_at_any_instant(kill_after_files, tmp_path):
     newest = store.steps_in(tmp_path)[-1]
     assert step == newest and store.damage(store.step_dir(tmp_path, newest)) is None
     assert (tmp_path / "latest").read_text().strip() in ("step_00000001", "step_00000002")
+
+
+@pytest.mark.parametrize("new_is_there", [False, True])
+def test_a_kill_while_a_step_is_saved_again_leaves_one_of_both(new_is_there, tmp_path):
+    ranks.run(1, two_checkpoints, tiny.recipe(), str(tmp_path))
+    newest, aside = store.step_dir(tmp_path, 2), tmp_path / ".replaced_step_00000002"
+    shutil.copytree(newest, aside)
+    if not new_is_there:
+        shutil.rmtree(newest)
+    step, said = ranks.run(1, found, tiny.recipe(), str(tmp_path))[0]
+    assert (step, said) == (2, []) and not aside.exists() and store.damage(newest) is None
+
+
+def test_a_step_saved_again_replaces_the_first(tmp_path):
+    for _ in range(2):
+        ranks.run(1, two_checkpoints, tiny.recipe(), str(tmp_path))
+    assert ranks.run(1, found, tiny.recipe(), str(tmp_path))[0][0] == 2
+    assert not list(tmp_path.glob(".[rw]*"))
 
 
 def save_on_a_full_disk(recipe, folder: str):
