@@ -77,6 +77,7 @@ def check(
 ) -> None:
     """Validate a recipe (or a checkpoint folder); print every breach at once."""
     if (Path(recipe) / "manifest.json").is_file():
+        _quiet_libraries()
         from igla_mega.checkpoint import store
 
         reason = store.damage(Path(recipe))
@@ -101,11 +102,17 @@ def prepare(recipe: Recipe, scale: Scale = None, set_: Set = None) -> None:
     """Turn the raw text of a recipe's sources into indexed datasets."""
     from igla_mega.data import laptop
     from igla_mega.data.preprocess import prepare_sources
+    from igla_mega.data.samples import prepare_samples
+    from igla_mega.plan.stages import parts_of
 
     loaded = _load(recipe, scale, set_)
     if scale == "laptop":
-        loaded = laptop.with_data(loaded)
-    prepare_sources(loaded.data)
+        loaded = laptop.with_base(laptop.with_data(loaded), None, num_ranks=1)
+    for part in parts_of(loaded):
+        if part.form == "text":
+            prepare_sources(part.data)
+        else:
+            prepare_samples(part)
 
 
 @app.command()
@@ -186,22 +193,61 @@ def fisher(
 
 
 @app.command(name="import")
-def import_(hf_dir: Path, checkpoint: Path) -> None:
-    """Turn a Hugging Face folder into a checkpoint (CPU only, one tensor at a time)."""
+def import_(
+    hf_dir: Path,
+    checkpoint: Path,
+    base: Annotated[Path | None, typer.Option(help="Of a folder of PEFT's: its base, as a checkpoint.")] = None,
+) -> None:
+    """Turn a Hugging Face folder, or one of PEFT's, into a checkpoint (CPU only, one tensor at a time)."""
     _quiet_libraries()
-    from igla_mega.checkpoint import hugging_face
+    from igla_mega.checkpoint import adapters, hugging_face, tuned
 
+    if (hf_dir / adapters.CONFIG).is_file():
+        if base is None:
+            raise ConfigError(f"{hf_dir}: adapters of a base that is not given.\n  Add --base CKPT.")
+        from igla_mega.checkpoint import single
+
+        tuned.import_adapters(hf_dir, single.resolve_checkpoint(base), checkpoint)
+        return
     hugging_face.import_folder(hf_dir, checkpoint, say=print)
     _say_logit_difference(checkpoint, hf_dir)
 
 
 @app.command()
-def export(checkpoint: Checkpoint, hf_dir: Path) -> None:
+def export(
+    checkpoint: Checkpoint,
+    hf_dir: Path,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="The adapters alone, as PEFT saves them.")
+    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="The base with its adapters merged into it.")] = False,
+) -> None:
     """Turn a checkpoint into a Hugging Face folder (CPU only, one tensor at a time)."""
     _quiet_libraries()
-    from igla_mega.checkpoint import hugging_face, single
+    from igla_mega.checkpoint import hugging_face, single, tuned
 
     checkpoint = single.resolve_checkpoint(checkpoint)
+    has_adapters = single.read_recipe(checkpoint).lora is not None
+    if has_adapters and adapter_only == merge:
+        raise ConfigError(
+            f"{checkpoint}: holds adapters.\n  Export them with --adapter-only, or with their base: --merge."
+        )
+    if (adapter_only or merge) and not has_adapters:
+        raise ConfigError(
+            f"{checkpoint}: holds no adapters but a whole model.\n  Leave --adapter-only and --merge out."
+        )
+    if adapter_only:
+        tuned.export_adapters(checkpoint, hf_dir)
+        return
+    if merge:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(dir=hf_dir.resolve().parent) as unfinished:
+            merged = Path(unfinished, "merged")
+            tuned.merge_adapters(checkpoint, merged)
+            hugging_face.export_folder(merged, hf_dir, say=print)
+        _say_logit_difference(checkpoint, hf_dir)
+        return
     hugging_face.export_folder(checkpoint, hf_dir, say=print)
     _say_logit_difference(checkpoint, hf_dir)
 
@@ -291,8 +337,9 @@ def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:
     from igla_mega.data.preprocess import source_prefixes
     from igla_mega.plan.layout import choose_layout
 
-    if recipe.base_model:
-        base_folder(recipe.base_model, models)
+    first = recipe.stages[0] if recipe.stages else recipe
+    if first.base_model:
+        base_folder(first.base_model, models)
     if recipe.model is None:
         return  # only the base model knows the rest
     choose_layout(recipe, nproc, _device())

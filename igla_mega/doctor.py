@@ -36,7 +36,7 @@ _PACKAGES: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         "its fused Adam, where Transformer Engine's is missing too; torch's runs instead (CUDA only; in the NGC image)",
     ),
     ("flash-attn", ("flash-attn",), "flash_attn", "nothing: torch's own flash and cuDNN attention are used"),
-    ("bitsandbytes", ("bitsandbytes",), "bitsandbytes", "NF4 storage of a frozen base (recipe qlora); extra `quant`"),
+    ("bitsandbytes", ("bitsandbytes",), "bitsandbytes", "a frozen base in NF4 (recipe qlora_7b); extra `quant`"),
     ("transformers", ("transformers",), "transformers", "the comparison of logits on import and export; extra `hf`"),
     ("tensorboard", ("tensorboard",), "tensorboard", "`logging.tensorboard`; metrics.jsonl has the same numbers"),
     ("wandb", ("wandb",), "wandb", "`logging.wandb`; extra `track`"),

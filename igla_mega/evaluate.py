@@ -10,13 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from igla_mega import parallel
+from igla_mega.assemble import open_dataset
 from igla_mega.checkpoint.single import load_single, read_recipe, resolve_checkpoint
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import split_point
+from igla_mega.data.batches import Dataset, Share, split_point
+from igla_mega.data.conversations import Pairs
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.preprocess import source_prefixes
 from igla_mega.model.build import CausalLM
+from igla_mega.objective import language
+from igla_mega.train.loop import on_device
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens that go through the model at once."""
@@ -33,7 +37,8 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
         prefixes: name -> path without .bin and .idx; None takes what the checkpoint's recipe held out of each source.
 
     Returns:
-        By name: loss in nats per target token, perplexity, number of target tokens.
+        By name: loss in nats per target token, perplexity, number of target tokens. Of conversations the targets are
+        the assistant's tokens; of pairs both answers are measured, each under its own name.
 
     Raises:
         ConfigError: no such checkpoint, a data set that does not open or holds less than two tokens, or none held
@@ -43,7 +48,10 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     recipe = read_recipe(checkpoint)
     assert recipe.model is not None and recipe.sequence_length is not None, "read_recipe refuses that"
     vocab_size = recipe.model.vocab_size
-    parts = _held_out(recipe, vocab_size) if prefixes is None else _whole(prefixes, vocab_size)
+    samples = open_dataset(recipe, recipe.sequence_length) if prefixes is None and recipe.form != "text" else None
+    parts = {}
+    if samples is None:
+        parts = _held_out(recipe, vocab_size) if prefixes is None else _whole(prefixes, vocab_size)
     bf16 = torch.cuda.is_available() and recipe.distributed.precision == "BF16"
 
     results = {}
@@ -59,6 +67,9 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
                     progress.advance(task, batch_targets)
                 loss = loss_sum / num_targets
                 results[name] = (loss, perplexity(loss), num_targets)
+            if samples is not None:
+                for name in samples.validation_names():
+                    results |= _of_samples(model, samples, name, progress)
     finally:
         parallel.stop()
     return results
@@ -86,6 +97,32 @@ def losses(model: CausalLM, part: Part, sequence_length: int) -> Iterator[tuple[
         mask = torch.ones(tokens.shape, device=device)
         loss_sum = model(tokens, positions, None, labels=labels, loss_mask=mask)
         yield float(loss_sum), labels.numel()
+
+
+@torch.inference_mode()
+def _of_samples(
+    model: CausalLM, samples: Dataset, name: str, progress: Progress
+) -> dict[str, tuple[float, float, int]]:
+    """The held-out conversations of a source, or both answers of its pairs."""
+    model.eval()
+    model.log_probs = True
+    device = next(model.parameters()).device
+    pairs = isinstance(samples, Pairs)
+    # Alone, a pair fills its batch: none is measured twice.
+    share = Share(*([1 if pairs else max(1, BATCH_TOKENS[device.type] // samples.sequence_length)] * 2))
+    num_batches = -(-samples.num_validation_samples(name) // share.global_batch)
+    task = progress.add_task(name, total=num_batches)
+    kinds = [f"{name}, chosen", f"{name}, rejected"] if pairs else [name]
+    sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
+    for batch in on_device(samples.validation_batches(name, share, num_batches), device):
+        output, _ = language.forward_step(iter([batch]), model)
+        rows = torch.stack([-output.sum(0), batch["loss_mask"].sum(1)], 1).double().cpu()
+        sums += rows.view(-1, len(kinds), 2).sum(0)
+        progress.advance(task)
+    return {
+        kind: (loss / targets, perplexity(loss / targets), int(targets))
+        for kind, (loss, targets) in zip(kinds, sums.tolist(), strict=True)
+    }
 
 
 def _windows(part: Part, sequence_length: int, at_once: int) -> Iterator[np.ndarray]:

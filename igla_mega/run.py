@@ -1,9 +1,11 @@
-"""Composition root: from a recipe to a run. The only file that knows all parts."""
+"""Composition root: from a recipe to a run, part by part and stage by stage."""
 
 import errno
 import fcntl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -11,29 +13,26 @@ import torch
 import torch.distributed as dist
 
 from igla_mega import host, ops, parallel
-from igla_mega.checkpoint import hugging_face, single, store
+from igla_mega.assemble import build_engine, frozen_chunks, load_into, num_steps, open_corpus, open_dataset
+from igla_mega.checkpoint import adapters, hugging_face, single, store, tuned
+from igla_mega.checkpoint.single import DTYPES
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Share
-from igla_mega.data.preprocess import source_prefixes
-from igla_mega.model import build
-from igla_mega.model.shards import Shards, local_runs, named_shards, shards_of
-from igla_mega.model.spec import use_transformer_engine
+from igla_mega.data.batches import Corpus, Dataset, Share
+from igla_mega.data.conversations import Pairs
 from igla_mega.objective.ewc import Ewc
 from igla_mega.ops.ring_attention import choose_schedule, inner_group_size, ranks_of_a_node
 from igla_mega.parallel import Mesh
 from igla_mega.plan import attention
 from igla_mega.plan.layout import Layout, choose_layout
-from igla_mega.plan.stages import Stage, stages_of, weights_of
-from igla_mega.train import ddp, fsdp, loop, memory
+from igla_mega.plan.stages import Stage, parts_of, stages_of, weights_of
+from igla_mega.train import loop, memory, preference
 from igla_mega.train.metrics import Trackers
-from igla_mega.train.phases import Learning
+from igla_mega.train.phases import Learning, next_stage
 from igla_mega.train.progress import Display, Silent
 from igla_mega.train.step import Engine
-
-DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32}
 
 
 def train(
@@ -61,9 +60,14 @@ def train(
     parallel.start(device, recipe.distributed.timeout_seconds)
     lock = _lock(run_dir) if dist.get_rank() == 0 else None
     dist.barrier()
-    base = None
-    if recipe.base_model:
-        base, recipe = _with_base(recipe, run_dir, models)
+    parts, base = parts_of(recipe), None
+    if parts[0].base_model:
+        base, parts[0] = _with_base(parts[0], run_dir, models)
+    if recipe.stages is None:
+        recipe = parts[0]
+    else:
+        parts = [part.model_copy(update={"model": parts[0].model}) for part in parts]
+        recipe = recipe.model_copy(update={"stages": tuple(parts)})
     stages = stages_of(recipe, dist.get_world_size(), device.type, num_steps)
     if recipe.distributed.kernels == "require":
         ops.require_kernels(device.type)
@@ -151,46 +155,31 @@ def _train_stages(
     base: Path | None,
     verbose: bool,
 ) -> None:
-    corpora = _open_corpora(recipe, stages)
+    corpora = _open_corpora(stages)
     for corpus in dict.fromkeys(corpora):
         _all_read_the_same(corpus, mesh)
     recipe_yaml = load.dump(recipe)
+    parts = parts_of(recipe)
+    ends = [list(group)[-1].last_step for _, group in groupby(stages, key=lambda stage: stage.part)]
 
     say: Callable[[str], None] = print if mesh.is_main else lambda text: None
     checkpoints = run_dir / "checkpoints"
     found = store.find(checkpoints, mesh, say)
     progress = found[1] if found else store.Progress()
     _same_batches(progress, stages)
-
-    engine, shards = build_engine(recipe, stages[0].layout, mesh, device, initialize=not (found or base))
-    asked = recipe.memory
-    if asked is not None and asked.ewc_lambda > 0:
-        engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda, asked.coupling))
-    if found:
-        with memory.restoring(engine, found[0]):
-            load_into(engine, shards, found[0], progress.step)
-    elif base:
-        load_into(engine, shards, base, 0, with_moments=False)
+    # Where the checkpoint ends a part, the next one begins with its weights.
+    progress.stage = next_stage(stages, progress)
+    number = stages[min(progress.stage, len(stages) - 1)].part
+    if number and progress.step == ends[number - 1]:
+        found = None
 
     total_steps = stages[-1].last_step
     last_step = min(total_steps, stop_after or total_steps)
-    run = loop.Run(
-        recipe=recipe,
-        recipe_yaml=recipe_yaml,
-        engine=engine,
-        corpus=corpora[0],
-        share=_share(stages[0].layout, mesh),
-        writer=store.CheckpointWriter(
-            checkpoints,
-            mesh,
-            store.Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every),
-            asynchronous=recipe.checkpoint.asynchronous,
-        ),
-        device=device,
-        stage=stages[0],
-        last_step=last_step,
-        peak_flops=loop.peak_flops(device, DTYPES[recipe.distributed.precision]),
-        stop=loop.StopRequest(engine),
+    writer = store.CheckpointWriter(
+        checkpoints,
+        mesh,
+        store.Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every, frozenset(ends[:-1])),
+        asynchronous=recipe.checkpoint.asynchronous,
     )
     display: Display | Silent = Silent()
     trackers = None
@@ -201,148 +190,171 @@ def _train_stages(
         (run_dir / "recipe.yaml").write_text(recipe_yaml)
         trackers = Trackers(run_dir, recipe.logging, resume_step=progress.step, recipe=recipe.model_dump(mode="json"))
         display = Display(last_step, progress.step)
-        for line in [*_opening(run, progress, found[0] if found else None, verbose), *_phases(stages, corpora)]:
-            display.say(line)
-
-    def corpus_of(mix: Mapping[str, float], sequence_length: int) -> Corpus:
-        return open_corpus(recipe, sequence_length, mix)
-
-    learning = Learning(recipe, stages, corpora, engine, corpus_of, base is not None, display, trackers)
+    settled = progress.stage == len(stages) or progress.step < stages[progress.stage].last_step
+    nothing_left = progress.step >= last_step and settled
     try:
-        first = learning.next_stage(progress)
-        settled = first == len(stages) or progress.step < stages[first].last_step
-        if progress.step >= last_step and settled:
-            display.say(f"nothing to do: {run_dir} is at step {progress.step} of {total_steps}")
-            return
-        if not found:
-            learning.begin(progress)
-        for index, (stage, corpus) in list(enumerate(zip(stages, corpora, strict=True)))[first:]:
-            run = replace(
-                run,
-                recipe=stage.recipe,
-                engine=replace(engine, layout=stage.layout),
+        stop = loop.StopRequest(mesh.world_size == 1, device)
+        for part, own in enumerate(parts):
+            if part:
+                base = _weights_after(parts[part - 1], base, checkpoints, ends[part - 1], run_dir, mesh)
+            if part < number:
+                continue
+            first = next(index for index, stage in enumerate(stages) if stage.part == part)
+            start, corpus = stages[first], corpora[first]
+            engine, texts = _build_part(own, start, corpus, mesh, device, found, base, progress, run_dir, display)
+            run = loop.Run(
+                recipe=own,
+                recipe_yaml=load.dump(own),
+                engine=engine,
                 corpus=corpus,
-                share=_share(stage.layout, mesh),
-                stage=stage,
-                last_step=min(stage.last_step, last_step),
+                share=_share(start.layout, mesh),
+                writer=writer,
+                device=device,
+                stage=start,
+                last_step=last_step,
+                peak_flops=loop.peak_flops(device, DTYPES[recipe.distributed.precision]),
+                stop=stop,
+                texts=texts,
             )
-            if not loop.train(run, progress, display, trackers):
+            if mesh.is_main:
+                opening = _opening(run, progress, found[0] if found else None, verbose)
+                for line in [*opening, *(_phases(stages, corpora) if part == number else [])]:
+                    display.say(line)
+            if nothing_left:
+                display.say(f"nothing to do: {run_dir} is at step {progress.step} of {total_steps}")
+                return
+            learning = Learning(
+                own, stages, corpora, engine, partial(_corpus_of, own), base is not None, display, trackers
+            )
+            if not found:
+                learning.begin(progress)
+            if not _train_part(run, learning, progress, last_step):
                 break
-            if learning.finish(index, progress):
-                run.save(progress)
-            if progress.step >= last_step:
-                break
-        run.writer.wait()
+            found = None
+            del run, engine, learning  # before the next part's are made
+        writer.wait()
     finally:
         display.close()
         if trackers:
             trackers.close()
 
 
+def _corpus_of(recipe: Recipe, mix: Mapping[str, float], sequence_length: int) -> Corpus:
+    return open_corpus(recipe, sequence_length, mix)
+
+
+def _train_part(run: loop.Run, learning: Learning, progress: store.Progress, last_step: int) -> bool:
+    """Train the stages of the part that `run` was built for, from `progress` on.
+
+    Returns:
+        Whether it is complete, and steps of another part may follow.
+    """
+    display, trackers, part = learning.display, learning.trackers, run.stage.part
+    for index, stage in enumerate(learning.stages):
+        if stage.part != part or index < progress.stage:
+            continue
+        run = replace(
+            run,
+            recipe=stage.recipe,
+            engine=replace(run.engine, layout=stage.layout),
+            corpus=learning.corpora[index],
+            share=_share(stage.layout, run.engine.mesh),
+            stage=stage,
+            last_step=min(stage.last_step, last_step),
+        )
+        if progress.step == stage.first_step and _is_tuning(stage):
+            progress.before = loop.validate(run)
+            loop.log_validation(progress.before, run, progress, display, trackers)
+        elif progress.step == stage.first_step:
+            progress.before = {}
+        if not loop.train(run, progress, display, trackers):
+            return False
+        if learning.finish(index, progress):
+            run.save(progress)
+        if progress.step >= last_step:
+            return False
+    return True
+
+
+def _is_tuning(stage: Stage) -> bool:
+    """Whether a stage changes a model that was trained before to something it is then measured by."""
+    return not stage.domain and (stage.recipe.form != "text" or stage.recipe.lora is not None)
+
+
+def _build_part(
+    recipe: Recipe,
+    stage: Stage,
+    corpus: Dataset,
+    mesh: Mesh,
+    device: torch.device,
+    found: tuple[Path, store.Progress] | None,
+    base: Path | None,
+    progress: store.Progress,
+    run_dir: Path,
+    display: Display | Silent,
+) -> tuple[Engine, Mapping[str, str]]:
+    """Build the engine of a part with its weights: a checkpoint's, or the base's it starts from.
+
+    Returns:
+        The engine, and what its checkpoints say beside the tensors: file name -> text.
+    """
+    engine, shards = build_engine(recipe, stage.layout, mesh, device, initialize=not (found or base), base=base)
+    asked = recipe.memory
+    if asked is not None and asked.ewc_lambda > 0:
+        engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda, asked.coupling))
+    mode = preference.mode_of(recipe.dpo, adapters=recipe.lora is not None) if recipe.dpo is not None else None
+    texts, digest = {}, ""
+    if base is not None and (engine.adapters or mode == "cached"):
+        digest = adapters.digest_of_checkpoint(base, mesh.rank, mesh.world_size, mesh.host_group)
+    if base is not None and engine.adapters:
+        texts[adapters.BASE] = tuned.base_note(base, digest, recipe.base_model)
+        if found:
+            tuned.refuse_other_base(found[0], base, digest)
+    elif base is not None and (not found or mode == "cached"):
+        load_into(engine, shards, base, 0, with_moments=False)
+    if recipe.dpo is not None and mode is not None:
+        frozen = frozen_chunks(recipe, stage.layout, mesh, device, base) if mode == "model" else []
+        if mode == "cached":
+            assert isinstance(corpus, Pairs), "a recipe with `dpo` reads pairs"
+            # Without a base the untrained model is the reference: its weights follow from the seed.
+            preference.cache(engine, corpus, _share(stage.layout, mesh), digest, run_dir, display)
+        engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine, frozen))
+    if found:
+        with memory.restoring(engine, found[0]):
+            load_into(engine, shards, found[0], progress.step - stage.first_step)
+    return engine, texts
+
+
+def _weights_after(recipe: Recipe, base: Path | None, checkpoints: Path, step: int, run_dir: Path, mesh: Mesh) -> Path:
+    """A checkpoint of the whole model as a part has left it; adapters are merged into their base."""
+    checkpoint = store.step_dir(checkpoints, step)
+    if recipe.lora is None:
+        return checkpoint
+    merged = run_dir / "merged" / checkpoint.name
+    if mesh.is_main and not (merged / store.MANIFEST).is_file():
+        tuned.merge_adapters(checkpoint, merged, base)
+    dist.barrier(group=mesh.host_group)
+    return merged
+
+
 def _share(layout: Layout, mesh: Mesh) -> Share:
     return Share(layout.global_batch, layout.micro_batch_size, layout.data, mesh.data.rank)
 
 
-def _open_corpora(recipe: Recipe, stages: Sequence[Stage]) -> list[Corpus]:
-    """The corpus of each stage; stages that read the same share one."""
-    opened: dict[tuple, Corpus] = {}
+def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:
+    """The data of each stage; stages of one part that read the same share it."""
+    opened: dict[tuple, Dataset] = {}
     corpora = []
     for stage in stages:
         length = stage.layout.sequence_length
-        key = (length, *stage.mix.items())
+        key = (stage.part, length, *stage.mix.items())
         if key not in opened:
-            opened[key] = open_corpus(recipe, length, stage.mix)
+            opened[key] = open_dataset(stage.recipe, length, stage.mix)
         corpora.append(opened[key])
     return corpora
 
 
-def build_engine(
-    recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, *, initialize: bool = True
-) -> tuple[Engine, Shards]:
-    """Build this rank's model and optimizer.
-
-    Args:
-        initialize: give the weights their initial values; False when a checkpoint's will follow.
-    """
-    model, dtype = recipe.model, DTYPES[recipe.distributed.precision]
-    assert model is not None, "resolved before"
-    sharded = layout.strategy == "FSDP"
-    transformer_engine = use_transformer_engine(recipe.distributed.kernels, device)
-    config = build.transformer_config(
-        model,
-        layout,
-        dtype=torch.float32 if sharded else dtype,
-        device=device,
-        recompute=recipe.distributed.gradient_checkpointing,
-        transformer_engine=transformer_engine,
-        documents=recipe.data.document_mask,
-    )
-    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine)
-    shards = shards_of(chunks, mesh, model.vocab_size)
-
-    if sharded:
-        fsdp.wrap(chunks[0], mesh, dtype).to_empty(device=device)
-        if initialize:
-            build.initialize(local_runs(chunks, shards), model, recipe.training.seed)
-        optimizer = fsdp.ShardedAdamW(chunks[0], shards, mesh, config, recipe.training, recipe.optimizer)
-        return Engine(mesh, layout, chunks, optimizer), shards
-
-    build.materialize(chunks, device)
-    if initialize:
-        build.initialize(local_runs(chunks, shards), model, recipe.training.seed)
-    wrapped = ddp.wrap(
-        chunks,
-        config,
-        distributed_optimizer=layout.distributed_optimizer and mesh.data_context.size > 1,
-        overlap=recipe.distributed.overlap_communication and device.type == "cuda",
-    )
-    adam = ddp.MegatronAdamW(wrapped, shards, mesh, config, recipe.training, recipe.optimizer)
-    if initialize and dtype != torch.float32:
-        # mcore copies its fp32 masters from the bf16 weights: give them back what rounding took.
-        masters = ((slot.shard, slot.values["master"], slot.start) for slot in adam.slots())
-        build.initialize(masters, model, recipe.training.seed)
-    return Engine(mesh, layout, wrapped, adam), shards
-
-
-def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int, *, with_moments: bool = True) -> None:
-    """Make an engine what it was when the checkpoint was saved, in whatever layout either has.
-
-    Without moments only the weights are taken, as for a base model.
-
-    The weights the modules compute with are read by themselves: with a distributed optimizer this rank's masters
-    are only part of them.
-    """
-    group = engine.mesh.host_group
-    store.load_weights(checkpoint, named_shards(engine.chunks, shards), group)
-    store.load_slots(checkpoint, engine.slots(), group, kinds=None if with_moments else ("master",))
-    engine.optimizer.loaded(num_updates)
-
-
-def open_corpus(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] | None = None) -> Corpus:
-    """Open the recipe's prepared data sets, to draw from them as `mix` says, or as the recipe's does."""
-    assert recipe.model is not None, "resolved before"
-    return Corpus(
-        source_prefixes(recipe.data),
-        recipe.data.mix if mix is None else mix,
-        sequence_length=sequence_length,
-        seed=recipe.training.seed,
-        vocab_size=recipe.model.vocab_size,
-        validation_fraction=recipe.data.validation_fraction,
-        document_mask=recipe.data.document_mask,
-    )
-
-
-def num_steps(recipe: Recipe, layout: Layout) -> int:
-    """Optimizer steps of a run without phases: as given, or so many that `epochs` passes over all windows are made."""
-    if recipe.training.total_steps is not None:
-        return recipe.training.total_steps
-    if recipe.training.epochs is None:
-        raise ConfigError("training.total_steps: neither it nor training.epochs is given. Set one.")
-    windows = sum(open_corpus(recipe, layout.sequence_length).windows_per_epoch().values())
-    return max(1, recipe.training.epochs * windows // layout.global_batch)
-
-
-def _all_read_the_same(corpus: Corpus, mesh: Mesh) -> None:
+def _all_read_the_same(corpus: Dataset, mesh: Mesh) -> None:
     fingerprints: list = [None] * mesh.world_size
     dist.all_gather_object(fingerprints, corpus.fingerprint(), group=mesh.host_group)
     other = next((rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]), None)
@@ -399,18 +411,18 @@ def _opening(run: loop.Run, progress: store.Progress, checkpoint: Path | None, v
         f"{layout.global_batch} x {layout.sequence_length} tokens a step, {run.recipe.distributed.precision}",
         *(_context_parallel(run, verbose) if layout.context > 1 else []),
         *layout.notes,
-        *([run.corpus.blend.note] if run.corpus.blend.note else []),
+        *run.corpus.notes,
     ]
     if checkpoint:
         lines.append(f"resuming at step {progress.step} ({progress.tokens:,} tokens) from {checkpoint}")
     return lines
 
 
-def _phases(stages: Sequence[Stage], corpora: Sequence[Corpus]) -> list[str]:
+def _phases(stages: Sequence[Stage], corpora: Sequence[Dataset]) -> list[str]:
     """What each phase takes, how often it goes over its data, and what was rounded."""
     lines = []
     for stage, corpus in zip(stages, corpora, strict=True):
-        if not stage.domain:
+        if not stage.domain or not isinstance(corpus, Corpus):
             continue
         layout, windows = stage.layout, corpus.windows_per_epoch()
         drawn = corpus.blend.consumed((stage.data_step + stage.num_steps) * layout.global_batch)

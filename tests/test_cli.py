@@ -239,7 +239,7 @@ def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(l
 
 @pytest.mark.parametrize(
     "section",
-    ["lora: {rank: 8, alpha: 16}", "moe: {num_experts: 4}", "koshey: {dynamic_batching: true}", "dpo: {beta: 0.1}"],
+    ["moe: {num_experts: 4}", "koshey: {dynamic_batching: true}"],
 )
 def test_a_feature_that_is_not_built_yet_is_refused_by_train_in_one_sentence(section, recipe, tmp_path):
     recipe.write_text(recipe.read_text() + section + "\n")

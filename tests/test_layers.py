@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "igla_mega"
 LAYERS = {
     "config": 0, "recipes": 0, "_helpers": 0, "plan": 1, "ops": 1, "parallel": 2, "host": 2, "model": 3, "data": 3,
-    "checkpoint": 4, "objective": 4, "train": 5, "report": 5, "run": 6, "launch": 6, "generate": 6, "evaluate": 6,
-    "doctor": 6, "cli": 7, "__main__": 8,
+    "checkpoint": 4, "objective": 4, "train": 5, "report": 5, "assemble": 6, "launch": 6, "generate": 6,
+    "doctor": 6, "evaluate": 7, "run": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")

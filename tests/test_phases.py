@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +63,14 @@ def recipe_of(sources, tmp_path_factory):
     return make
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
-
-
-def as_rank(function, port: int, text: str, run_dir: str, *args):
+def as_rank(function, text: str, run_dir: str, *args):
     """Leave the world the test made, so that the run makes its own; what the run says."""
+    # The store is there before anyone is told its port, as torchrun's is.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+    port = [store.port if store else None]
+    dist.broadcast_object_list(port)
     dist.destroy_process_group()
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="True")
     path = Path(run_dir) / f"recipe_{os.environ['RANK']}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -96,7 +93,7 @@ def call_train(recipe, run_dir: Path, stop_after: int | None, fail_in_finish: bo
 
 
 def train(text: str, run_dir: Path, *, num_ranks: int = 1, stop_after: int | None = None, fail: bool = False) -> str:
-    return ranks.run(num_ranks, as_rank, call_train, free_port(), text, str(run_dir), stop_after, fail)[0]
+    return ranks.run(num_ranks, as_rank, call_train, text, str(run_dir), stop_after, fail)[0]
 
 
 def entries(run_dir: Path) -> list[dict]:
@@ -209,7 +206,7 @@ def refused(recipe, run_dir: Path):
 
 
 def test_more_samples_than_the_data_has_are_refused(recipe_of, tmp_path):
-    ranks.run(1, as_rank, refused, free_port(), recipe_of("continual.fisher_samples=200"), str(tmp_path))
+    ranks.run(1, as_rank, refused, recipe_of("continual.fisher_samples=200"), str(tmp_path))
 
 
 def call_fisher(recipe, run_dir: Path, checkpoint: str):
@@ -231,7 +228,7 @@ def test_a_base_model_is_held_by_the_fisher_of_its_data(base, recipe_of, tmp_pat
     assert steps(tmp_path / "run")[1][-2] > 0
 
     # The same Fisher, taken beforehand, pulls the same.
-    ranks.run(1, as_rank, call_fisher, free_port(), based, str(tmp_path), str(base))
+    ranks.run(1, as_rank, call_fisher, based, str(tmp_path), str(base))
     given = recipe_of("model=null", f"base_model={base}", f"continual.fisher={tmp_path / 'fisher'}")
     said = train(given, tmp_path / "given", stop_after=6)
     assert f"by the Fisher of {tmp_path / 'fisher'}" in said

@@ -12,7 +12,7 @@ from igla_mega.config.schema import Recipe, json_schema
 from igla_mega.plan.layout import choose_layout
 
 CARD = (Path(__file__).parent / "data" / "IGLA_TRAINING_RECIPES.md").read_text(encoding="utf-8")
-NAMES = ["pretrain_7b", "koshey_7b", "lora", "qlora", "dpo", "sft_dpo", "moe_8x7b", "continual_7b"]
+NAMES = ["pretrain_7b", "koshey_7b", "lora_7b", "qlora_7b", "dpo_7b", "sft_dpo_7b", "moe_8x7b", "continual_7b"]
 
 
 def card_blocks(number: int) -> list[str]:
@@ -24,7 +24,7 @@ def card_blocks(number: int) -> list[str]:
 def card_yaml(name: str) -> str:
     """Return a recipe of the card as one document: recipe 1's two blocks joined, recipe 6's two as stages."""
     blocks = card_blocks(NAMES.index(name) + 1)
-    if name != "sft_dpo":
+    if name != "sft_dpo_7b":
         return "\n".join(blocks)
     items = [block.rstrip().replace("\n", "\n    ") for block in blocks]
     return "stages:\n" + "".join(f"  - {item}\n" for item in items)
@@ -45,6 +45,11 @@ def test_a_recipe_of_the_card_passes_check_verbatim(name, tmp_path):
 def test_a_stage_of_recipe_6_passes_check_alone(stage, tmp_path):
     recipe = load_text(tmp_path, card_blocks(6)[stage])
     assert (recipe.sft is not None, recipe.dpo is not None) == (stage == 0, stage == 1)
+
+
+def test_both_blocks_of_recipe_6_in_one_file_are_its_stages(tmp_path):
+    recipe = load_text(tmp_path, "\n---\n".join(card_blocks(6)))
+    assert recipe.model_dump() == {**load_text(tmp_path, card_yaml("sft_dpo_7b")).model_dump(), "name": recipe.name}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +113,7 @@ def test_recipe_2_has_a_layout_on_the_cards_128_gpus_with_context_parallelism():
 
 def test_these_are_built_so_far():
     built = [name for name in NAMES if not rules.not_yet(load_recipe(name))]
-    assert built == ["pretrain_7b", "koshey_7b", "continual_7b"]
+    assert built == ["pretrain_7b", "koshey_7b", "lora_7b", "qlora_7b", "dpo_7b", "sft_dpo_7b", "continual_7b"]
 
 
 def test_the_laptop_scale_keeps_a_recipes_strategy_and_names():

@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 
 from igla_mega import parallel
+from igla_mega.assemble import build_engine
 from igla_mega.config.schema import Recipe
 from igla_mega.plan.layout import choose_layout
-from igla_mega.run import build_engine
 from igla_mega.train.step import train_step
 
 VOCAB, SEQUENCE, ROWS = 250, 32, 8

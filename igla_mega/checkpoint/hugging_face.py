@@ -176,7 +176,7 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say) -> Recipe:
     folder = _open(hf_dir)
     _same_tensors(folder, weights, model, hf_dir)
 
-    with _appearing(checkpoint) as temporary:
+    with appearing(checkpoint) as temporary:
         state = {w.native: _lazy(w, folder) for w in weights}
         # A file for each: torch 2.13's writer (filesystem.py:451) keeps the tensors of a file until it is whole.
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
@@ -223,7 +223,7 @@ def export_folder(
         name: torch.Size(shape).numel() * types[w.native].itemsize for w in weights for name, shape in w.parts.items()
     }
     shards = _shards(sizes, max_shard_bytes)
-    with _appearing(hf_dir) as temporary:
+    with appearing(hf_dir) as temporary:
         tensors = _read_split(reader, weights, stored, types)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
@@ -261,7 +261,8 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
     assert recipe.model is not None, "load_single refuses that"
     folder = _open(hf_dir)
     params = dict(ours.named_parameters())
-    for weight in weights_of(recipe.model):
+    # Of adapters that were merged the sum was rounded, which is a part of the difference.
+    for weight in weights_of(recipe.model) if recipe.lora is None else ():
         dtype = _common_type(folder[name].dtype for name in weight.parts)
         params[weight.native].copy_(params[weight.native].to(dtype))
     device = next(ours.parameters()).device
@@ -528,7 +529,7 @@ def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> d
 
 
 @contextlib.contextmanager
-def _appearing(final: Path) -> Iterator[Path]:
+def appearing(final: Path) -> Iterator[Path]:
     """A folder under a temporary name, which gets its own when all is well and vanishes when not."""
     final = final.resolve()
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):

@@ -13,6 +13,7 @@ from igla_mega.model.build import CausalLM, build_chunks, materialize, transform
 from igla_mega.model.shards import named_shards, shards_of
 from igla_mega.plan.layout import Layout
 
+DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32}
 TOKENIZER = "tokenizer"
 """Folder in an imported checkpoint with the tokenizer it came with."""
 
@@ -67,8 +68,34 @@ def tokenizer_of(checkpoint: Path, recipe: Recipe) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
+def base_of(checkpoint: Path) -> Path:
+    """The checkpoint of the base that a checkpoint of adapters belongs to.
+
+    Raises:
+        ConfigError: it is not where it was, or other weights lie there.
+    """
+    from igla_mega.checkpoint import adapters  # which exports through this module
+
+    note = adapters.read_base(checkpoint)
+    if note is None:
+        raise ConfigError(f"{checkpoint}: does not say which base its adapters belong to ({adapters.BASE} is missing).")
+    base = Path(note["checkpoint"])
+    if not (base / store.MANIFEST).is_file():
+        raise ConfigError(
+            f"{checkpoint / adapters.BASE}: checkpoint: {base} is not there.\n  Put it back, or write where it is."
+        )
+    if (found := adapters.digest_of_checkpoint(base)) != note["digest"]:
+        raise ConfigError(
+            f"{base}: not the base of these adapters: its digest is {found}, theirs has {note['digest']}.\n"
+            f"  Write in {checkpoint / adapters.BASE} where theirs is."
+        )
+    return base
+
+
 def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Recipe]:
     """Build the whole model of a checkpoint in this process, in evaluation mode, on CUDA where there is one.
+
+    Of adapters, with their base, which is coded in 4 bits where it was in training.
 
     Joins process groups of this process alone unless they were joined before; `parallel.stop` leaves them.
 
@@ -86,9 +113,19 @@ def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tupl
     mesh = parallel.alone(layout, device, recipe.training.seed)
     config = transformer_config(model, layout, dtype=dtype, device=device)
     chunks = build_chunks(config, model)
+    if recipe.lora is None:
+        materialize(chunks, device)
+        shards = shards_of(chunks, mesh, model.vocab_size)
+        store.load_weights(checkpoint, named_shards([*chunks], shards), group=None)
+        return chunks[0].eval(), recipe
+    from igla_mega.checkpoint import tuned  # which exports through this module
+
+    base, coded_from = base_of(checkpoint), DTYPES[recipe.distributed.precision]
+    tuned.attach(chunks, recipe.lora, recipe.quantization, base, mesh, model.vocab_size, coded_from)
     materialize(chunks, device)
     shards = shards_of(chunks, mesh, model.vocab_size)
-    store.load_weights(checkpoint, named_shards([*chunks], shards), group=None)
+    store.load_weights(base, tuned.frozen(chunks, shards), None, partly=True)
+    store.load_weights(checkpoint, tuned.trained(chunks, shards), None, partly=True)
     return chunks[0].eval(), recipe
 
 

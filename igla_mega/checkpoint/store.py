@@ -45,6 +45,8 @@ class Progress:
     """Stages finished: trained, evaluated and, where that is asked for, consolidated."""
     domain_losses: list[dict[str, float]] = field(default_factory=list)
     """After each of them that is a phase, the loss on each domain, nats per token."""
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What was measured on each source before the first step of the stage at hand."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class Retention:
     """How many of the newest."""
     keep_every: int | None = None
     """Also every one whose step is a multiple of this."""
+    always: frozenset[int] = frozenset()
+    """Also those of these steps: what a later stage starts from."""
 
     def obsolete(self, steps: Iterable[int]) -> list[int]:
         """The steps, of those there are, whose checkpoints may go."""
         steps = sorted(steps)
-        kept = set(steps[-self.keep_last :])
+        kept = {*steps[-self.keep_last :], *self.always}
         return [s for s in steps if s not in kept and not (self.keep_every and s % self.keep_every == 0)]
 
 
@@ -224,12 +228,15 @@ def _kind(key: str) -> str:
     return key.split(".")[1] if key.startswith("optimizer.") else "master"
 
 
-def load_weights(path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.ProcessGroup | None) -> None:
+def load_weights(
+    path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.ProcessGroup | None, *, partly: bool = False
+) -> None:
     """Read weights into parameters (of any dtype, on any device), from a checkpoint of any layout.
 
     Args:
         pairs: each parameter's place in the whole, and the parameter.
         group: gloo group of all ranks that load, or None for this process alone.
+        partly: the checkpoint may hold more than is asked for.
 
     Raises:
         ConfigError: the checkpoint holds another model.
@@ -238,7 +245,8 @@ def load_weights(path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.
     for shard, param in pairs:
         values, start = local_values(param)
         targets.setdefault(shard.name, (shard, []))[1].extend(shard.rectangles(values, start))
-    _read(path, {name: (shard.shape, rectangles) for name, (shard, rectangles) in targets.items()}, group)
+    wanted = {name: (shard.shape, rectangles) for name, (shard, rectangles) in targets.items()}
+    _read(path, wanted, group, partly=partly)
 
 
 def load_slots(
@@ -255,7 +263,13 @@ def load_slots(
     _read(path, targets, group)
 
 
-def _read(path: Path, targets: dict[str, tuple[tuple[int, ...], list]], group: dist.ProcessGroup | None) -> None:
+def _read(
+    path: Path,
+    targets: dict[str, tuple[tuple[int, ...], list]],
+    group: dist.ProcessGroup | None,
+    *,
+    partly: bool = False,
+) -> None:
     reader = Reader(path)
     stored = reader.shapes()
     breaches = []
@@ -264,7 +278,7 @@ def _read(path: Path, targets: dict[str, tuple[tuple[int, ...], list]], group: d
             breaches.append(f"{path}: has no {name} {list(shape)}.")
         elif tuple(stored[name]) != tuple(shape):
             breaches.append(f"{path}: {name} is {list(stored[name])}, this recipe's model has {list(shape)}.")
-    if not breaches:
+    if not breaches and not partly:
         wanted = _union(targets, group)
         kinds = {_kind(name) for name in wanted}
         extra = [name for name in stored if name not in wanted and _kind(name) in kinds]

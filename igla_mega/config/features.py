@@ -70,6 +70,12 @@ class Lora(Section):
         "v_proj",
     )
     """Linear layers that get an adapter, by their Hugging Face names."""
+    use_rslora: bool = False
+    """Multiplies an adapter's output by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Trains the norm of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)."""
+    adapter: str | None = None
+    """Adapters to start from: a folder that PEFT saved; unset, new ones."""
 
 
 class Quantization(Section):
@@ -96,6 +102,9 @@ class Dpo(Section):
     """Probability that a preference is the wrong way round. 0 to below 0.5."""
     reference_free: bool = False
     """Leaves the reference model out."""
+    reference: Literal["auto", "adapter", "model", "cached"] = "auto"
+    """Where the reference's log-probabilities come from: the model with its adapters off, a second model that is
+    frozen, or one pass over all pairs before the first step. `auto` is `adapter` with `lora:`, else `cached`."""
     learning_rate: Positive | None = None
     """Peak learning rate of this stage, per step, above 0; unset, `training.learning_rate`."""
     batch_size: Count | None = None

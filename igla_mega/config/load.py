@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def packaged() -> dict[str, str]:
     """Return the packaged recipes, name -> the line that their file opens with, in the card's order."""
-    order = ["pretrain_7b", "koshey_7b", "lora", "qlora", "dpo", "sft_dpo", "moe_8x7b", "continual_7b"]
+    order = ["pretrain_7b", "koshey_7b", "lora_7b", "qlora_7b", "dpo_7b", "sft_dpo_7b", "moe_8x7b", "continual_7b"]
     paths = {path.stem: path for path in RECIPES.glob("*.yaml")}
     names = sorted(paths, key=lambda name: (order.index(name) if name in order else len(order), name))
     return {name: _first_comment(paths[name]) for name in names}

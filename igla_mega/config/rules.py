@@ -35,7 +35,12 @@ def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu")
     if recipe.stages is not None:
         found = [*stages_hold_the_model(recipe)]
         for i, stage in enumerate(recipe.stages):
+            if i and stage.model is None and stage.base_model is None:
+                stage = stage.model_copy(update={"base_model": "the stage before"})
             found += [f"stages.{i}.{breach}" for breach in breaches(stage, world_size, device)]
+            for key in ("stages", "curriculum"):
+                if getattr(stage, key) is not None:
+                    found.append(f"stages.{i}.{key}: a stage has no stages of its own. Make each a stage.")
         return found
     found = [breach for rule in RULES for breach in rule(recipe)]
     return found + (list(world_fits_layout(recipe, world_size)) if world_size is not None else [])
@@ -197,7 +202,7 @@ def mix_adds_up(recipe: Recipe) -> Iterator[str]:
         return
     for name in mix.keys() - sources.keys():
         yield f"data.sources.{name}: missing; data.mix gives `{name}` a weight of {mix[name]:g}. Give its path."
-    for name in sources.keys() - mix.keys() if recipe.data.format == "text" and not recipe.curriculum else ():
+    for name in sources.keys() - mix.keys() if recipe.form == "text" and not recipe.curriculum else ():
         yield f"data.mix.{name}: missing; data.sources has `{name}`, which would never be read. Give its weight."
 
 
@@ -226,6 +231,24 @@ def features_go_together(recipe: Recipe) -> Iterator[str]:
         yield "quantization: given without `lora:`; quantized weights are frozen and nothing would train. Add `lora:`."
     if recipe.sft is not None and recipe.dpo is not None:
         yield "dpo: given beside `sft:` in one run. Make them two `stages:`."
+    for section in ("lora", "dpo"):
+        if getattr(recipe, section) is not None and recipe.base_model is None and recipe.sft is None:
+            yield f"{section}: given without `base_model:`; it tunes a trained model. Name one."
+    form = recipe.data.format
+    if form == "preference_pairs" and recipe.dpo is None:
+        yield "data.format: preference_pairs without `dpo:`, which learns from them. Add `dpo:`, or use instructions."
+    for section, own in (("sft", "instructions"), ("dpo", "preference_pairs")):
+        if getattr(recipe, section) is not None and form not in ("text", own):
+            yield f"data.format: {form} beside `{section}:`, which reads {own}. Use {own}, or leave it out."
+    if recipe.dpo is not None and recipe.dpo.reference == "adapter" and recipe.lora is None:
+        yield "dpo.reference: adapter without `lora:`; there is none to turn off. Use cached or model."
+    if recipe.form == "text":
+        return
+    if recipe.data.mix:
+        yield f"data.mix: given beside {recipe.form}, which are all read alike. Remove it."
+    for section in ("curriculum", "continual"):
+        if getattr(recipe, section) is not None:
+            yield f"{section}: given beside {recipe.form}; its phases are of text. Remove one."
 
 
 def phases_are_learnable(recipe: Recipe) -> Iterator[str]:
@@ -441,19 +464,15 @@ def not_yet(recipe: Recipe) -> list[str]:
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
     koshey, where = recipe.koshey, recipe.distributed
     expert = where.expert_parallel
-    for key, what, without in (
-        ("lora", "adapters are", "all weights"),
-        ("quantization", "quantized base models are", "in bf16"),
-        ("dpo", "preference optimization is", "on the language loss"),
-        ("sft", "instruction tuning is", "on plain text"),
-        ("moe", "mixture of experts is", "one dense network"),
-    ):
+    for key, what, without in (("moe", "mixture of experts is", "one dense network"),):
         yield getattr(recipe, key) is not None, key, what, f"set {key}=null to train {without}"
+    if (codes := recipe.quantization) is not None:
+        other = (codes.bits, codes.quant_type) != (4, "nf4")
+        yield other, "quantization", f"{codes.bits} bits of {codes.quant_type} are", "use 4 bits of nf4"
+    held = recipe.memory is not None and recipe.lora is not None
+    yield held, "lora", "holding adapters by EWC is", "set lora=null, or leave EWC out"
     if koshey is not None:
         word, what = "dynamic_batching", "token-budget batching is"
         yield koshey.dynamic_batching, f"koshey.{word}", what, f"set koshey.{word}=false to train without it"
     key = "distributed.expert_parallel"
     yield expert not in ("auto", 1), key, f"expert parallelism ({expert}) is", f"set {key}=1"
-    yield recipe.stages is not None, "stages", "running stages is", "give one stage as a recipe of its own"
-    form = recipe.data.format
-    yield form != "text", "data.format", f"training on {form} is", "set data.format=text"

@@ -227,6 +227,12 @@ class Data(Section):
     """Longest prompt and answer together, in tokens. At least 1; unset, `training.sequence_length`."""
     max_prompt_length: Count | None = None
     """Longest prompt, in tokens. At least 1; unset, `max_length`."""
+    too_long: Literal["error", "cut", "skip"] = "error"
+    """What becomes of a conversation or a prompt beyond its limit: refused, cut, or left out."""
+    chat_template: str | None = None
+    """File with the Jinja template of a conversation's turns, or `plain`; unset, the tokenizer's own."""
+    packing: bool = True
+    """Puts several conversations into a training sample, none of which sees another."""
 
 
 class Checkpoint(Section):
@@ -315,6 +321,13 @@ class Recipe(Section):
         if self.continual is not None:
             return self.continual
         return self.koshey if self.koshey is not None and self.koshey.ewc_enabled else None
+
+    @property
+    def form(self) -> Literal["text", "instructions", "preference_pairs"]:
+        """What a document is: `data.format`, unless `sft` or `dpo` says it."""
+        if self.dpo is not None:
+            return "preference_pairs"
+        return "instructions" if self.sft is not None else self.data.format
 
     @property
     def sequence_length(self) -> int | None:

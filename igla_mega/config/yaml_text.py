@@ -51,10 +51,9 @@ _Loader.add_constructor(
 
 
 def parse(text: str, place: str) -> Any:
-    """Return what a YAML text says.
+    """Return what a YAML text says: a list of what its documents say, where there are several.
 
     Args:
-        text: one YAML document.
         place: its file, for messages.
 
     Raises:
@@ -62,9 +61,12 @@ def parse(text: str, place: str) -> Any:
     """
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        # Deep: at once, so that an anchor which holds itself is an error and not a circle of objects.
-        return None if node is None else loader.construct_object(node, deep=True)
+        documents = []
+        while loader.check_node():
+            # Deep: at once, so that an anchor which holds itself is an error and not a circle of objects.
+            documents.append(loader.construct_object(loader.get_node(), deep=True))
+        documents = [document for document in documents if document is not None]
+        return documents if len(documents) > 1 else documents[0] if documents else None
     except ConfigError as error:
         raise ConfigError(f"{place}, {error}") from None
     except yaml.MarkedYAMLError as error:
@@ -78,10 +80,10 @@ def parse(text: str, place: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds.
+    """Return the mapping that a YAML file holds; of several documents, divided by `---`, each is one of its `stages:`.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds something other than a mapping.
+        ConfigError: the file cannot be read, is not YAML, or holds something other than mappings.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -92,6 +94,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     content = parse(text, str(path))
     if content is None:
         raise ConfigError(f"{path}, line 1: empty. A recipe is a mapping of sections such as `model:`, `training:`.")
+    if isinstance(content, list) and "\n---" in text and all(isinstance(document, dict) for document in content):
+        return {"stages": content}
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path}, line 1: a {type(content).__name__}, not a mapping of sections such as `model:`, `training:`."

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,24 @@ class Share:
         """Rows of the global batch in one micro-batch, int64 [micro_batch_size]."""
         first = (microbatch * self.data_parallel + self.data_rank) * self.micro_batch_size
         return np.arange(first, first + self.micro_batch_size, dtype=np.int64)
+
+
+class Dataset(Protocol):
+    """What a run draws its batches from: text (`Corpus`), conversations or pairs (`conversations`)."""
+
+    sequence_length: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say at the start."""
+
+    def micro_batches(self, step: int, share: Share) -> Iterator[Batch]: ...
+    def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]: ...
+    def windows_per_epoch(self) -> dict[str, int]: ...
+    def validation_names(self) -> list[str]: ...
+    def num_validation_samples(self, name: str) -> int: ...
+    def validation_batches(self, name: str, share: Share, num_batches: int) -> Iterator[Batch]: ...
+    def fingerprint(self) -> str: ...
 
 
 class Corpus:
@@ -107,6 +125,10 @@ class Corpus:
         if breaches:
             raise ConfigError(*breaches)
         self._identity = json.dumps([dict(mix), sequence_length, seed, vocab_size, validation_fraction])
+
+    @property
+    def notes(self) -> list[str]:
+        return [self.blend.note] if self.blend.note else []
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of global samples (int64 [n]), int64 [n, sequence_length + 1]."""
@@ -196,17 +218,7 @@ class Corpus:
 
         Ranks that compare it know that they read the same; it costs the same for any size.
         """
-        digest = hashlib.blake2b(self._identity.encode(), digest_size=8)
-        for name, reader in self.readers.items():
-            for suffix in (".idx", ".bin"):
-                path = Path(reader.prefix + suffix)
-                size = path.stat().st_size
-                digest.update(f"{name}{suffix}{size}".encode())
-                with open(path, "rb") as stream:
-                    digest.update(stream.read(1 << 16))
-                    stream.seek(max(0, size - (1 << 16)))
-                    digest.update(stream.read(1 << 16))
-        return digest.hexdigest()
+        return fingerprint_of(self._identity, self.readers)
 
     def _fill(self, row: np.ndarray, name: str, start: int, length: int | None = None) -> None:
         length = length or self.sequence_length + 1
@@ -233,15 +245,30 @@ class Corpus:
             for first, stop in itertools.pairwise(documents[-1]):
                 positions[row, first:stop] -= first
         batch = {
-            "tokens": _tensor(rows[:, :-1]),
-            "labels": _tensor(rows[:, 1:]),
-            "loss_mask": _tensor(mask),
-            "position_ids": _tensor(positions),
+            "tokens": as_tensor(rows[:, :-1]),
+            "labels": as_tensor(rows[:, 1:]),
+            "loss_mask": as_tensor(mask),
+            "position_ids": as_tensor(positions),
         }
         return batch if borders is None else {**batch, "documents": documents}
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
+    """A short digest of a text, the files' sizes, and the ends of their contents."""
+    digest = hashlib.blake2b(identity.encode(), digest_size=8)
+    for name, reader in readers.items():
+        for suffix in (".idx", ".bin"):
+            path = Path(reader.prefix + suffix)
+            size = path.stat().st_size
+            digest.update(f"{name}{suffix}{size}".encode())
+            with open(path, "rb") as stream:
+                digest.update(stream.read(1 << 16))
+                stream.seek(max(0, size - (1 << 16)))
+                digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
     """A contiguous copy, in pinned memory where CUDA is, so that its transfer can overlap the step."""
     dtype = torch.float32 if array.dtype == np.float32 else torch.int64
     tensor = torch.empty(array.shape, dtype=dtype, pin_memory=torch.cuda.is_available())

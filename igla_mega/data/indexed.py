@@ -75,6 +75,10 @@ class IndexedReader:
             return self.num_tokens
         return int(self._offsets[sequence]) // self.dtype.itemsize
 
+    def document_starts(self) -> np.ndarray:
+        """Offset in the stream of every document's first token, and of the end, int64 [num_documents + 1]."""
+        return np.append(self._offsets // self.dtype.itemsize, self.num_tokens).astype(np.int64)[self._borders]
+
     def document_of(self, token: int) -> int:
         """Number of the document that holds the token at this offset of the stream."""
         sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1

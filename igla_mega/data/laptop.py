@@ -11,12 +11,16 @@ from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.preprocess import prepare_sources
+from igla_mega.data.samples import prepare_samples
 from igla_mega.data.tokenizer import train_bpe
 from igla_mega.data.toy_corpus import write_toy_corpus
+from igla_mega.data.toy_tasks import write_instructions, write_preferences
 
 BASE_STEPS = 150
 BASE_SHAPE = {"hidden_size": 128, "intermediate_size": 344}
 """Of the base model: half as wide as recipe 1's at laptop scale, so that it and what follows take minutes."""
+NUM_CONVERSATIONS, NUM_PAIRS = 1500, 900
+"""That fine-tuning at laptop scale learns from, some held out."""
 DOMAINS = ("code", "books", "conversation")
 """Sources that phases of unknown names learn, in order: programs, reference prose, dialogues."""
 
@@ -74,7 +78,15 @@ def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool
     Raises:
         ConfigError: it could not be trained.
     """
-    if recipe.base_model is None or recipe.data.format != "text":
+    if recipe.stages is not None:
+        first, *others = recipe.stages
+        first = with_base(first, models, num_ranks=num_ranks, make=make)
+        # Where the first stage's base was there, so is its data.
+        others = [
+            _with_tasks(stage, make=make) if _needs_tasks(stage) and _is_ours(first) else stage for stage in others
+        ]
+        return recipe.model_copy(update={"stages": (first, *others)})
+    if recipe.base_model is None:
         return recipe
     try:
         load.base_folder(recipe.base_model, models)
@@ -82,7 +94,7 @@ def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool
     except ConfigError:
         if "/" in recipe.base_model:  # a path, not a name
             raise
-    folder = cache_dir() / "models" / "pretrain_7b-laptop-half"
+    folder = _base_folder()
     if make and not (folder / "manifest.json").is_file():
         _say(
             f"base_model: {recipe.base_model} is not there: training recipe 1 at laptop scale, half as wide, in its "
@@ -94,12 +106,59 @@ def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool
     recipe = recipe.model_copy(update={"base_model": str(folder)})
     if recipe.data.sources:
         return recipe
+    if _needs_tasks(recipe):
+        return _with_tasks(recipe, make=make)
     data = with_data(load.load_recipe("pretrain_7b", scale="laptop"), make=make).data
     own = {key: getattr(data, key) for key in ("mix", "sources", "tokenizer", "prepared")}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
     if recipe.continual is not None and recipe.continual.base_data is None:
         recipe = recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"base_data": "mix"})})
     return _with_domains(recipe, say=make)
+
+
+def _base_folder() -> Path:
+    return cache_dir() / "models" / "pretrain_7b-laptop-half"
+
+
+def _is_ours(recipe: Recipe) -> bool:
+    return recipe.base_model == str(_base_folder())
+
+
+def _needs_tasks(recipe: Recipe) -> bool:
+    """Whether a recipe without sources learns conversations or pairs; adapters without a word of data do too."""
+    return not recipe.data.sources and (recipe.form != "text" or recipe.lora is not None)
+
+
+def _with_tasks(recipe: Recipe, *, make: bool) -> Recipe:
+    """The recipe with conversations or pairs from Python's own library, in the base model's tokens."""
+    form = "instructions" if recipe.form == "text" else recipe.form
+    section = recipe.sft or recipe.dpo
+    name = section.data if section is not None and section.data else form
+    corpus = with_data(load.load_recipe("pretrain_7b", scale="laptop"), make=make).data
+    root = Path(corpus.prepared or "").parent / "tasks"
+    file = root / f"{form}.jsonl"
+    own = {
+        "format": form,
+        "sources": {name: str(file)},
+        "tokenizer": corpus.tokenizer,
+        "prepared": str(root / f"prepared_{form}"),
+        "chat_template": recipe.data.chat_template or "plain",
+        "too_long": "skip",
+    }
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
+    if make:
+        if not file.is_file():
+            _say(f"no data.sources given: writing {form.replace('_', ' ')} from Python's own library to {file} (once)")
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as unfinished:
+                written = Path(unfinished, file.name)
+                if form == "instructions":
+                    write_instructions(written, NUM_CONVERSATIONS)
+                else:
+                    write_preferences(written, NUM_PAIRS)
+                written.rename(file)
+        prepare_samples(recipe)
+    return recipe
 
 
 def _train_base(folder: Path, num_ranks: int) -> None:

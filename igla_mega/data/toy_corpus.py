@@ -34,7 +34,7 @@ def write_toy_corpus(out_dir: str | Path, *, seed: int = 0) -> dict[str, Path]:
     """
     documents: dict[str, list[str]] = {name: [] for name in SOURCES}
     documents["books"] += _book_pages()
-    for module, text, tree in _modules():
+    for module, text, tree in modules():
         documents["code"].append(text)
         documents["academic"] += _essays(text, tree)
         documents["web"] += _reference_pages(module, tree)
@@ -59,7 +59,7 @@ def write_toy_corpus(out_dir: str | Path, *, seed: int = 0) -> dict[str, Path]:
     return files
 
 
-def _modules() -> Iterator[tuple[str, str, ast.Module]]:
+def modules() -> Iterator[tuple[str, str, ast.Module]]:
     """Name, text and syntax tree of each module of the standard library, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, names in os.walk(root):
@@ -77,19 +77,19 @@ def _modules() -> Iterator[tuple[str, str, ast.Module]]:
                 yield ".".join(path.relative_to(root).with_suffix("").parts), text, tree
 
 
-def _documented(node: ast.Module | ast.stmt) -> Iterator[tuple[ast.stmt, str]]:
+def documented(node: ast.Module | ast.stmt) -> Iterator[tuple[ast.stmt, str]]:
     """Every class and function below a node that has a docstring, in the order of the file."""
     for child in getattr(node, "body", ()):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             doc := ast.get_docstring(child)
         ):
             yield child, doc
-        yield from _documented(child)
+        yield from documented(child)
 
 
 def _reference_pages(module: str, tree: ast.Module) -> list[str]:
     entries = []
-    for node, docstring in _documented(tree):
+    for node, docstring in documented(tree):
         if _ASKS in docstring:
             continue
         signature = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
@@ -107,7 +107,7 @@ def _essays(text: str, tree: ast.Module) -> list[str]:
 
 def _dialogues(tree: ast.Module) -> list[str]:
     """Docstrings in which someone asks the interpreter and it answers, explanations included."""
-    docstrings = [ast.get_docstring(tree) or "", *(text for _, text in _documented(tree))]
+    docstrings = [ast.get_docstring(tree) or "", *(text for _, text in documented(tree))]
     return _pages([text for text in docstrings if _ASKS in text], page_chars=2_000, shortest=100)
 
 

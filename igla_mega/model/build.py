@@ -20,6 +20,7 @@ from igla_mega.config.schema import Model
 from igla_mega.model.shards import Shard
 from igla_mega.model.spec import block_spec
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
+from igla_mega.ops.linear_log_probs import linear_log_probs
 from igla_mega.plan.layout import Layout
 
 NEAR_RADIANS = 256.0
@@ -35,6 +36,10 @@ class CausalLM(GPTModel):
     """As `inverse_frequencies` gives them, in fp32 and in fp64."""
     draws_labels = False
     """Labels are drawn from the model itself; those given are the keys of the draws (`ops.categorical.token_keys`)."""
+    few_targets = False
+    """Most tokens are no target: the loss passes those over. Finding them waits for the device."""
+    log_probs = False
+    """Given labels, the last stage returns the log-probability of each, [S, B] (0 where `loss_mask` is), not a loss."""
 
     def _preprocess(self, input_ids, position_ids, inference_context=None, packed_seq_params=None, **rest):
         hidden, _, *others = super()._preprocess(input_ids, position_ids, inference_context=inference_context, **rest)
@@ -57,13 +62,21 @@ class CausalLM(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        flat, labels, loss_mask = hidden.flatten(0, 1), labels.t().reshape(-1), loss_mask.t().reshape(-1)
+        if self.log_probs:
+            chosen = linear_log_probs(flat, weight, labels, loss_mask, vocab_size=self.true_vocab_size, group=group)
+            return chosen.view(hidden.shape[:2])
+        if self.few_targets:
+            targets = loss_mask.nonzero().squeeze(1)
+            flat, labels, loss_mask = (part.index_select(0, targets) for part in (flat, labels, loss_mask))
         return linear_cross_entropy(
-            hidden.flatten(0, 1),
+            flat,
             weight,
-            labels.t().reshape(-1),
-            loss_mask.t().reshape(-1),
+            labels,
+            loss_mask,
             vocab_size=self.true_vocab_size,
-            group=self.tp_group if self.tp_group.size() > 1 else None,
+            group=group,
             draw=self.draws_labels,
         )
 

@@ -29,6 +29,10 @@ _SPLIT_DIM = {
     "self_attention.linear_proj.weight": 1,
     "mlp.linear_fc1.weight": 0,
     "mlp.linear_fc2.weight": 1,
+    # Adapters split where their projections do.
+    **{f"{p}_proj.{matrix}": 0 for p in ("q", "k", "v", "gate", "up") for matrix in ("lora_B", "lora_magnitude")},
+    "o_proj.lora_A": 1,
+    "down_proj.lora_A": 1,
 }
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -83,7 +87,8 @@ class Shard:
 
     def _place(self, block: Tensor, row: int, column: int) -> Iterator[Rectangle]:
         if len(self.local_shape) == 1:
-            yield (row,), block.view(-1)
+            shift = self.tensor_rank * self.local_shape[0] if self.dim == 0 else 0
+            yield (row + shift,), block.view(-1)
             return
         if self.dim != 0:
             shift = self.tensor_rank * self.local_shape[1] if self.dim == 1 else 0

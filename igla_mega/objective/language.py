@@ -13,6 +13,9 @@ Batch = dict[str, Any]
 """One micro-batch: tokens, labels, position_ids [B, S] int64; loss_mask [B, S] fp32. Where rows are packed documents,
 also `documents`: for each row, where they begin in the whole sequence and where the last one ends."""
 
+TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
+"""What of a batch lies along the sequence."""
+
 
 def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, partial]:
     """Run one micro-batch through this rank's chunk.

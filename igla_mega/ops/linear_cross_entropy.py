@@ -16,7 +16,8 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 """Tokens whose logits are held at once. On CPU 256 x 32000 fp32 is 32 MB: about the last-level cache."""
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [..., H] times weight [V, H] transposed: [..., V]."""
     # For fp32 on CPU torch takes MKL, which is slow at few rows and many columns; oneDNN is not.
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
@@ -31,12 +32,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_start = 0 if group is None else group.rank() * weight.size(0)
         grad_hidden = torch.empty_like(hidden if needs_grad else hidden[:0])
         # Chunks add up in fp32, whatever the weights are.
-        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
+        trains_weight = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight if trains_weight else weight[:0], dtype=torch.float32)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
 
         chunk = CHUNK_TOKENS[hidden.device.type]
         for rows in (slice(at, at + chunk) for at in range(0, len(hidden), chunk)):
-            logits = _logits(hidden[rows], weight)
+            logits = project(hidden[rows], weight)
             targets = draw_labels(logits, labels[rows], vocab_start, vocab_size, group) if draw else labels[rows]
             row_max, sum_exp, target = softmax_statistics(logits, targets, vocab_start, vocab_size)
             if num_ranks > 1:
@@ -50,9 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 softmax_gradient_(logits, lse, targets, loss_mask[rows], vocab_start, vocab_size)
                 torch.mm(logits, weight, out=grad_hidden[rows])
-                if weight.dtype == torch.float32:
+                if trains_weight and weight.dtype == torch.float32:
                     grad_weight.addmm_(logits.t(), hidden[rows])
-                else:
+                elif trains_weight:
                     grad_weight += logits.t() @ hidden[rows]
             del logits  # before the next chunk's are made
         if needs_grad:
@@ -65,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A host read is free on CPU, and spares a pass over the largest gradient of the model.
         if grad_output.device.type != "cpu" or grad_output.item() != 1.0:
             grad_hidden, grad_weight = grad_hidden * grad_output, grad_weight * grad_output
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 def linear_cross_entropy(

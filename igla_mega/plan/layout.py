@@ -19,8 +19,9 @@ CONTEXT_TOKENS, GPUS_OF_A_NODE = 16384, 8
 class Layout:
     """A layout of ranks: tensor x pipeline x context x data = world size. All sizes are numbers of ranks but for:
 
-    virtual_pipeline: model chunks a pipeline rank; micro_batch_size, global_batch: sequences;
-    num_microbatches: a step and data-parallel rank; sequence_length: tokens; notes: decisions to say aloud.
+    virtual_pipeline: model chunks a pipeline rank; micro_batch_size, global_batch: samples, which are sequences, or
+    pairs of them (rows_per_sample 2); num_microbatches: a step and data-parallel rank; sequence_length: tokens;
+    notes: decisions to say aloud.
     """
 
     tensor: int
@@ -38,6 +39,7 @@ class Layout:
     sequence_length: int
     context_schedule: str = "auto"
     notes: tuple[str, ...] = field(default=())
+    rows_per_sample: int = 1
 
     @property
     def padded_length(self) -> int:
@@ -109,7 +111,12 @@ def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layou
         global_batch=global_batch,
         sequence_length=length,
         notes=tuple(notes),
+        rows_per_sample=_rows_per_sample(recipe),
     )
+
+
+def _rows_per_sample(recipe: Recipe) -> int:
+    return 2 if recipe.form == "preference_pairs" else 1
 
 
 def _number(size: int | Literal["auto"], otherwise: int) -> int:
@@ -161,7 +168,7 @@ def _batch(recipe: Recipe, length: int, data: int, pipeline: int, context: int, 
     """Return the sequences of the global batch and of a micro-batch."""
     training, written = recipe.training, recipe.training.batch_size
     if training.batch_tokens is not None:
-        global_batch = training.batch_tokens // length
+        global_batch = training.batch_tokens // (length * _rows_per_sample(recipe))
     elif training.gradient_accumulation is not None:
         global_batch = int(written) * training.gradient_accumulation * data
     else:
@@ -202,5 +209,5 @@ def _choose_micro_batch(recipe: Recipe, per_rank: int, groups: int, length: int,
     training = recipe.training
     if training.gradient_accumulation is not None and training.gradient_accumulation % groups == 0:
         return per_rank // training.gradient_accumulation
-    most = max(1, MICRO_BATCH_TOKENS[device] // length)
+    most = max(1, MICRO_BATCH_TOKENS[device] // (length * _rows_per_sample(recipe)))
     return max(size for size in range(1, most + 1) if per_rank % (size * groups) == 0)

@@ -1,17 +1,18 @@
 """What a run trains one after another: a recipe as a list of stages, each a stretch of steps on one mix of data.
 
-Weights, moments and what is held pass from stage to stage; the data, the length of the sequences and the course of the
-learning rate are a stage's own. A recipe without phases is one stage.
+Between phases weights, moments and what is held pass on; the data, the length of the sequences and the course of the
+learning rate are a stage's own. Of `stages:`, each a recipe of its own, only the weights pass on. A recipe without
+either is one stage.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Phase
-from igla_mega.config.schema import Recipe
+from igla_mega.config.schema import Data, Recipe
 from igla_mega.plan.layout import Layout, choose_layout
 
 MIX = "mix"
@@ -38,6 +39,8 @@ class Stage:
     domain: dict[str, float] = field(default_factory=dict)
     """What the stage is to learn, source -> weight, without what is replayed; empty where it is not a phase."""
     notes: tuple[str, ...] = ()
+    part: int = 0
+    """Which of the recipe's `stages:` it belongs to: each has a model, an optimizer and an objective of its own."""
 
     @property
     def last_step(self) -> int:
@@ -56,6 +59,15 @@ def stages_of(
     Raises:
         ConfigError: a stage does not fit; every breach at once.
     """
+    if recipe.stages is not None:
+        parts = _on_one_layout(parts_of(recipe), world_size, device)
+        found: list[Stage] = []
+        for number, part in enumerate(parts):
+            first = found[-1].last_step if found else 0
+            for stage in stages_of(part, world_size, device, total_steps):
+                begin, course = first + stage.first_step, first + stage.schedule_first
+                found.append(replace(stage, part=number, first_step=begin, schedule_first=course))
+        return found
     if recipe.curriculum is None:
         layout = choose_layout(recipe, world_size, device)
         return list(_segments(recipe, layout, total_steps(recipe, layout)))
@@ -100,6 +112,44 @@ def stages_of(
     return stages
 
 
+def parts_of(recipe: Recipe) -> list[Recipe]:
+    """The recipes of `stages:`, or the one there is, each with what `sft` or `dpo` says of its training.
+
+    A stage without a name is called by its number and what it learns, and has the first one's model.
+    """
+    parts: list[Recipe] = []
+    for number, part in enumerate(recipe.stages or [recipe]):
+        changes: dict = {}
+        if recipe.stages is not None:
+            kind = "sft" if part.sft is not None else "dpo" if part.dpo is not None else "stage"
+            changes["name"] = part.name or f"{recipe.name or 'stages'}.{number + 1}.{kind}"
+            changes["model"] = part.model or (parts[0].model if parts else None)
+            changes["base_model"] = part.base_model or (parts[-1].name if parts else None)
+        if (own := part.sft or part.dpo) is not None:
+            said = {key: getattr(own, key) for key in ("learning_rate", "batch_size", "epochs")}
+            said = {key: value for key, value in said.items() if value is not None}
+            if "epochs" in said:
+                said["total_steps"] = None
+            if "batch_size" in said:
+                said["gradient_accumulation"] = None
+            changes["training"] = part.training.model_copy(update=said)
+        changes["data"] = _own_data(part, recipe.data)
+        parts.append(part.model_copy(update=changes))
+    return parts
+
+
+def _own_data(part: Recipe, shared: Data) -> Data:
+    """The data section of one of `stages:`: what it leaves out of sources is the whole recipe's."""
+    data = part.data
+    if not data.sources:
+        keys = ("sources", "tokenizer", "prepared", "chat_template")
+        data = data.model_copy(update={key: getattr(data, key) or getattr(shared, key) for key in keys})
+    own = part.sft or part.dpo
+    if own is not None and own.data and own.data not in data.sources and own.data.endswith(".jsonl"):
+        data = data.model_copy(update={"sources": {own.data: own.data}})
+    return data
+
+
 def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stage]:
     """One stage, or so many that the Fisher is taken anew between them; one course of the learning rate."""
     every = recipe.koshey.consolidate_every if recipe.koshey is not None and recipe.memory is recipe.koshey else None
@@ -109,7 +159,7 @@ def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stag
             recipe.name,
             recipe,
             layout,
-            dict(recipe.data.mix),
+            dict(recipe.data.mix) if recipe.form == "text" else dict.fromkeys(drawn_from(recipe), 1.0),
             first,
             min(steps, total_steps - first),
             schedule_first=0,
@@ -155,6 +205,12 @@ def _parts(weights: dict[str, float]) -> dict[str, Fraction]:
 def weights_of(recipe: Recipe, source: str) -> dict[str, float]:
     """Sources and weights that a name of data means: a key of `data.sources`, or `mix` for all of `data.mix`."""
     return dict(recipe.data.mix) if source == MIX else {source: 1.0}
+
+
+def drawn_from(recipe: Recipe) -> list[str]:
+    """The sources of conversations or pairs: the one that `sft.data` or `dpo.data` names, else all."""
+    named = (recipe.sft or recipe.dpo) and (recipe.sft or recipe.dpo).data  # type: ignore[union-attr]
+    return [named] if named else list(recipe.data.sources)
 
 
 def _on_one_layout(recipes: list[Recipe], world_size: int, device: str) -> list[Recipe]:

@@ -95,7 +95,7 @@ def accumulate(
             engine.optimizer.zero_grad()
             sample = next(samples)
             blanks = ({**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])} for _ in range(rows - 1))
-            loss, targets = forward_backward(engine, iter([sample, *blanks]), forward_only=False)
+            loss, targets, *_ = forward_backward(engine, iter([sample, *blanks]), forward_only=False)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"Fisher: the loss of samples {first + 1} to {first + width} is {loss}.")
             add_squares(sums)

@@ -26,16 +26,18 @@ from igla_mega.parallel import Axis, Mesh
 from igla_mega.train.optimizer import held_step, moments_of, set_num_steps
 
 
-def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
-    """Shard every layer, and the rest as one unit, over the data and context ranks; compute in `dtype`."""
+def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> GPTModel:
+    """Shard every layer, and the rest as one unit, over the data and context ranks; compute in `dtype`.
+
+    What is on the meta device gets memory on `device`, not yet values. Codes of 4 bits stay whole on every rank.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32,
         # The default casts every input of a layer, the rotary angles too: bf16 has no room for position 2048.
         cast_forward_inputs=False,
     )
-    device_type = next(chunk.parameters()).device.type
-    device_mesh = DeviceMesh.from_group(mesh.data_context.group, "cuda" if device_type == "cuda" else "cpu")
+    device_mesh = DeviceMesh.from_group(mesh.data_context.group, device.type)
     for module in (*chunk.decoder.layers, chunk):
         fully_shard(module, mesh=device_mesh, mp_policy=policy)
     for module in chunk.modules():
@@ -43,7 +45,7 @@ def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
             # Sum, not mean: ranks may hold unequal numbers of targets, so the division comes once, at the end.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return chunk
+    return chunk._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
 
 
 class ShardedAdamW:
@@ -60,7 +62,7 @@ class ShardedAdamW:
     ):
         self.chunk, self.config = chunk, config
         self.mesh, self.max_norm = mesh, training.gradient_clip or math.inf
-        self.params = list(named_shards([chunk], shards))
+        self.params = [(shard, param) for shard, param in named_shards([chunk], shards) if param.requires_grad]
         matrices = [param for shard, param in self.params if len(shard.shape) > 1]
         norms = [param for shard, param in self.params if len(shard.shape) == 1]
         self.adam = torch.optim.AdamW(

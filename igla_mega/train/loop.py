@@ -1,22 +1,24 @@
 """The order of things: step, log, validate, save, until the last step or until somebody asks to stop."""
 
+import math
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from igla_mega.checkpoint.store import CheckpointWriter, Progress
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Share
+from igla_mega.data.batches import Dataset, Share
 from igla_mega.objective.ewc import Pull
 from igla_mega.plan.stages import Stage
 from igla_mega.train.memory import notes
 from igla_mega.train.metrics import Trackers, measured_peak_flops, peak_memory_bytes
 from igla_mega.train.progress import Display, Silent
 from igla_mega.train.schedule import learning_rate
-from igla_mega.train.step import Engine, StepReport, evaluate, train_step
+from igla_mega.train.step import Engine, StepReport, measure, train_step
 
 RATE_STEPS = 10
 """Steps over which the shown rate is averaged."""
@@ -29,7 +31,7 @@ class Run:
     recipe: Recipe
     recipe_yaml: str
     engine: Engine
-    corpus: Corpus
+    corpus: Dataset
     share: Share
     writer: CheckpointWriter
     device: torch.device
@@ -39,10 +41,13 @@ class Run:
     peak_flops: float | None
     """Dense peak of one device in the training's precision, FLOP/s; None where it is not known."""
     stop: "StopRequest"
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """More files of a checkpoint, name -> text."""
 
     def save(self, progress: Progress) -> None:
         """Save all that a resume needs, as the checkpoint of this step."""
-        self.writer.save(self.engine.slots(), progress, self.recipe_yaml, notes(self.engine.ewc))
+        texts = {**self.texts, **notes(self.engine.ewc)}
+        self.writer.save(self.engine.slots(), progress, self.recipe_yaml, texts)
 
 
 def train(run: Run, progress: Progress, display: Display | Silent, trackers: Trackers | None) -> bool:
@@ -56,7 +61,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         FloatingPointError: the loss is not finite.
     """
     recipe, engine, stage = run.recipe, run.engine, run.stage
-    tokens_per_step = run.share.global_batch * engine.layout.sequence_length
+    tokens_per_step = run.share.global_batch * engine.layout.sequence_length * engine.layout.rows_per_sample
     saved_step, recent = progress.step, [time.perf_counter()]
     warmup, warned = recipe.num_warmup_steps(stage.schedule_steps), False
 
@@ -98,12 +103,10 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         # The end of a phase has an evaluation of its own, of every domain so far.
         phase_ends = bool(stage.domain) and progress.step == stage.last_step
         if not phase_ends and (last or _due(progress.step, recipe.evaluation.every_steps)):
-            losses = validate(run)
-            if trackers and losses:
-                trackers.metrics({"step": progress.step, "stage": recipe.name, "validation_loss": losses})
-            if losses:
-                parts = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-                display.say(f"step {progress.step}: validation loss (nats/token)  {parts}")
+            measured = validate(run)
+            log_validation(measured, run, progress, display, trackers)
+            if progress.before and progress.step == stage.last_step:
+                display.say(comparison(progress.before, measured, recipe.form))
             recent = [time.perf_counter()]
         run.writer.poll()
         stopping = run.stop.requested()
@@ -129,15 +132,55 @@ def _throttled(report: StepReport, gradient_clip: float) -> str | None:
     )
 
 
-def validate(run: Run) -> dict[str, float]:
-    """Loss on the held-out part of each source, in nats per target token."""
-    losses = {}
+def log_validation(
+    measured: dict[str, dict[str, float]],
+    run: Run,
+    progress: Progress,
+    display: Display | Silent,
+    trackers: Trackers | None,
+) -> None:
+    """Write down and show what was measured on held-out data."""
+    if not measured:
+        return
+    losses = {name: values["loss"] for name, values in measured.items()}
+    more = {f"{name}/{key}": one for name, values in measured.items() for key, one in values.items() if key != "loss"}
+    if trackers:
+        entry = {"step": progress.step, "stage": run.recipe.name, "validation_loss": losses}
+        trackers.metrics({**entry, "validation": more} if more else entry)
+    unit = "nats/pair" if run.recipe.form == "preference_pairs" else "nats/token"
+    parts = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    display.say(f"step {progress.step}: validation loss ({unit})  {parts}")
+
+
+def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], form: str) -> str:
+    """What the stage has changed on held-out data, in a line for each source."""
+    lines = []
+    for name, values in after.items():
+        if (old := before.get(name)) is None:
+            continue
+        if form == "preference_pairs":
+            lines.append(
+                f"{name}: the chosen answer is the likelier one in {old['dpo_preferred']:.1%} of held-out pairs "
+                f"before, in {values['dpo_preferred']:.1%} after; margin of the rewards {values['dpo_margin']:+.3f}"
+            )
+        else:
+            what = "held-out answers" if form == "instructions" else "held-out text"
+            lines.append(
+                f"{name}: {what} cost {old['loss']:.3f} nats/token before, {values['loss']:.3f} after "
+                f"(perplexity {math.exp(old['loss']):.1f} before, {math.exp(values['loss']):.1f} after)"
+            )
+    return "\n".join(lines)
+
+
+def validate(run: Run) -> dict[str, dict[str, float]]:
+    """Loss (nats per target token, or per pair) and the objective's metrics on the held-out part of each source."""
+    measured = {}
     for name in run.corpus.validation_names():
         num_samples = run.corpus.num_validation_samples(name)
         num_batches = min(run.recipe.evaluation.num_batches, -(-num_samples // run.share.global_batch))
         batches = on_device(run.corpus.validation_batches(name, run.share, num_batches), run.device)
-        losses[name] = evaluate(run.engine, batches, num_batches)
-    return losses
+        measured[name] = measure(run.engine, batches, num_batches)
+    return measured
 
 
 def _metrics(
@@ -164,6 +207,7 @@ def _metrics(
         "tflops_per_device": round(flops_per_device / 1e12, 5),
         "mfu": round(flops_per_device / run.peak_flops, 4) if run.peak_flops else None,
         "memory_bytes": peak_memory_bytes(run.device),
+        **report.metrics,
         **(_pull_metrics(report.pull) if report.pull else {}),
     }
 
@@ -189,9 +233,8 @@ def on_device(batches, device: torch.device):
 class StopRequest:
     """SIGTERM or SIGINT asks for a stop at the end of the step; a second SIGINT is as usual."""
 
-    def __init__(self, engine: Engine):
-        self._asked, self._alone = False, engine.mesh.world_size == 1
-        self._device = next(engine.chunks[0].parameters()).device
+    def __init__(self, alone: bool, device: torch.device):
+        self._asked, self._alone, self._device = False, alone, device
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 

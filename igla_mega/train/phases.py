@@ -11,7 +11,7 @@ from rich.table import Table
 
 from igla_mega.checkpoint.store import Progress
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Share
+from igla_mega.data.batches import Corpus, Dataset, Share
 from igla_mega.objective.ewc import Origin
 from igla_mega.plan.stages import Stage, weights_of
 from igla_mega.train.loop import on_device
@@ -28,7 +28,7 @@ class Domain:
     name: str
     weights: Mapping[str, float]
     """Source -> weight."""
-    corpus: Corpus
+    corpus: Dataset
     share: Share
 
 
@@ -99,13 +99,27 @@ def matrix_table(entry: Mapping[str, Any]) -> str:
     return "\n".join([title, text.getvalue().rstrip(), *([end] if end else [])])
 
 
+def next_stage(stages: Sequence[Stage], progress: Progress) -> int:
+    """Where a run goes on: the stage of its next step, or the one before that was trained and not yet finished."""
+    unfinished = next((i for i, stage in enumerate(stages) if progress.step < stage.last_step), len(stages))
+    before = unfinished - 1
+    trained = before == progress.stage and progress.step == stages[before].last_step
+    return before if trained and _finishes(stages[before]) else unfinished
+
+
+def _finishes(stage: Stage) -> bool:
+    """Whether there is more to the end of a stage than its last step."""
+    asked = stage.recipe.memory
+    return bool(stage.domain) or (asked is not None and asked.ewc_lambda > 0)
+
+
 @dataclass(frozen=True)
 class Learning:
     """What happens before the first stage and after each: domains are measured, what was learned is held."""
 
     recipe: Recipe
     stages: Sequence[Stage]
-    corpora: Sequence[Corpus]
+    corpora: Sequence[Dataset]
     engine: Engine
     open_corpus: Callable[[Mapping[str, float], int], Corpus]
     """Of given weights and sequence length."""
@@ -135,17 +149,6 @@ class Learning:
             origin = self._consolidate(weights_of(self.recipe, source), self.stages[0], (source,))
             self.display.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(origin)})")
 
-    def next_stage(self, progress: Progress) -> int:
-        """Where a run goes on: the stage of its next step, or the one before that was trained and not yet finished."""
-        unfinished = next((i for i, s in enumerate(self.stages) if progress.step < s.last_step), len(self.stages))
-        before = unfinished - 1
-        trained = before == progress.stage and progress.step == self.stages[before].last_step
-        return before if trained and self._finishes(self.stages[before]) else unfinished
-
-    def _finishes(self, stage: Stage) -> bool:
-        """Whether there is more to the end of a stage than its last step."""
-        return bool(stage.domain) or self.engine.ewc is not None
-
     def finish(self, index: int, progress: Progress) -> bool:
         """Measure what stage `index` has learned and forgotten, and hold it.
 
@@ -171,7 +174,7 @@ class Learning:
             origin = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
             self.display.say(f"EWC: {stage.name} is held from here on ({_words(origin)})")
         progress.stage = index + 1
-        return self._finishes(stage)
+        return _finishes(stage)
 
     def _consolidate(self, weights: Mapping[str, float], stage: Stage, sources: tuple[str, ...]) -> Origin:
         asked = self.recipe.memory

@@ -14,10 +14,10 @@ import ranks
 import tiny
 import torch.distributed as dist
 
+from igla_mega.assemble import load_into
 from igla_mega.checkpoint import store
 from igla_mega.checkpoint.pieces import Reader
 from igla_mega.config.errors import ConfigError
-from igla_mega.run import load_into
 
 SAVED, LAST = 2, 8
 

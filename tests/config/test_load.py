@@ -98,7 +98,7 @@ def test_fewer_steps_at_laptop_scale_shorten_the_warm_up():
 
 
 def test_null_takes_a_feature_back():
-    assert load_recipe("lora", overrides=["lora=null"]).lora is None
+    assert load_recipe("lora_7b", overrides=["lora=null"]).lora is None
 
 
 def test_a_tier_names_presets_and_keys_win_over_it(write):
@@ -219,7 +219,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     assert "no such recipe; did you mean `pretrain_7b`?" in refusal("pretrain7b")
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff\xfe")
     assert "not UTF-8 text" in refusal(tmp_path / "bytes.yaml")
-    assert "--scale phone: no such scale. Use laptop" in refusal("lora", scale="phone")
+    assert "--scale phone: no such scale. Use laptop" in refusal("lora_7b", scale="phone")
 
 
 def test_the_config_loads_without_torch_and_the_package_without_pydantic():

@@ -28,8 +28,8 @@ def test_documents_are_distinct_and_long(files):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_another_order(tmp_path, monkeypatch):
-    some = list(itertools.islice(toy_corpus._modules(), 60))
-    monkeypatch.setattr(toy_corpus, "_modules", lambda: iter(some))
+    some = list(itertools.islice(toy_corpus.modules(), 60))
+    monkeypatch.setattr(toy_corpus, "modules", lambda: iter(some))
     first, again, other = (
         write_toy_corpus(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )

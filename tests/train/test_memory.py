@@ -10,10 +10,10 @@ import tiny
 import torch
 from slots import pieces, whole
 
+from igla_mega.assemble import load_into
 from igla_mega.checkpoint import store
 from igla_mega.config.errors import ConfigError
 from igla_mega.objective.ewc import PER_TOKEN, Ewc, Held, Origin, weights_digest
-from igla_mega.run import load_into
 from igla_mega.train import memory
 
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}

@@ -9,9 +9,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCAB = 32000
@@ -139,19 +140,28 @@ def engine_step(model: str, **distributed) -> Callable[[], float]:
     return engine_and_step(model, **distributed)[1]
 
 
-def engine_and_step(model: str, **distributed) -> tuple:
-    """As `engine_step`, with the engine itself."""
+def engine_and_step(
+    model: str, sections: Mapping = MappingProxyType({}), target_share: float = 1.0, **distributed
+) -> tuple:
+    """As `engine_step`, with the engine itself.
+
+    Args:
+        sections: more of the recipe: `lora`, `sft`, `dpo`.
+        target_share: of a row's tokens, those at its end that are targets.
+    """
     import torch
     import torch.distributed as dist
 
     from igla_mega import host, parallel
+    from igla_mega.assemble import build_engine
     from igla_mega.config.schema import Recipe
     from igla_mega.plan.layout import choose_layout
-    from igla_mega.run import build_engine
+    from igla_mega.train import preference
     from igla_mega.train.step import train_step
 
     sizes = dict(MODELS[model])
     num_rows, sequence = sizes.pop("rows"), sizes.pop("sequence")
+    rows_per_sample = 2 if "dpo" in sections else 1
     recipe = Recipe.model_validate(
         {
             "name": model,
@@ -162,16 +172,17 @@ def engine_and_step(model: str, **distributed) -> tuple:
                 "num_kv_heads": NUM_KV_HEADS,
                 "max_position": sequence,
             },
-            "training": {"learning_rate": 3e-4, "batch_size": num_rows, "total_steps": 1000},
+            "training": {"learning_rate": 3e-4, "batch_size": num_rows // rows_per_sample, "total_steps": 1000},
             "distributed": {
                 "strategy": "DDP",
                 "precision": "FP32",
                 "gradient_checkpointing": "none",
                 "tensor_parallel": 1,
                 "pipeline_parallel": 1,
-                "micro_batch_size": num_rows,
+                "micro_batch_size": num_rows // rows_per_sample,
                 **distributed,
             },
+            **sections,
         }
     )
     assert recipe.model is not None, "given above"
@@ -183,16 +194,22 @@ def engine_and_step(model: str, **distributed) -> tuple:
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
     mesh = parallel.build(layout, recipe.training.seed)
     engine, _ = build_engine(recipe, layout, mesh, device)
+    if recipe.dpo is not None:
+        mode = preference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
+        engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine))
 
     def batches() -> Iterator[dict]:
         rows = num_rows // layout.data
         for tokens in random_tokens(num_rows, sequence + 1, vocab_size).split(rows)[mesh.data.rank :: layout.data]:
-            yield {
+            positions = torch.arange(sequence).expand(rows, sequence)
+            batch = {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
-                "loss_mask": torch.ones(rows, sequence),
-                "position_ids": torch.arange(sequence).expand(rows, sequence),
+                "loss_mask": (positions >= round((1 - target_share) * sequence)).float(),
+                "position_ids": positions,
             }
+            cached = recipe.dpo is not None and recipe.lora is None
+            yield {**batch, "reference": torch.zeros(rows)} if cached else batch
 
     return engine, lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=3e-4).loss
 
