@@ -115,7 +115,7 @@ def _of_samples(
     kinds = [f"{name}, chosen", f"{name}, rejected"] if pairs else [name]
     sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
     for batch in on_device(samples.validation_batches(name, share, num_batches), device):
-        output, _ = language.forward_step(iter([batch]), model)
+        output = language.run(batch, model)
         rows = torch.stack([-output.sum(0), batch["loss_mask"].sum(1)], 1).double().cpu()
         sums += rows.view(-1, len(kinds), 2).sum(0)
         progress.advance(task)

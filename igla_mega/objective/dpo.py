@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from igla_mega.config.features import Dpo
-from igla_mega.model.spec import Documents
+from igla_mega.objective import language
 from igla_mega.parallel import Axis
 
 Batch = dict[str, Any]
@@ -48,29 +48,18 @@ def forward_step(batches: Iterator[Batch], model: nn.Module, *, dpo: Dpo, contex
         of pairs, report). The report, fp64: summed loss, number of pairs, sums of `METRICS`.
     """
     batch = next(batches)
-    return _run(batch, model), partial(_loss, batch, dpo, context)
+    return language.run(batch, model), partial(_loss, batch, dpo, context)
 
 
 def reference_step(batches: Iterator[Batch], model: nn.Module, *, context: Axis) -> tuple[Tensor, partial]:
     """Run one micro-batch for its log-probabilities alone; the report is these, fp32 [2B]."""
-    return _run(next(batches), model), partial(_reference, context)
+    return language.run(next(batches), model), partial(_reference, context)
 
 
 def with_reference(batches: Iterable[Batch], reports: Sequence[Tensor]) -> Iterator[Batch]:
     """Join the micro-batches of a step with what `reference_step` reported of them (nothing, but on the last stage)."""
     for index, batch in enumerate(batches):
         yield {**batch, "reference": reports[index]} if reports else batch
-
-
-def _run(batch: Batch, model: nn.Module) -> Tensor:
-    return model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,  # causal by construction
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=Documents(rows=batch["documents"]) if "documents" in batch else None,
-    )
 
 
 def answer_log_probs(log_probs: Tensor, context: Axis) -> Tensor:

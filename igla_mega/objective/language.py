@@ -25,7 +25,12 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, pa
         megatron-core calls on it there: (summed loss, number of targets, [2] both as fp64 for the report).
     """
     batch = next(batches)
-    output = model(
+    return run(batch, model), partial(_report, batch["loss_mask"])
+
+
+def run(batch: Batch, model: nn.Module) -> Tensor:
+    """What this rank's chunk gives of a micro-batch."""
+    return model(
         batch["tokens"],
         batch["position_ids"],
         None,  # causal by construction
@@ -33,7 +38,6 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, pa
         loss_mask=batch["loss_mask"],
         packed_seq_params=Documents(rows=batch["documents"]) if "documents" in batch else None,
     )
-    return output, partial(_report, batch["loss_mask"])
 
 
 def _report(loss_mask: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:

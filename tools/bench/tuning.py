@@ -22,7 +22,8 @@ from _common import (
 )
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA = {"rank": 64, "alpha": 128, "dropout": 0.05, "target_modules": PROJECTIONS}
+RANK, ALPHA, DROPOUT = 64, 128, 0.05
+LORA = {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "target_modules": PROJECTIONS}
 TARGET_SHARE = 0.5
 RECIPES: dict[str, dict] = {
     "lora": {"lora": LORA, "sft": {}},
@@ -63,8 +64,10 @@ def peft_step(model: str) -> Callable[[], float]:
             use_cache=False,
         )
     )
-    section = {"r": LORA["rank"], "lora_alpha": LORA["alpha"], "lora_dropout": LORA["dropout"]}
-    adapted = peft.get_peft_model(llama, peft.LoraConfig(**section, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
+    section = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(llama, section)
     adapted.train()
     trained = [param for param in adapted.parameters() if param.requires_grad]
     adam = torch.optim.AdamW(trained, lr=3e-4)
