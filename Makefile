@@ -53,8 +53,9 @@ lint: $(READY)
 bench: $(READY)
 	@for program in tools/bench/[a-z]*.py; do echo "== $$program"; .venv/bin/python "$$program"; done
 
+# Parts by themselves: make gpu-check PARTS="build tests"
 gpu-check: $(READY)
-	@.venv/bin/python tools/gpu_check.py
+	@.venv/bin/python tools/gpu_check.py $(PARTS)
 
 # For a machine without a network: there, PIP_NO_INDEX=1 PIP_FIND_LINKS=$$PWD/wheelhouse make setup. Torch is left out.
 WHEELHOUSE_PYTHON ?= 3.12

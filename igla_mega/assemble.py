@@ -87,7 +87,7 @@ def _chunks(
         layout,
         dtype=torch.float32 if layout.strategy == "FSDP" else dtype,
         device=device,
-        recompute=recipe.distributed.gradient_checkpointing,
+        recompute=layout.recompute,
         transformer_engine=transformer_engine,
         documents=recipe.data.document_mask or (recipe.form == "instructions" and recipe.data.packing),
     )

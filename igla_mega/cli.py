@@ -98,6 +98,36 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, a path, or a run folder.")],
+    scale: Scale = None,
+    set_: Set = None,
+    gpu: Annotated[str | None, typer.Option(help="Hardware, such as a100-80gb or cpu. Default: the card's.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="How many; 8,64,256 draws how the recipe scales.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars an hour of one GPU. Default: the hardware table's.")
+    ] = None,
+    hardware: Annotated[Path | None, typer.Option(help="YAML file that describes more hardware.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="What `make gpu-check` measured.")] = None,
+    models: Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Rows of an epoch, where the recipe counts epochs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With several --gpus: also write the plot, as an HTML page.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what a recipe needs, takes and costs before anything is allocated; of a run folder, also what it took."""
+    from igla_mega.plan.question import ask
+
+    asked = ask(recipe, scale, set_, gpu, gpus, price, hardware, calibration, models, samples)
+    if out is not None:
+        if len(asked.table) < 2:
+            raise ConfigError("--out: the plot is of several numbers of GPUs. Give --gpus 8,64,256.")
+        from igla_mega.report.scaling import write_scaling
+
+        write_scaling(asked.table, out)
+    print(asked.json() if json_ else asked.text())
+
+
+@app.command()
 def prepare(recipe: Recipe, scale: Scale = None, set_: Set = None) -> None:
     """Turn the raw text of a recipe's sources into indexed datasets."""
     from igla_mega.data import laptop

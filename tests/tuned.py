@@ -38,7 +38,7 @@ def engine(recipe, section: Lora | None, *, base=None, start=None, quantized=Non
         layout,
         dtype=torch.float32 if sharded else dtype,
         device=torch.device("cpu"),
-        recompute=recipe.distributed.gradient_checkpointing,
+        recompute=layout.recompute,
     )
     chunks = build.build_chunks(config, recipe.model)
     bare = shards_of(chunks, mesh, recipe.model.vocab_size)

@@ -131,6 +131,7 @@ Recompute = Annotated[
     WithJsonSchema({"enum": [True, False, "none", "selective", "full"]}),
 ]
 """What the backward pass computes again; true is `full`, false is `none`."""
+RecomputeOrUnset = Annotated[Recompute | None, WithJsonSchema({"enum": [True, False, "none", "selective", "full"]})]
 
 
 def least_rope_theta(max_position: int) -> float:

@@ -29,7 +29,7 @@ from igla_mega.config.quantities import (
     Fraction,
     NonNegative,
     Positive,
-    Recompute,
+    RecomputeOrUnset,
     Tokens,
     Whole,
     is_not,
@@ -164,8 +164,9 @@ class Distributed(Section):
     """What data-parallel ranks do with the weights: FSDP shards them, DDP keeps them whole."""
     precision: Literal["BF16", "FP32"] = "BF16"
     """Type of activations and products; main weights and gradients are fp32 in both."""
-    gradient_checkpointing: Recompute = "none"
-    """Computes activations again in the backward pass: none, selective (attention), full (true: whole layers)."""
+    gradient_checkpointing: RecomputeOrUnset = None
+    """Computes activations again in the backward pass: none, selective (the feed-forward network), full (true: whole
+    layers). Unset, on a GPU the least that fits, on a CPU none."""
     tensor_parallel: CountOrAuto = "auto"
     """Ranks that each matrix is split over. At least 1."""
     pipeline_parallel: CountOrAuto = "auto"

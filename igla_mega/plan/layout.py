@@ -1,7 +1,7 @@
 """Where a recipe's model and batch lie in a world of ranks; every `auto` of `distributed:` is decided here."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from igla_mega.config import rules
@@ -21,7 +21,7 @@ class Layout:
 
     virtual_pipeline: model chunks a pipeline rank; micro_batch_size, global_batch: samples, which are sequences, or
     pairs of them (rows_per_sample 2); num_microbatches: a step and data-parallel rank; sequence_length: tokens;
-    notes: decisions to say aloud.
+    recompute: what the backward pass computes again; notes: decisions to say aloud.
     """
 
     tensor: int
@@ -37,9 +37,10 @@ class Layout:
     num_microbatches: int
     global_batch: int
     sequence_length: int
+    recompute: str = "none"
+    rows_per_sample: int = 1
     context_schedule: str = "auto"
     notes: tuple[str, ...] = field(default=())
-    rows_per_sample: int = 1
 
     @property
     def padded_length(self) -> int:
@@ -55,10 +56,27 @@ def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layou
     """Return the layout of a recipe on `world_size` ranks of one device, `cpu` or `cuda`.
 
     Sizes that the recipe fixes are kept. Of those left to choose, a CPU gets tensor parallelism as far as the heads
-    divide (it is what two cores can show), a GPU gets data parallelism.
+    divide (it is what two cores can show), GPUs get the fastest layout that fits them by the plan.
 
     Raises:
         ConfigError: the model, the batch and the world do not fit; every breach at once.
+    """
+    if device == "cpu" or recipe.model is None or recipe.sequence_length is None or recipe.stages is not None:
+        return lay_out(recipe, world_size, device)
+    rules.check(recipe, world_size, device)
+    from igla_mega.plan import search  # which lays its candidates out by what is below
+
+    sizes, notes = search.sizes_for(recipe, world_size)
+    fixed = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update=sizes)})
+    layout = lay_out(fixed, world_size, device)
+    return replace(layout, notes=(*layout.notes, *notes))
+
+
+def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
+    """As `choose_layout`, with the plainest choice for what is left open: GPUs get data parallelism.
+
+    Raises:
+        ConfigError: as there.
     """
     rules.check(recipe, world_size, device)
     if recipe.stages is not None:
@@ -110,8 +128,9 @@ def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layou
         num_microbatches=global_batch // (data * micro_batch_size),
         global_batch=global_batch,
         sequence_length=length,
-        notes=tuple(notes),
         rows_per_sample=_rows_per_sample(recipe),
+        recompute=where.gradient_checkpointing or "none",
+        notes=tuple(notes),
     )
 
 

@@ -221,5 +221,6 @@ def _on_one_layout(recipes: list[Recipe], world_size: int, device: str) -> list[
         "pipeline_parallel": layout.pipeline,
         "context_parallel": layout.context,
         "sequence_parallel": layout.sequence_parallel,
+        "gradient_checkpointing": layout.recompute,
     }
     return [one.model_copy(update={"distributed": one.distributed.model_copy(update=sizes)}) for one in recipes]

@@ -24,7 +24,7 @@ INK, MUTED, GRID, MAIN, PALE = "#1f2430", "#667085", "#e8eaee", "#0072b2", "#a9c
 SOURCE_COLORS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#444444")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 1160px; padding: 28px 24px 40px; background: #fff; color: #1f2430;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -112,7 +112,7 @@ def _page(run_dir: Path, entries: list[dict], ledger: list[dict], recipe: Recipe
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(name)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><header><h1>{html.escape(name)}</h1>"
+        f"<style>{STYLE}</style></head>\n<body><header><h1>{html.escape(name)}</h1>"
         f"<p>{html.escape(_subtitle(recipe))}</p></header><dl>{facts}</dl>\n"
         f"<main>{''.join(sections)}</main>\n{details}</body></html>\n"
     )

@@ -1,0 +1,201 @@
+"""What share of its peaks the hardware reaches, by kind of kernel: measured (`make gpu-check`, `tools/calibrate.py`),
+or assumed, with the source said.
+"""
+
+import bisect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.plan.hardware import Hardware
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+"""Where calibrations are written, and looked for when none is named."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of a peak, or a number of seconds where its name says so."""
+
+    value: float
+    source: str
+    measured: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({'measured' if self.measured else 'assumed'}: {self.source})"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How near its peaks a device comes. All but the last three are shares, 0 to 1."""
+
+    gemm: Rate
+    """Of the matrix peak, by the large products of a layer."""
+    attention_forward: Rate
+    """Of the matrix peak, causal work counted."""
+    attention_backward: Rate
+    memory: Rate
+    """Of the memory's bandwidth, by what is done value by value."""
+    loss: Rate
+    """The same, by the passes over the logits."""
+    optimizer: Rate
+    """The same, by AdamW's."""
+    link: Rate
+    """Of the links within a machine, by collectives."""
+    network: Rate
+    """Of the links between machines, by collectives."""
+    overlap: Rate
+    """Of the time that communication could hide behind, how much does hide it."""
+    op_seconds: Rate
+    """Least time of one kernel, its launch included."""
+    data_seconds: Rate
+    """Of reading a token of a batch."""
+    step_seconds: Rate
+    """What a step costs beside all that."""
+    sizes: tuple[tuple[float, float], ...] = field(default=())
+    """FLOP of a product and the share of the peak that it reaches, rising; empty: `gemm` for all."""
+
+    def gemm_share(self, flops: float) -> float:
+        """Share of the peak that one product of so many FLOP reaches."""
+        if not self.sizes:
+            return self.gemm.value
+        points = [size for size, _ in self.sizes]
+        at = bisect.bisect(points, flops)
+        if at in (0, len(points)):
+            return self.sizes[min(at, len(points) - 1)][1]
+        (low, low_share), (high, high_share) = self.sizes[at - 1], self.sizes[at]
+        part = math.log(flops / low) / math.log(high / low)
+        return low_share + part * (high_share - low_share)
+
+
+NAMES = tuple(name for name in Rates.__dataclass_fields__ if name != "sizes")
+_FOUNDRY = "llm-foundry's MPT-7B on 8 x A100 at 2048, 4096 and 8192 tokens is then met within 10 % (docs/plan.md)"
+_FLASH_2 = "FlashAttention-2 on A100, arXiv:2307.08691, figures 5 and 6"
+_GEMM = {
+    "a100": Rate(0.68, _FOUNDRY),
+    "h100": Rate(0.55, "between llm-foundry's MPT-7B on 8 x H100 (0.47) and KempnerForge's 7B on one H200 (0.68)"),
+    "h200": Rate(0.68, "KempnerForge's 7B on one H200, full recompute, 4096 tokens (10,471 tok/s), is then met"),
+    "b200": Rate(0.55, "as H100's; no published run of a dense model in bf16 was found"),
+    "rtx-4090": Rate(0.70, "no published run was found"),
+}
+_ATTENTION = {
+    "a100": (Rate(0.70, _FLASH_2), Rate(0.60, _FLASH_2)),
+    "h100": (Rate(0.60, "FlashAttention-3, arXiv:2407.08608, causal, head 128"), Rate(0.50, "the same")),
+}
+
+
+def assumed(hardware: Hardware) -> Rates:
+    """Rates of hardware that nobody has calibrated."""
+    if hardware.is_cpu:
+        source = "a machine of two cores, AMD EPYC; tools/calibrate.py measures this one"
+        attention = (Rate(0.45, source), Rate(0.35, source))
+        gemm, memory = Rate(0.75, source), Rate(0.6, source)
+        ops = Rate(2e-5, source)
+    else:
+        family = next((key for key in _GEMM if hardware.name.startswith(key)), None)
+        gemm = _GEMM[family] if family else Rate(0.55, f"as H100's: {hardware.name} is not in the table")
+        attention = _ATTENTION["a100" if family in ("a100", "rtx-4090") else "h100"]
+        memory = Rate(0.80, "STREAM-like kernels reach 80 to 90 % of the data sheet's bandwidth")
+        ops = Rate(5e-6, "a kernel launch of CUDA, about 5 microseconds")
+    return Rates(
+        gemm=gemm,
+        attention_forward=attention[0],
+        attention_backward=attention[1],
+        memory=memory,
+        loss=memory,
+        optimizer=replace(memory, source="as memory"),
+        link=Rate(0.75, "nccl-tests on NVLink machines: 75 to 80 % of the data sheet's one-way rate as bus bandwidth"),
+        network=Rate(0.80, "nccl-tests over InfiniBand: 80 to 90 % of the line rate as bus bandwidth"),
+        overlap=Rate(0.0 if hardware.is_cpu else 0.85, "collectives take multiprocessors; the first and last are bare"),
+        op_seconds=ops,
+        data_seconds=Rate(2e-7, "windows of indexed data, read on this host"),
+        step_seconds=Rate(2e-3, "host work of a step"),
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rates, and whose they are."""
+
+    hardware: str
+    rates: Rates
+    path: Path | None = None
+    ranks: int = 1
+    """Ranks that shared the machine while it was measured (CPU)."""
+
+
+def read(path: Path, hardware: Hardware) -> Calibration:
+    """Read a calibration file; what it lacks is assumed.
+
+    Raises:
+        ConfigError: not a calibration, or a rate out of range.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"--calibration {path}: no such file. `make gpu-check` writes one.") from None
+    except ValueError as error:
+        raise ConfigError(f"--calibration {path}: not JSON ({error}). `make gpu-check` writes one.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("rates"), dict) or "hardware" not in content:
+        raise ConfigError(f"--calibration {path}: not a calibration: `hardware` and `rates` are missing.")
+    if content.get("format", FORMAT) != FORMAT:
+        raise ConfigError(f"--calibration {path}: of format {content['format']}, this version reads {FORMAT}.")
+    rates, breaches = assumed(hardware), []
+    named = str(path.relative_to(RESULTS.parents[1])) if path.is_relative_to(RESULTS.parents[1]) else str(path)
+    for name, value in content["rates"].items():
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in NAMES:
+            breaches.append(f"--calibration {path}: rates.{name}: no such rate; known are {', '.join(NAMES)}.")
+        elif not good or not (value >= 0 if name.endswith("_seconds") or name == "overlap" else value > 0):
+            breaches.append(f"--calibration {path}: rates.{name}: {value!r} is not a number above 0.")
+        else:
+            measured: Any = {name: Rate(float(value), named, measured=True)}
+            rates = replace(rates, **measured)
+    if breaches:
+        raise ConfigError(*breaches)
+    return Calibration(
+        str(content["hardware"]),
+        replace(rates, sizes=_sizes(content.get("gemm_sizes") or [])),
+        path,
+        int(content.get("ranks", 1)),
+    )
+
+
+def _sizes(found: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    return tuple(sorted((float(flops), float(share)) for flops, share in found))
+
+
+def of(hardware: Hardware, precision: str, named: Path | None = None) -> tuple[Calibration, list[str]]:
+    """The calibration to use, and what to say of it.
+
+    The one named, else the newest in `bench/results` of this hardware and precision, else assumptions.
+    """
+    if named is not None:
+        found = read(named, hardware)
+        if found.hardware != hardware.name:
+            return found, [
+                f"{named} was measured on {found.hardware}, not {hardware.name}: its shares of the peaks are used, "
+                "which another device need not reach."
+            ]
+        return found, []
+    pattern = f"calibration_*_{hardware.name}_{precision.lower()}*.json"
+    for path in sorted(RESULTS.glob(pattern), reverse=True):
+        if hardware.is_cpu and not _same_machine(path):
+            continue
+        return read(path, hardware), []
+    return Calibration(hardware.name, assumed(hardware)), []
+
+
+def _same_machine(path: Path) -> bool:
+    """Whether a CPU's calibration is of a machine like this one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return str(json.loads(path.read_text()).get("machine", "")).startswith(model)
+    except (OSError, StopIteration, ValueError, AttributeError):
+        return False

@@ -1,0 +1,450 @@
+"""The plan of a recipe: for each stage its layout, memory and time; of the whole the days, the cost, the energy."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Quantization
+from igla_mega.config.schema import Recipe
+from igla_mega.plan import base_model, calibration, card, cost, memory, parameters
+from igla_mega.plan.calibration import Calibration
+from igla_mega.plan.card import Claim
+from igla_mega.plan.cost import Run
+from igla_mega.plan.hardware import GIB, TABLE, Hardware
+from igla_mega.plan.layout import Layout
+from igla_mega.plan.memory import Memory
+from igla_mega.plan.search import Candidate, Search, best, name_of, search, weigh
+from igla_mega.plan.time import Clock, StepTime, model_flops_per_token
+
+EXAMPLES, EXAMPLE_TOKENS = 52_002, 512
+"""Instructions of an epoch and tokens of each, where nobody says: Alpaca's number (Taori et al. 2023); assumed."""
+PAIRS = 61_135
+"""Preference pairs of an epoch, where nobody says: UltraFeedback's (Cui et al. 2023, arXiv:2310.01377)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of steps of one recipe: a stage, a phase, or the whole run."""
+
+    name: str
+    recipe: Recipe
+    """With its model's shape."""
+    found: Search
+    steps: int
+    run: Run
+
+    @property
+    def layout(self) -> Layout:
+        return self.found.winner.layout
+
+    @property
+    def memory(self) -> Memory:
+        return self.found.winner.memory
+
+    @property
+    def step(self) -> StepTime:
+        assert self.found.winner.step is not None, "what does not fit is refused"
+        return self.found.winner.step
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.layout.global_batch * self.layout.rows_per_sample * self.layout.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step.seconds
+
+    @property
+    def flops(self) -> float:
+        """Of the model, of all its steps."""
+        return self.tokens * model_flops_per_token(self.recipe, self.layout.sequence_length)
+
+    def utilization(self, hardware: Hardware) -> float:
+        """Model FLOP utilisation of a step, against the dense peak of all devices."""
+        flops = self.tokens_per_step * model_flops_per_token(self.recipe, self.layout.sequence_length)
+        devices = 1 if hardware.is_cpu else self.layout.world_size
+        return flops / self.step.seconds / (hardware.peak(self.recipe.distributed.precision) * devices)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a recipe needs, takes and costs on some devices."""
+
+    name: str
+    hardware: Hardware
+    gpus: int
+    price: float
+    price_source: str
+    calibration: Calibration
+    parts: tuple[Part, ...]
+    claim: Claim | None
+    contradictions: tuple[str, ...]
+    assumed: tuple[str, ...]
+    """What nobody said."""
+    warnings: tuple[str, ...]
+    advice: tuple[str, ...]
+    """Changes to the recipe that would save time."""
+    data_is_assumed: bool = field(default=False)
+
+    @property
+    def days(self) -> float:
+        return sum(part.run.days for part in self.parts)
+
+    @property
+    def device_hours(self) -> float:
+        return sum(part.run.device_hours for part in self.parts)
+
+    @property
+    def dollars(self) -> float:
+        # A CPU's price is that of the machine, whose ranks are no devices of their own.
+        return self.device_hours / (self.gpus if self.hardware.is_cpu else 1) * self.price
+
+    @property
+    def energy(self) -> float:
+        return sum(part.run.energy(self.hardware) for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts)
+
+
+def forecast(
+    recipe: Recipe,
+    hardware: Hardware,
+    gpus: int,
+    *,
+    price: float | None = None,
+    calibrated: Path | None = None,
+    models: Path | None = None,
+    samples: int | None = None,
+    scale: str | None = None,
+    claim: Claim | None = None,
+    advise: bool = True,
+) -> Forecast:
+    """Plan a recipe on `gpus` devices (ranks of this machine, on a CPU).
+
+    Args:
+        price: dollars an hour of one device; None: the hardware table's.
+        calibrated: a calibration file; None: the newest that belongs to the hardware, else assumptions.
+        models: folder below which a base model is looked for.
+        samples: rows (or pairs) of an epoch, where the recipe counts epochs.
+        scale: that the recipe was loaded at; a base model that is not here is taken to be of it.
+        claim: what the card says of it.
+        advise: look for changes to what the recipe fixes that would save time.
+
+    Raises:
+        ConfigError: a number that cannot be, no legal layout, or none that fits, with the ways to make one fit.
+    """
+    _numbers_are_above_zero(gpus=gpus, price=price, samples=samples)
+    assumed: list[str] = []
+    warnings: list[str] = []
+    parts: list[Part] = []
+    found_calibration: Calibration | None = None
+    for name, part, steps_of in _pieces(recipe, models, scale, samples, assumed):
+        used, said = calibration.of(hardware, part.distributed.precision, calibrated)
+        warnings += [line for line in said if line not in warnings]
+        found_calibration = found_calibration or used
+        found = search(part, gpus, hardware, used.rates)
+        if not found.winner.fits:
+            raise ConfigError(_does_not_fit(name, part, found, hardware, gpus, used, samples, price))
+        warnings += [note for note in found.winner.layout.notes if note not in warnings]
+        steps = steps_of(found.winner.layout)
+        parts.append(Part(name, part, found, steps, _run(part, found.winner, steps, hardware, used)))
+    assert found_calibration is not None, "a recipe has at least one part"
+    total_tokens, total_steps = sum(part.tokens for part in parts), sum(part.steps for part in parts)
+    told = (
+        list(
+            card.contradictions(
+                parts[0].recipe,
+                claim,
+                tokens=None if _counts_epochs(recipe) and samples is None else total_tokens,
+                steps=total_steps,
+                total_flops=sum(part.flops for part in parts),
+                peak=hardware.peak(parts[0].recipe.distributed.precision),
+            )
+        )
+        if claim
+        else []
+    )
+    result = Forecast(
+        name=recipe.name,
+        hardware=hardware,
+        gpus=gpus,
+        price=hardware.price if price is None else price,
+        price_source=hardware.price_source if price is None else "--price",
+        calibration=found_calibration,
+        parts=tuple(parts),
+        claim=claim,
+        contradictions=tuple(told),
+        assumed=tuple(dict.fromkeys(assumed)),
+        warnings=tuple(warnings),
+        advice=tuple(_advice(parts, hardware, found_calibration)) if advise else (),
+        data_is_assumed=_counts_epochs(recipe) and samples is None,
+    )
+    return result
+
+
+def _numbers_are_above_zero(**numbers: float | None) -> None:
+    breaches = [
+        f"--{name}: {number:g} is not above 0. Give {'a whole number of at least 1' if name != 'price' else 'dollars'}."
+        for name, number in numbers.items()
+        if number is not None and not number > 0
+    ]
+    if breaches:
+        raise ConfigError(*breaches)
+
+
+def _counts_epochs(recipe: Recipe) -> bool:
+    pieces = recipe.stages or (recipe,)
+    return any(p.training.total_steps is None and p.curriculum is None and p.data.total_tokens is None for p in pieces)
+
+
+def _pieces(
+    recipe: Recipe, models: Path | None, scale: str | None, samples: int | None, assumed: list[str]
+) -> Iterator[tuple]:
+    """Name, recipe with a model, and steps in a layout, of every stage and phase."""
+    first: Recipe | None = None
+    for number, stage in enumerate(recipe.stages or (recipe,)):
+        whole = stage
+        if recipe.stages is not None and stage.model is None and first is not None:
+            whole = stage.model_copy(update={"model": first.model})
+            if stage.sequence_length is None:
+                length = first.training.sequence_length
+                whole = whole.model_copy(
+                    update={"training": whole.training.model_copy(update={"sequence_length": length})}
+                )
+        whole, notes = base_model.with_base(_own_training(whole), models, scale)
+        assumed += notes
+        first = first or whole
+        kind = "sft" if stage.sft is not None else "dpo" if stage.dpo is not None else f"stage {number + 1}"
+        name = recipe.name if recipe.stages is None else kind
+        if whole.curriculum is None:
+            yield name, whole, _steps(whole, samples, assumed)
+            continue
+        longest = max(phase.sequence_length or whole.sequence_length or 0 for phase in whole.curriculum.phases)
+        for phase in whole.curriculum.phases:
+            length = phase.sequence_length or whole.training.sequence_length
+            training = whole.training.model_copy(update={"sequence_length": length})
+            own = whole.model_copy(update={"training": training, "name": phase.name})
+            if (own.sequence_length or 0) < longest:
+                assumed.append(f"{phase.name}: planned in a layout of its own; `train` keeps the longest phase's.")
+            yield (
+                phase.name,
+                own,
+                lambda layout, tokens=phase.tokens: -(-tokens // (layout.global_batch * layout.sequence_length)),
+            )
+
+
+def _own_training(stage: Recipe) -> Recipe:
+    """The stage with what `sft` or `dpo` says of its training."""
+    own = stage.sft or stage.dpo
+    if own is None:
+        return stage
+    said = {
+        key: getattr(own, key) for key in ("learning_rate", "batch_size", "epochs") if getattr(own, key) is not None
+    }
+    if "epochs" in said:
+        said["total_steps"] = None
+    if "batch_size" in said:
+        said["gradient_accumulation"] = None
+    return stage.model_copy(update={"training": stage.training.model_copy(update=said)})
+
+
+def _steps(recipe: Recipe, samples: int | None, assumed: list[str]):
+    training = recipe.training
+    if training.total_steps is not None:
+        return lambda layout: training.total_steps
+    epochs, length = training.epochs or 1, recipe.sequence_length or 1
+    pairs = recipe.dpo is not None
+    if samples is not None:
+        rows = samples
+    elif recipe.data.total_tokens is not None:
+        rows = max(1, recipe.data.total_tokens // length)
+    elif pairs:
+        rows = PAIRS
+        assumed.append(
+            f"{rows:,} preference pairs an epoch (UltraFeedback's number); --samples says how many there are."
+        )
+    else:
+        packed = getattr(recipe.sft, "packing", True) if recipe.sft is not None else True
+        rows = -(-EXAMPLES * EXAMPLE_TOKENS // length) if packed else EXAMPLES
+        assumed.append(
+            f"{EXAMPLES:,} examples an epoch (Alpaca's number) of {EXAMPLE_TOKENS} tokens"
+            + (f", packed into {rows:,} rows of {length:,}" if packed else "")
+            + "; --samples says how many rows there are."
+        )
+    return lambda layout: max(1, epochs * rows // layout.global_batch)
+
+
+def _run(recipe: Recipe, one: Candidate, steps: int, hardware: Hardware, used: Calibration) -> Run:
+    layout = one.layout
+    assert one.step is not None
+    clock = Clock(recipe, layout, hardware, used.rates)
+    held = parameters.held(recipe, layout, 0, device="cpu" if hardware.is_cpu else "cuda")
+    batches = recipe.evaluation.num_batches * max(1, len(recipe.data.mix or recipe.data.sources))
+    forward = clock.forward_seconds() * layout.pipeline * layout.num_microbatches
+    memory_asked = recipe.memory
+    fisher = 0.0
+    if memory_asked is not None and memory_asked.ewc_lambda > 0:
+        # One row of a data-parallel rank at a time: a step of one micro-batch of one row, without the optimizer.
+        single = replace(layout, micro_batch_size=1, num_microbatches=1, global_batch=layout.data)
+        fisher = Clock(recipe, single, hardware, used.rates).step().seconds * memory_asked.fisher_samples / layout.data
+    value = 4 if recipe.distributed.precision == "FP32" else 2
+    state = 4 * held.updated + (held.optimizer if value == 4 else held.optimizer * 2 // 3) + held.memory
+    model_ranks = (
+        layout.world_size
+        if layout.strategy == "FSDP" or layout.distributed_optimizer
+        else (layout.tensor * layout.pipeline)
+    )
+    return cost.run(
+        step_seconds=one.step.seconds,
+        steps=steps,
+        evaluation_seconds=forward * batches,
+        evaluate_every=recipe.evaluation.every_steps,
+        fisher_seconds=fisher,
+        saved_bytes=float(state * model_ranks),
+        rank_bytes=float(state),
+        asynchronous=recipe.checkpoint.asynchronous,
+        every_steps=recipe.checkpoint.every_steps,
+        devices=layout.world_size,
+        hardware=hardware,
+    )
+
+
+def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Iterator[str]:
+    """Single changes to what the recipe fixes that fit and save at least a twentieth of a step."""
+    for part in parts[:1]:
+        where = part.recipe.distributed
+        for key, value, words in (
+            ("gradient_checkpointing", None, "left open"),
+            ("strategy", "DDP" if where.strategy == "FSDP" else "FSDP", None),
+        ):
+            if getattr(where, key) in (None, value):
+                continue
+            other = part.recipe.model_copy(update={"distributed": where.model_copy(update={key: value})})
+            try:
+                winner = best(weigh(other, part.layout.world_size, hardware, used.rates)[0])
+            except ConfigError:
+                continue
+            if winner.step is None:
+                continue
+            saved = 1 - winner.seconds_per_token * part.tokens_per_second
+            if saved > 0.05:
+                told = words or str(value)
+                now = f" ({winner.layout.recompute})" if key == "gradient_checkpointing" else ""
+                yield (
+                    f"distributed.{key}={told}{now}: {saved:.0%} less time, "
+                    f"{part.run.days * (1 - saved):,.3g} days instead of {part.run.days:,.3g}, in "
+                    f"{winner.memory.total / GIB:.1f} of {memory.available(hardware, winner.layout) / GIB:.1f} GiB."
+                )
+    for part in parts:
+        run = part.run
+        if run.failures > 1 and run.checkpoint_every_steps > 2 * run.best_checkpoint_steps:
+            yield (
+                f"checkpoint.every_steps={run.best_checkpoint_steps}: with {run.failures:.1f} failures expected, less "
+                f"is lost than with one each {run.checkpoint_every_steps:,} steps (Young, Daly)."
+            )
+
+
+def _does_not_fit(
+    name: str,
+    recipe: Recipe,
+    found: Search,
+    hardware: Hardware,
+    gpus: int,
+    used: Calibration,
+    samples: int | None,
+    price: float | None,
+) -> str:
+    """The refusal of what does not fit: how much it lacks, and the three cheapest ways out."""
+    smallest = found.winner
+    space = memory.available(hardware, smallest.layout) / GIB
+    largest = sorted(smallest.memory.parts().items(), key=lambda part: -part[1])[:3]
+    told = ", ".join(f"{part} {value / GIB:.1f}" for part, value in largest)
+    lines = [
+        f"{name}: no layout fits {gpus} x {hardware.title}: the smallest ({name_of(smallest.layout)}) needs "
+        f"{smallest.memory.total / GIB:.1f} GiB of {space:.1f} ({told})."
+    ]
+    ways = sorted(_ways(recipe, hardware, gpus, used, price), key=lambda way: way[0])[:3]
+    for dollars, text in ways:
+        lines.append(f"  {text}; ${dollars * 1e9:,.4g} for a billion tokens")
+    if not ways:
+        lines.append("  No single change makes it fit; a smaller model or many more devices would.")
+    return "\n".join(lines)
+
+
+def _ways(
+    recipe: Recipe, hardware: Hardware, gpus: int, used: Calibration, price: float | None
+) -> Iterator[tuple[float, str]]:
+    """Changes that make a recipe fit: dollars a token, and the change in words."""
+    where, training = recipe.distributed, recipe.training
+    length = recipe.sequence_length or 1
+    changes: list[tuple[str, Recipe]] = []
+
+    def changed(text: str, keys: dict, training_keys: dict | None = None) -> None:
+        update: dict = {"distributed": where.model_copy(update=keys)}
+        if training_keys:
+            update["training"] = training.model_copy(update=training_keys)
+        changes.append((text, recipe.model_copy(update=update)))
+
+    if where.gradient_checkpointing is not None and where.gradient_checkpointing != "full":
+        changed("distributed.gradient_checkpointing=full", {"gradient_checkpointing": "full"})
+    if where.strategy == "DDP":
+        opened = {"pipeline_parallel": "auto", "expert_parallel": "auto", "virtual_pipeline": 1}
+        changed("distributed.strategy=FSDP", {"strategy": "FSDP", **opened})
+    if training.gradient_accumulation is not None and isinstance(training.batch_size, int) and training.batch_size > 1:
+        times = training.batch_size * training.gradient_accumulation
+        keys = {"batch_size": 1, "gradient_accumulation": times}
+        changed(f"training.batch_size=1 and training.gradient_accumulation={times}", {}, keys)
+    if where.micro_batch_size not in ("auto", 1):
+        changed("distributed.micro_batch_size=1", {"micro_batch_size": 1})
+    open_sizes = {"tensor_parallel": "auto", "pipeline_parallel": "auto"}
+    if any(getattr(where, key) != "auto" for key in open_sizes):
+        changed("distributed.tensor_parallel and pipeline_parallel=auto", open_sizes)
+    if where.precision == "FP32":
+        changed("distributed.precision=BF16", {"precision": "BF16"})
+    if recipe.lora is not None and recipe.quantization is None:
+        changes.append(("quantization.bits=4", recipe.model_copy(update={"quantization": Quantization()})))
+    if length % 2 == 0 and length > 512:
+        changed(
+            f"training.sequence_length={length // 2} (another task: shorter rows)",
+            {},
+            {"sequence_length": length // 2},
+        )
+    for text, other in changes:
+        if (way := _cheapest(other, hardware, gpus, used, price)) is not None:
+            yield way[0], f"{text}: {way[1]}"
+    for times in (2, 4, 8, 16, 32, 64):
+        if (way := _cheapest(recipe, hardware, gpus * times, used, price)) is not None:
+            yield way[0], f"--gpus {gpus * times}: {way[1]}"
+            break
+    for other_hardware in (entry for entry in TABLE.values() if entry.memory_bytes > 1.05 * hardware.memory_bytes):
+        rates = calibration.of(other_hardware, where.precision)[0]
+        for times in (1, 2, 4, 8):
+            if (way := _cheapest(recipe, other_hardware, gpus * times, rates, None)) is not None:
+                count = f" --gpus {gpus * times}" if times > 1 else ""
+                yield way[0], f"--gpu {other_hardware.name}{count}: {way[1]}"
+                break
+
+
+def _cheapest(
+    recipe: Recipe, hardware: Hardware, gpus: int, used: Calibration, price: float | None
+) -> tuple[float, str] | None:
+    try:
+        winner = best(weigh(recipe, gpus, hardware, used.rates)[0])
+    except ConfigError:
+        return None
+    if winner.step is None:
+        return None
+    each = hardware.price if price is None else price
+    dollars = winner.seconds_per_token * each * (1 if hardware.is_cpu else gpus) / 3600
+    return dollars, f"{winner.memory.total / GIB:.1f} GiB, {1 / winner.seconds_per_token:,.0f} tokens/s"

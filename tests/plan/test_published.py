@@ -1,0 +1,49 @@
+"""The plan's assumed rates, held to published runs of 7B and 8B models (reference values with their sources below)."""
+
+import pytest
+
+from igla_mega.config.schema import Recipe
+from igla_mega.plan import calibration, hardware
+from igla_mega.plan.search import search
+
+SEVEN = {"num_kv_heads": 32, "intermediate_size": 11008}
+"""Llama 2's and, in its products, MPT's: 12 x 4096^2 weights a layer."""
+MPT, LLAMA_2 = {**SEVEN, "vocab_size": 50368}, {**SEVEN, "vocab_size": 32000}
+LLAMA_3 = {"num_kv_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+# Source, its tokens a second and GPU; GPU, how many, tokens of a row, rows at once, recomputation, model.
+RUNS = [
+    ("llm-foundry scripts/train/benchmarking/README.md:184", 4641, "a100-80gb", 8, 2048, 4, "none", MPT),
+    ("the same, :183", 3684, "a100-80gb", 8, 4096, 4, "full", MPT),
+    ("the same, :182", 3206, "a100-80gb", 8, 8192, 2, "full", MPT),
+    ("pytorch.org, maximizing-training", 3700, "a100-80gb", 128, 4096, 2, "none", LLAMA_2),
+    ("llm-foundry, :118", 10643, "h100", 8, 2048, 4, "none", MPT),
+    ("the same, :116", 6935, "h100", 8, 8192, 2, "full", MPT),
+    ("torchtitan benchmarks/llama3_h100_202412, compiled", 6667, "h100", 8, 8192, 1, "selective", LLAMA_3),
+    ("KempnerForge benchmarks, 7B", 10471, "h200", 1, 4096, 4, "full", LLAMA_2),
+    ("the same", 9746, "h200", 4, 4096, 4, "full", LLAMA_2),
+]
+
+
+def planned(gpu: str, gpus: int, length: int, rows: int, recompute: str, shape: dict) -> float:
+    """Tokens a second and GPU."""
+    model = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "max_position": length, **shape}
+    where = {"gradient_checkpointing": recompute, "micro_batch_size": rows, "tensor_parallel": 1}
+    recipe = Recipe.model_validate(
+        {
+            "model": model,
+            "training": {"batch_size": gpus * rows * 8, "total_steps": 10},
+            "distributed": {"strategy": "FSDP" if gpus > 1 else "DDP", **where},
+        }
+    )
+    entry = hardware.find(gpu)
+    return 1 / search(recipe, gpus, entry, calibration.assumed(entry)).winner.seconds_per_token / gpus
+
+
+@pytest.mark.parametrize(("source", "published", "gpu", "gpus", "length", "rows", "recompute", "shape"), RUNS)
+def test_a_published_run_is_met_within_a_fifth(source, published, gpu, gpus, length, rows, recompute, shape):
+    assert planned(gpu, gpus, length, rows, recompute, shape) == pytest.approx(published, rel=0.2), source
+
+
+def test_the_runs_that_a_rate_was_assumed_from_are_met_within_a_tenth():
+    for _, published, *run in (*RUNS[:3], RUNS[7]):
+        assert planned(*run) == pytest.approx(published, rel=0.1)

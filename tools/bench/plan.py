@@ -1,0 +1,129 @@
+"""Tokens a second of real training steps against the plan's, with this machine calibrated in the same run.
+
+Each case is the engine of a model of `_common.MODELS` in one layout; ranks share the cores, as they do in training.
+Both by the CPU's own clock, the time of all threads of all ranks over the cores, so that what else runs hardly shows;
+the wall clock's best round stands beside it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, REPOSITORY, VOCAB, Processes, Variant, engine_step, write
+
+CORES = 2
+CASES: dict[str, tuple[str, int, dict]] = {
+    "A, fp32": ("A", 1, {}),
+    "A, fp32, recompute full": ("A", 1, {"gradient_checkpointing": "full"}),
+    "A, bf16": ("A", 1, {"precision": "BF16"}),
+    "A, fp32, tensor 2": ("A", 2, {"tensor_parallel": 2}),
+    "A, fp32, data 2": ("A", 2, {"micro_batch_size": 4}),
+    "B, fp32": ("B", 1, {}),
+    "B, bf16": ("B", 1, {"precision": "BF16"}),
+    "laptop, fp32": ("laptop", 1, {}),
+    "laptop, fp32, tensor 2": ("laptop", 2, {"tensor_parallel": 2}),
+    "laptop, fp32, micro-batches of 2": ("laptop", 1, {"micro_batch_size": 2}),
+}
+
+
+def engine(model: str, distributed: dict) -> Callable[[], float]:
+    """A step that returns the CPU seconds it took."""
+    step = engine_step(model, **distributed)
+
+    def timed() -> float:
+        started = time.process_time()
+        step()
+        return time.process_time() - started
+
+    return timed
+
+
+def planned(model: str, num_ranks: int, distributed: dict, calibrations: dict[str, Path]) -> float:
+    """Tokens a second by the plan."""
+    from igla_mega.config.schema import Recipe
+    from igla_mega.plan import calibration, hardware
+    from igla_mega.plan.layout import choose_layout
+    from igla_mega.plan.time import Clock
+
+    sizes = dict(MODELS[model])
+    rows, sequence = sizes.pop("rows"), sizes.pop("sequence")
+    shape = {"vocab_size": VOCAB, **sizes, "num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS}
+    where = {"strategy": "DDP", "precision": "FP32", "tensor_parallel": 1, "pipeline_parallel": 1}
+    recipe = Recipe.model_validate(
+        {
+            "name": model,
+            "model": {**shape, "max_position": sequence},
+            "training": {"learning_rate": 3e-4, "batch_size": rows, "total_steps": 1000},
+            "distributed": {**where, "micro_batch_size": rows, **distributed},
+        }
+    )
+    cpu = hardware.cpu()
+    used, _ = calibration.of(cpu, recipe.distributed.precision, calibrations[recipe.distributed.precision])
+    step = Clock(recipe, choose_layout(recipe, num_ranks, "cpu"), cpu, used.rates).step()
+    print("    " + ", ".join(f"{name} {value * 1e3:.0f}" for name, value in step.parts().items() if value > 5e-4), "ms")
+    return rows * sequence / step.seconds
+
+
+def calibrate(folder: Path) -> dict[str, Path]:
+    """Calibrate this machine for both precisions, in processes of their own, unless the folder has it already."""
+    found = {}
+    # A thread that spins while its peer is not scheduled would count as work.
+    passive = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+    for precision in ("FP32", "BF16"):
+        found[precision] = folder / f"{precision}.json"
+        if found[precision].exists():
+            continue
+        command = [sys.executable, str(REPOSITORY / "tools" / "calibrate.py"), "--cpu-time", "--precision", precision]
+        subprocess.run([*command, "--out", str(found[precision])], check=True, stdout=subprocess.DEVNULL, env=passive)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="*", help="names of cases; default: all")
+    parser.add_argument("--calibrations", type=Path, help="folder to keep calibrations in, and to take them from")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    table: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
+        calibrations = calibrate(args.calibrations or Path(folder))
+        print(f"{'':34} {'measured tok/s':>14} {'plan':>7} {'error':>7} {'wall tok/s':>10} {'peak RSS MiB':>12}")
+        for name, (model, num_ranks, distributed) in CASES.items():
+            if args.only and name not in args.only:
+                continue
+            processes = Processes(Variant(engine, (model, distributed), num_ranks, threads=CORES // num_ranks))
+            processes.step(), processes.step()
+            found = [processes.step() for _ in range(args.rounds)]
+            processes.stop()
+            # Ranks are alike; the cores are two.
+            seconds = sorted(step[1] * num_ranks / CORES for step in found)
+            tokens = MODELS[model]["rows"] * MODELS[model]["sequence"]
+            measured, rate = tokens / seconds[0], planned(model, num_ranks, distributed, calibrations)
+            table[name] = {
+                "measured_tokens_per_second": round(measured),
+                "planned_tokens_per_second": round(rate),
+                "error": round(rate / measured - 1, 4),
+                "cpu_seconds_over_cores": [round(s, 4) for s in seconds],
+                "wall_tokens_per_second": round(tokens / min(step[0] for step in found)),
+                "peak_rss_mib": [size >> 20 for size in found[-1][2]],
+            }
+            row = table[name]
+            print(
+                f"{name:34} {measured:14,.0f} {rate:7,.0f} {row['error']:+7.1%} {row['wall_tokens_per_second']:10,} "
+                f"{row['peak_rss_mib'][0]:12}",
+                flush=True,
+            )
+        found_calibrations = {p: json.loads(path.read_text()) for p, path in calibrations.items()}
+    if args.write:
+        write("plan", {"rounds": args.rounds, "cases": table, "calibrations": found_calibrations})
+
+
+if __name__ == "__main__":
+    main()
