@@ -147,6 +147,9 @@ def open_corpus(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] |
         vocab_size=recipe.model.vocab_size,
         validation_fraction=recipe.data.validation_fraction,
         document_mask=recipe.data.document_mask,
+        loader=recipe.data.loader,
+        prefetch=recipe.data.prefetch,
+        packing=recipe.data.document_packing,
     )
 
 

@@ -19,6 +19,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_DATA_CHECKED = "IGLA_DATA_CHECKED"
+"""Set for the ranks that this process starts: it has looked at their data."""
+
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a path.")]
 Scale = Annotated[str | None, typer.Option(help="Overlay of sizes: `laptop`.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a key; may be repeated.")]
@@ -85,7 +88,15 @@ def check(
             raise ConfigError(reason)
         print(f"{recipe}: every file has the size and digest it was written with")
         return
+    if Path(f"{recipe}.manifest.json").is_file():
+        from igla_mega.data.manifest import damage
+
+        if breaches := damage(recipe, whole=True):
+            raise ConfigError(*breaches)
+        print(f"{recipe}: every byte is the one that was written")
+        return
     from igla_mega.config import load, rules
+    from igla_mega.data.blend import normalised
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
     if nproc:
@@ -93,7 +104,7 @@ def check(
 
         choose_layout(loaded, nproc, _device())
     print(f"{loaded.name}: fine")
-    for sentence in rules.not_yet(loaded):
+    for sentence in [*rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]:
         print(f"  note: {sentence}")
 
 
@@ -128,21 +139,76 @@ def plan(
 
 
 @app.command()
-def prepare(recipe: Recipe, scale: Scale = None, set_: Set = None) -> None:
-    """Turn the raw text of a recipe's sources into indexed datasets."""
+def prepare(
+    recipe: Recipe,
+    scale: Scale = None,
+    set_: Set = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Make the I-th (from 0) of N parts of each source; then `merge`.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="`local`, or `ray`: parts are spread over a Ray cluster.")] = "local",
+    on_error: Annotated[str | None, typer.Option(help="Records of no text: `stop`, `skip` or `quarantine`.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Default: data.workers, or all cores.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be made and left out.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page about the prepared data: lengths, samples, duplicates.")
+    ] = False,
+) -> None:
+    """Turn the raw text of a recipe's sources into indexed datasets; again after a kill, go on."""
     from igla_mega.data import laptop
-    from igla_mega.data.preprocess import prepare_sources
+    from igla_mega.data.preprocess import parse_part
     from igla_mega.data.samples import prepare_samples
     from igla_mega.plan.stages import parts_of
 
+    set_ = [*(set_ or []), *([f"data.on_error={on_error}"] if on_error else [])]
     loaded = _load(recipe, scale, set_)
     if scale == "laptop":
         loaded = laptop.with_base(laptop.with_data(loaded), None, num_ranks=1)
-    for part in parts_of(loaded):
-        if part.form == "text":
-            prepare_sources(part.data)
+    part = parse_part(shard) if shard else (0, 1)
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine: {engine} is neither `local` nor `ray`.")
+    for stage in parts_of(loaded):
+        if stage.form != "text" and (shard or engine == "ray" or dry_run or report):
+            raise ConfigError(f"--shard, --engine, --dry-run, --report: for text; {stage.name} learns {stage.form}.")
+    for stage in parts_of(loaded):
+        if stage.form == "text":
+            _prepare_text(stage, engine, workers, part, dry_run, report)
         else:
-            prepare_samples(part)
+            prepare_samples(stage)
+
+
+def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int], dry_run: bool, report: bool) -> None:
+    from igla_mega.data.blend import normalised
+    from igla_mega.data.preprocess import prepare_sources
+
+    if note := normalised(recipe.data.mix):
+        print(note)
+    if engine == "ray":
+        from igla_mega.data.cluster import prepare_on_ray
+
+        prepare_on_ray(recipe.data, workers=workers)
+    else:
+        prepare_sources(recipe.data, workers=workers, part=part, dry_run=dry_run)
+    if report and not dry_run and part[1] == 1:
+        from igla_mega.data.prepare_report import write_report
+
+        print(write_report(recipe.data, recipe.sequence_length or 8192))
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Dataset to write, without .bin and .idx.")],
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Datasets to join, in order.")],
+    reference: Annotated[bool, typer.Option("--reference", help="Refer to the parts instead of copying them.")] = False,
+) -> None:
+    """Join indexed datasets into one."""
+    from igla_mega.data.merge import merge as join
+
+    join(
+        out,
+        [str(part).removesuffix(".idx").removesuffix(".bin") for part in parts],
+        "reference" if reference else "copy",
+    )
 
 
 @app.command()
@@ -176,11 +242,16 @@ def train(
 
         nproc = nproc or num_local_gpus() or 1
         _check_before_launch(loaded, nproc, models)
+        os.environ[_DATA_CHECKED] = "1"
         if nproc > 1:
             _quiet_libraries()
             from igla_mega.launch import torchrun
 
             raise typer.Exit(torchrun(nproc))
+    elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
+        from igla_mega.plan.layout import choose_layout
+
+        _check_data(loaded, choose_layout(loaded, int(os.environ["WORLD_SIZE"]), _device()))
     _quiet_libraries()
     from igla_mega import run as engine
 
@@ -363,8 +434,6 @@ def _device() -> str:
 def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:
     """Find the user's mistakes in a second, before ranks import torch."""
     from igla_mega.config.load import base_folder
-    from igla_mega.data.indexed import IndexedReader
-    from igla_mega.data.preprocess import source_prefixes
     from igla_mega.plan.layout import choose_layout
 
     first = recipe.stages[0] if recipe.stages else recipe
@@ -372,15 +441,35 @@ def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:
         base_folder(first.base_model, models)
     if recipe.model is None:
         return  # only the base model knows the rest
-    choose_layout(recipe, nproc, _device())
-    breaches = []
-    for prefix in source_prefixes(recipe.data).values():
+    layout = choose_layout(recipe, nproc, _device())
+    _check_data(recipe, layout)
+
+
+def _check_data(recipe, layout) -> None:
+    """Hold the prepared data to its manifest and its model, and say how much of it will be read."""
+    from igla_mega.data.blend import consumption, normalised
+    from igla_mega.data.indexed import IndexedReader, part_prefixes
+    from igla_mega.data.manifest import damage
+    from igla_mega.data.preprocess import source_prefixes
+    from igla_mega.data.tokenizer import digest_at
+
+    breaches, tokens = [], {}
+    digest = digest_at(recipe.data.tokenizer)
+    for name, prefix in source_prefixes(recipe.data).items():
         try:
-            IndexedReader(prefix, recipe.model.vocab_size)
+            tokens[name] = IndexedReader(prefix, recipe.model.vocab_size).num_tokens
+            for part in part_prefixes(prefix):
+                breaches += damage(part, tokenizer_digest=digest)
         except ConfigError as error:
             breaches += error.breaches
     if breaches:
         raise ConfigError(*breaches)
+    if note := normalised(recipe.data.mix):
+        print(note)
+    steps = recipe.training.total_steps
+    if steps and recipe.data.mix and recipe.curriculum is None:
+        for line in consumption(recipe.data.mix, tokens, steps * layout.global_batch * layout.sequence_length):
+            print(line)
 
 
 def _quiet_libraries() -> None:

@@ -21,6 +21,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, Share
+from igla_mega.data.blend import recorded_mixes
 from igla_mega.data.conversations import Pairs
 from igla_mega.objective.ewc import Ewc
 from igla_mega.ops.ring_attention import choose_schedule, inner_group_size, ranks_of_a_node
@@ -167,6 +168,8 @@ def _train_stages(
     found = store.find(checkpoints, mesh, say)
     progress = found[1] if found else store.Progress()
     _same_batches(progress, stages)
+    if isinstance(corpora[0], Corpus) and recipe.stages is None and recipe.curriculum is None and recipe.data.mix:
+        corpora[0].follow(_mixes(recipe, run_dir, progress, mesh, say))
     # Where the checkpoint ends a part, the next one begins with its weights.
     progress.stage = next_stage(stages, progress)
     number = stages[min(progress.stage, len(stages) - 1)].part
@@ -352,6 +355,16 @@ def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:
             opened[key] = open_dataset(stage.recipe, length, stage.mix)
         corpora.append(opened[key])
     return corpora
+
+
+def _mixes(
+    recipe: Recipe, run_dir: Path, progress: store.Progress, mesh: Mesh, say: Callable[[str], None]
+) -> list[tuple[int, dict[str, float]]]:
+    """The mixes that the run has followed; a mix that the recipe has changed takes effect at the next step."""
+    mixes = recorded_mixes(run_dir / "mix.json", recipe.data.mix, progress.samples, write=mesh.is_main)
+    if len(mixes) > 1 and mixes[-1][0] == progress.samples:
+        say(f"data.mix: another one from sample {progress.samples:,} on; every source goes on where it was (mix.json)")
+    return mixes
 
 
 def _all_read_the_same(corpus: Dataset, mesh: Mesh) -> None:

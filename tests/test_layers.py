@@ -14,7 +14,7 @@ LAYERS = {
 SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
 }
-MAY_IMPORT_TORCH = {"data/batches"}
+MAY_IMPORT_TORCH = {"data/batches", "data/dali"}
 
 
 def imports(tree: ast.AST) -> set[str]:

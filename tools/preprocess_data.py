@@ -1,36 +1,67 @@
 #!/usr/bin/env python
-"""JSONL to Megatron's indexed datasets, with the flags of Megatron-LM's tools/preprocess_data.py.
+"""Text to Megatron's indexed datasets, with the flags of Megatron-LM's tools/preprocess_data.py.
 
-Writes <output-prefix>_<key>_document.bin and .idx for each of --json-keys.
+Writes <output-prefix>_<key>_document.bin, .idx and .manifest.json for each of --json-keys. The same command again,
+after a kill or a full disk, goes on where it was. Reads JSONL, plain text (*.txt) and Parquet; the first two also
+packed as .gz, .zst, .bz2 or .xz.
 """
 
 import argparse
+import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.preprocess import preprocess
+from igla_mega.data.filters import Filters
+from igla_mega.data.merge import complete_parts, merge
+from igla_mega.data.preprocess import Options, parse_part, part_prefix, preprocess
 from igla_mega.data.tokenizer import load_tokenizer
+
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
 
 
 def main() -> int:
     args = _arguments()
     try:
-        if args.tokenizer_type != "HuggingFaceTokenizer":
+        if args.tokenizer_type not in TOKENIZER_TYPES:
             raise ConfigError(
-                f"--tokenizer-type: {args.tokenizer_type} is not read; only HuggingFaceTokenizer is.\n"
+                f"--tokenizer-type: {args.tokenizer_type} is not read; {', '.join(TOKENIZER_TYPES)} are.\n"
                 "  Save the tokenizer as a Hugging Face folder and give it as --tokenizer-model."
             )
-        tokenizer = load_tokenizer(args.tokenizer_model)
+        part = parse_part(args.shard)
         for key in args.json_keys:
-            preprocess(
-                args.input,
-                f"{args.output_prefix}_{key}_document",
-                tokenizer,
+            prefix = f"{args.output_prefix}_{key}_document"
+            options = Options(
                 text_key=key,
                 append_eod=args.append_eod,
-                skip_broken_lines=args.skip_broken_lines,
-                workers=args.workers,
+                on_error="skip" if args.skip_broken_lines else args.on_error,
+                text_documents=args.text_documents,
+                language_key=args.language_key,
+                filters=Filters(args.min_characters, args.max_characters, args.max_symbol_ratio),
+                exact_duplicates=args.exact_duplicates,
             )
+            if args.engine == "ray":
+                from igla_mega.data.cluster import preprocess_on_ray
+
+                preprocess_on_ray(
+                    args.input, prefix, args.tokenizer_model, options, args.parts, args.workers, args.ray_address
+                )
+                continue
+            preprocess(
+                args.input,
+                part_prefix(prefix, part),
+                load_tokenizer(args.tokenizer_model),
+                options=options,
+                workers=args.workers,
+                part=part,
+                shard_bytes=int(args.shard_mb * (1 << 20)),
+                fast_path=not args.reference_tokenizer,
+                dry_run=args.dry_run,
+            )
+            if args.merge and (parts := complete_parts(prefix, part[1])):
+                merge(prefix, parts)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -39,14 +70,38 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="JSONL files, patterns, or folders of *.jsonl")
-    parser.add_argument("--output-prefix", required=True, help="path of the output without its ending")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the text (default: text)")
-    parser.add_argument("--tokenizer-type", default="HuggingFaceTokenizer", help="only HuggingFaceTokenizer")
-    parser.add_argument("--tokenizer-model", required=True, help="Hugging Face folder or tokenizer.json")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--workers", type=int, help="processes; the output is the same for any number")
-    parser.add_argument("--skip-broken-lines", action="store_true", help="leave them out and count them")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="files, patterns, or folders")
+    add("--output-prefix", required=True, help="path of the output without its ending")
+    add("--json-keys", nargs="+", default=["text"], help="keys (columns) of the text (default: text)")
+    add("--tokenizer-type", default="HuggingFaceTokenizer", help="read from the tokenizer's file, whatever is given")
+    add("--tokenizer-model", required=True, help="Hugging Face folder, tokenizer.json, SentencePiece or tiktoken file")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--workers", type=int, help="threads or processes; the output is the same for any number")
+    add(
+        "--on-error",
+        choices=("stop", "skip", "quarantine"),
+        default="stop",
+        help="what to do with a record without text",
+    )
+    add("--skip-broken-lines", action="store_true", help="the same as --on-error skip")
+    add("--text-documents", choices=("file", "line"), default="file", help="what a document of plain text is")
+    add("--language-key", help="key of a language tag; documents are counted by it")
+    add("--min-characters", type=int, help="leave out shorter documents")
+    add("--max-characters", type=int, help="leave out longer documents")
+    add("--max-symbol-ratio", type=float, help="leave out documents with a larger share of neither letters nor digits")
+    add("--exact-duplicates", action="store_true", help="leave out documents that were there before")
+    add("--dry-run", action="store_true", help="count, and write nothing")
+    add("--shard", default="0/1", metavar="I/N", help="make the I-th (from 0) of N parts, for an array of jobs")
+    add("--merge", action="store_true", help="with --shard: join the parts once this is the last to be complete")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: spread --parts over a Ray cluster")
+    add("--parts", type=int, help="with --engine ray: how many (default: one a cluster's node, at least 2)")
+    add("--ray-address", default=os.environ.get("RAY_ADDRESS"), help="of the cluster (default: $RAY_ADDRESS, or local)")
+    add("--shard-mb", type=float, default=256, help="input in MiB between two records of what is finished")
+    add("--reference-tokenizer", action="store_true", help="do not use gigatoken")
+    # Of Megatron-LM's tool, without a meaning here.
+    add("--partitions", type=int, help=argparse.SUPPRESS)
+    add("--log-interval", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

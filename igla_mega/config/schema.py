@@ -199,29 +199,81 @@ class Distributed(Section):
     """Seconds a rank waits for its peers before the run ends. At least 1."""
 
 
+class NearDuplicates(Section):
+    """MinHash-LSH (Broder 1997): documents whose n-grams overlap by about `threshold` or more are nearly the same.
+
+    The threshold is (1 / num_buckets)^(1 / hashes_per_bucket): 0.72 as it stands.
+    """
+
+    ngram: Count = 5
+    """Words of an n-gram. At least 1."""
+    num_buckets: Count = 14
+    """Bands of the signature. At least 1."""
+    hashes_per_bucket: Count = 8
+    """Hashes of a band. At least 1."""
+    seed: Whole = 1
+    """Seed of the hashes. At least 0."""
+
+
+class Cleaning(Section):
+    """Documents that `prepare` leaves out, and counts."""
+
+    exact_duplicates: bool = False
+    """Those whose text was there before, in the same source."""
+    near_duplicates: NearDuplicates | None = None
+    """Those that are nearly another of the same source; unset, none."""
+    min_characters: Count | None = None
+    """Shorter ones, in characters. At least 1; unset, none."""
+    max_characters: Count | None = None
+    """Longer ones, in characters. At least 1; unset, none."""
+    max_symbol_ratio: Fraction | None = None
+    """Those with a larger share of neither letters nor digits, spaces aside. 0 to 1; unset, none."""
+    languages: tuple[str, ...] | None = None
+    """Those whose `language_key` is not one of these; unset, none."""
+
+
 class Data(Section):
     """What is read."""
 
     total_tokens: Tokens | None = None
     """Tokens that the recipe states, at least 1: `140B` is 1.4e11. They do not end a run; its steps do."""
-    mix: dict[str, Positive] = Field(default={})
-    """Weight of each source, above 0; they add up to 1."""
+    mix: dict[str, NonNegative] = Field(default={})
+    """Weight of each source, at least 0; taken as shares of their sum. 0 is never drawn."""
     sources: dict[str, PathOrPaths] = Field(default={})
-    """Files of each source: paths from the working directory, `*` allowed."""
+    """Files of each source, from the working directory: files or folders of JSONL, plain text or Parquet, packed or
+    not, `*` allowed; or an indexed data set, without .bin and .idx."""
     tokenizer: str | None = None
-    """Folder of the tokenizer."""
+    """Folder of the tokenizer, a tokenizer.json, a SentencePiece model or a file of tiktoken ranks."""
     prepared: str | None = None
     """Folder that `prepare` writes indexed data sets to and `train` reads them from."""
     text_key: str = "text"
-    """Key of a JSON line that holds its text."""
+    """Key of a JSON line, or column of Parquet, that holds the text."""
+    language_key: str | None = None
+    """Key of a language tag; documents are counted by it."""
+    text_documents: Literal["file", "line"] = "file"
+    """What a document of plain text is."""
+    cleaning: Cleaning | None = None
+    """Documents left out by `prepare`; unset, none."""
     validation_fraction: BelowOne = 0.01
     """Share of documents held out. 0 to below 1."""
+    on_error: Literal["stop", "skip", "quarantine"] = "stop"
+    """What `prepare` does with a record that holds no text: stop at the first, skip and count them, or put them aside
+    into `<prepared>/<source>.quarantine.jsonl`."""
     skip_broken_lines: bool = False
-    """Skips JSON lines that do not parse, and counts them, instead of stopping at the first."""
+    """The same as `on_error: skip`."""
     document_mask: bool = False
     """Keeps documents that share a training sample from seeing each other; positions start anew in each."""
-    workers: Count = 1
-    """Processes that tokenize. At least 1."""
+    document_packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill training samples: end to end, cut where a sample ends; or whole, best fit, with padding (needs
+    `document_mask`)."""
+    workers: Count | None = None
+    """Threads or processes that tokenize. At least 1; unset, as many as there are cores."""
+    loader: Literal["native", "dali"] = "native"
+    """What puts batches together: threads of our own, or NVIDIA DALI's; the batches are the same."""
+    prefetch: Whole = 2
+    """Micro-batches that are put together ahead. At least 0."""
+    cache: str | None = None
+    """Folder for copies of data sets whose paths are addresses (s3://, gs://); unset, $IGLA_CACHE/data."""
     format: Literal["text", "instructions", "preference_pairs"] = "text"
     """What a document is."""
     max_length: Count | None = None

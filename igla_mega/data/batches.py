@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.blend import Blend
+from igla_mega.data.blend import Blend, changing_blend
+from igla_mega.data.document_packing import PackedRows
 from igla_mega.data.indexed import IndexedReader
+from igla_mega.data.prefetch import open_loader
 from igla_mega.data.windows import Windows
 
 Batch = dict[str, Any]
@@ -84,6 +86,9 @@ class Corpus:
         vocab_size: int,
         validation_fraction: float,
         document_mask: bool = False,
+        loader: str = "native",
+        prefetch: int = 2,
+        packing: str = "concatenate",
     ):
         """Open every source of `mix` whose weight is above zero, and every other in `prefixes` for validation only.
 
@@ -96,6 +101,10 @@ class Corpus:
             validation_fraction: share of the documents, the last of each source, kept from training.
             document_mask: tokens see only their own document: batches say where documents lie, positions start at 0
                 in each, and the last token of one is no context for the next one's first.
+            loader: `native` or `dali`.
+            prefetch: micro-batches that are put together ahead of their step.
+            packing: `concatenate`, documents end to end, cut at the end of a row; or `best_fit`, whole documents with
+                padding behind them, which asks for a document mask.
 
         Raises:
             ConfigError: all that is wrong with the sources, together.
@@ -109,22 +118,38 @@ class Corpus:
             if name not in prefixes
         ]
         self.readers: dict[str, IndexedReader] = {}
-        self._train: dict[str, Windows] = {}
+        self._train: dict[str, Windows | PackedRows] = {}
         self._validation: dict[str, tuple[int, int]] = {}
         for name, prefix in prefixes.items():
             try:
                 reader = IndexedReader(prefix, vocab_size)
                 border = split_point(name, reader, validation_fraction)
-                if name in drawn:
+                if name in drawn and packing == "best_fit":
+                    num_documents = reader.document_of(border - 1) + 1
+                    self._train[name] = PackedRows(name, reader, num_documents, sequence_length, seed)
+                elif name in drawn:
                     self._train[name] = Windows(name, 0, border, sequence_length, seed)
             except ConfigError as error:
                 breaches += error.breaches
                 continue
             self.readers[name] = reader
             self._validation[name] = (border, reader.num_tokens)
+        if packing == "best_fit" and not document_mask:
+            breaches.append(
+                "data.document_packing: best_fit keeps documents apart, which data.document_mask must say.\n"
+                "  Set data.document_mask=true."
+            )
         if breaches:
             raise ConfigError(*breaches)
-        self._identity = json.dumps([dict(mix), sequence_length, seed, vocab_size, validation_fraction])
+        self._packed = packing == "best_fit"
+        self._loading = loader, self._micro_batches, prefetch
+        self._loader = open_loader(*self._loading)
+        self._identity = json.dumps([dict(mix), sequence_length, seed, vocab_size, validation_fraction, packing])
+
+    def follow(self, mixes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Draw by mixes that change in mid-run, as `changing_blend` takes them; the last one's sources are open."""
+        self.blend = changing_blend(mixes)
+        self._loader = open_loader(*self._loading)
 
     @property
     def notes(self) -> list[str]:
@@ -143,7 +168,9 @@ class Corpus:
         starts = np.empty_like(indices)
         for source in np.unique(sources):
             here = sources == source
-            starts[here] = self._train[self.blend.names[source]].starts(indices[here])
+            windows = self._train[self.blend.names[source]]
+            assert isinstance(windows, Windows), "packed rows have no one place"
+            starts[here] = windows.starts(indices[here])
         return [(self.blend.names[source], int(start)) for source, start in zip(sources, starts, strict=True)]
 
     def micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
@@ -156,10 +183,55 @@ class Corpus:
         Raises:
             ConfigError: a token id outside the vocabulary.
         """
+        return self._loader.step(step, share)
+
+    def _micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
         for microbatch in range(share.num_microbatches):
             samples = step * share.global_batch + share.rows(microbatch)
+            if self._packed:
+                yield self._packed_batch(samples)
+                continue
             borders = [self._borders(*place) for place in self._places(samples)] if self.document_mask else None
             yield self._batch(self.rows(samples), borders=borders)
+
+    def _packed_batch(self, samples: np.ndarray) -> Batch:
+        """Rows of whole documents; padding is a document of its own, and no target."""
+        shape = (len(samples), self.sequence_length)
+        tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        mask = np.zeros(shape, np.float32)
+        positions = np.tile(np.arange(self.sequence_length), (len(samples), 1))
+        documents = []
+        sources, indices = self.blend.lookup(samples)
+        for row, (source, index) in enumerate(zip(sources, indices, strict=True)):
+            name = self.blend.names[source]
+            packed = self._train[name]
+            assert isinstance(packed, PackedRows)
+            borders = [0]
+            for start, length in packed.segments(index):
+                at, end = borders[-1], borders[-1] + length
+                read = np.zeros(length + 1, np.int64)
+                follows = start + length < self.readers[name].num_tokens
+                self._fill(read, name, start, length + follows)
+                tokens[row, at:end], labels[row, at:end] = read[:-1], read[1:]
+                mask[row, at:end] = 1.0
+                # A document's last token has no label; that of a piece has one, where the document goes on.
+                ends = not follows or bool(self.readers[name].starts_within(start, start + length + 1).size)
+                if ends:
+                    mask[row, end - 1] = 0.0
+                    labels[row, end - 1] = 0
+                positions[row, at:end] -= at
+                borders.append(end)
+            if borders[-1] < self.sequence_length:
+                positions[row, borders[-1] :] -= borders[-1]
+                borders.append(self.sequence_length)
+            documents.append(borders)
+        arrays: dict[str, np.ndarray] = {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": mask,
+            "position_ids": positions,
+        }
+        return {**{key: asas_tensor(array) for key, array in arrays.items()}, "documents": documents}
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
         """What one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
@@ -257,10 +329,9 @@ def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
     """A short digest of a text, the files' sizes, and the ends of their contents."""
     digest = hashlib.blake2b(identity.encode(), digest_size=8)
     for name, reader in readers.items():
-        for suffix in (".idx", ".bin"):
-            path = Path(reader.prefix + suffix)
+        for path in reader.files:
             size = path.stat().st_size
-            digest.update(f"{name}{suffix}{size}".encode())
+            digest.update(f"{name}{path.suffix}{size}".encode())
             with open(path, "rb") as stream:
                 digest.update(stream.read(1 << 16))
                 stream.seek(max(0, size - (1 << 16)))

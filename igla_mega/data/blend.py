@@ -5,13 +5,16 @@ n * weight for every source; the periods repeat.
 """
 
 import heapq
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.data.journal import replace_file
 
 try:  # the same schedule, slot for slot, built from csrc/index_helpers.cpp
     from igla_mega._helpers import blend_schedule as built_blend_schedule  # type: ignore[import-not-found]
@@ -19,15 +22,19 @@ except ImportError:
     built_blend_schedule = None
 
 MAX_PERIOD = 1_000_000
+_PART = 1 << 14
+TOLERANCE = 1e-6
+"""Of a sum of weights."""
 
 
 class Blend:
     """A schedule over named sources. Sources are numbered in the order of `weights`."""
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Mapping[str, float], after: "tuple[Blend, int] | None" = None):
         """
         Args:
             weights: not negative, at least one above zero; they need not add up to 1. Weight 0 is never drawn.
+            after: (blend, n): global samples before n are that blend's, and each source goes on where it left it.
 
         Raises:
             ConfigError: no weight above zero, or one that is negative or not finite.
@@ -38,10 +45,17 @@ class Blend:
         if not any(weights.values()):
             sources = ", ".join(weights) or "no sources"
             raise ConfigError(f"data.mix: no weight above 0 ({sources}).\n  Give at least one source a weight.")
+        self._before: Blend | None
+        self._before, self._first = after or (None, 0)
+        self.names: list[str]
+        if self._before is not None:
+            # Sources keep their numbers; one that is new comes last, one that is gone is not drawn.
+            weights = {**dict.fromkeys(self._before.names, 0), **weights}
         self.names = list(weights)
         exact = [Fraction(str(weight)) for weight in weights.values()]
         total = sum(exact)
         shares = [weight / total for weight in exact]
+        self.shares = {name: share for name, share in zip(self.names, shares, strict=True) if share}
         self.counts, self.note = period_counts(self.names, shares)
         self.period = int(self.counts.sum())
         self._schedule = (built_blend_schedule or blend_schedule)(self.counts)
@@ -49,6 +63,8 @@ class Blend:
         by_source = np.argsort(self._schedule, kind="stable")
         first = np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         self._rank[by_source] = np.arange(self.period) - first
+        drawn = self._before.consumed(self._first) if self._before is not None else {}
+        self._offsets = np.array([drawn.get(name, 0) for name in self.names], dtype=np.int64)
 
     def sources_of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source number and index within that source of the global samples [start, stop), each int64."""
@@ -56,15 +72,103 @@ class Blend:
 
     def lookup(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same for any global sample numbers (int64)."""
-        periods, place = np.divmod(samples, self.period)
-        sources = self._schedule[place].astype(np.int64)
-        return sources, periods * self.counts[sources] + self._rank[place]
+        sources, indices = np.empty_like(samples), np.empty_like(samples)
+        # In parts that stay in the cache.
+        for at in range(0, len(samples), _PART):
+            part = slice(at, at + _PART)
+            counted = samples[part] - self._first if self._first else samples[part]
+            periods = counted // self.period
+            place = counted - periods * self.period
+            sources[part] = self._schedule[place]
+            indices[part] = periods * self.counts[sources[part]] + self._rank[place]
+        if self._before is not None:
+            indices += self._offsets[sources]
+            if (earlier := samples < self._first).any():
+                sources[earlier], indices[earlier] = self._before.lookup(samples[earlier])
+        return sources, indices
 
     def consumed(self, samples: int) -> dict[str, int]:
         """How many samples of each source the first `samples` global samples hold."""
-        periods, rest = divmod(samples, self.period)
-        drawn = periods * self.counts + np.bincount(self._schedule[:rest], minlength=len(self.counts))
+        if self._before is not None and samples < self._first:
+            return {**dict.fromkeys(self.names, 0), **self._before.consumed(samples)}
+        periods, rest = divmod(samples - self._first, self.period)
+        drawn = periods * self.counts + np.bincount(self._schedule[:rest], minlength=len(self.counts)) + self._offsets
         return dict(zip(self.names, drawn.tolist(), strict=True))
+
+
+def changing_blend(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> Blend:
+    """One blend of several mixes.
+
+    Args:
+        mixes: (n, weights) in order: from global sample n on, these weights; the first n is 0.
+    """
+    blend = Blend(mixes[0][1])
+    for first, weights in mixes[1:]:
+        blend = Blend(weights, (blend, first))
+    return blend
+
+
+def recorded_mixes(
+    file: Path, mix: Mapping[str, float], consumed_samples: int, *, write: bool
+) -> list[tuple[int, dict[str, float]]]:
+    """The mixes that a run has followed, and from now on `mix`: from `consumed_samples` on, where it is another one.
+
+    The file is the ledger of the changes: a JSON list of {"first_sample": n, "mix": {...}, "consumed": {source: samples
+    before n}}. What was noted behind `consumed_samples`, by a run that is taken up again from an earlier checkpoint, is
+    dropped.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        mixes = [(int(e["first_sample"]), dict(e["mix"])) for e in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or begin another --run.") from None
+    mixes = [(first, weights) for first, weights in mixes if first == 0 or first < consumed_samples]
+    if not mixes or consumed_samples == 0:
+        mixes = [(0, dict(mix))]
+    elif Blend(mixes[-1][1]).shares != Blend(mix).shares:
+        mixes.append((consumed_samples, dict(mix)))
+    if write:
+        entries = [
+            {
+                "first_sample": first,
+                "mix": weights,
+                "consumed": changing_blend(mixes[: number + 1]).consumed(first),
+            }
+            for number, (first, weights) in enumerate(mixes)
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, (json.dumps(entries, indent=2) + "\n").encode())
+    return mixes
+
+
+def normalised(mix: Mapping[str, float]) -> str | None:
+    """What to say of weights that do not add up to 1, or of which some are 0."""
+    total, said = sum(mix.values()), []
+    if mix and total > 0 and abs(total - 1) > TOLERANCE:
+        shares = ", ".join(f"{name} {weight / total:.4g}" for name, weight in mix.items())
+        said.append(f"data.mix: the weights add up to {total:.4g}, not 1; taken as {shares}")
+    if zero := [name for name, weight in mix.items() if weight == 0]:
+        said.append(f"data.mix: {', '.join(zero)} with weight 0 is never drawn")
+    return "; ".join(said) or None
+
+
+def consumption(mix: Mapping[str, float], tokens: Mapping[str, int], total_tokens: int) -> list[str]:
+    """What a run of so many tokens reads of each source, a line each.
+
+    Args:
+        tokens: that there are of each source.
+    """
+    total = sum(mix.values())
+    lines = []
+    for name, weight in mix.items():
+        read = total_tokens * weight / total
+        there = tokens.get(name, 0)
+        epochs = f"{read / there:.2f} epochs" if there else "not prepared"
+        lines.append(f"{name:16} {weight / total:8.2%} {read:18,.0f} of {there:16,} tokens, {epochs}")
+    return lines
 
 
 def period_counts(names: list[str], shares: list[Fraction]) -> tuple[np.ndarray, str | None]:

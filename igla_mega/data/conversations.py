@@ -59,7 +59,7 @@ class _Samples:
 
     def _open(self, name: str, prefix: str, vocab_size: int, validation_fraction: float) -> None:
         reader = self.readers[name] = IndexedReader(prefix, vocab_size)
-        self._starts[name] = reader.document_starts()
+        self._starts[name] = reader.document_starts(0, reader.num_documents)
         count = reader.num_documents // self.documents_each
         held_out = max(1, round(count * validation_fraction)) if validation_fraction else 0
         if held_out >= count:

@@ -6,15 +6,19 @@ numbers (d x int64, the first is 0), and in multimodal sets modes (n x int8), wh
 """
 
 import contextlib
-import fcntl
+import hashlib
+import json
 import os
 import struct
+from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.data.journal import Lock
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -30,88 +34,199 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
+def joined_path(prefix: str | Path) -> Path:
+    """The file that names the datasets which `prefix` refers to."""
+    return Path(f"{prefix}.joined.json")
+
+
 class IndexedReader:
-    """One indexed dataset as a single stream of tokens, documents end to end, memory-mapped.
+    """Indexed datasets as a single stream of tokens, documents end to end, memory-mapped: one, or several joined.
 
     Opening costs the same for any size: counts, file sizes, and a bounded sample of offsets and tokens are checked.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None):
-        """Open `<prefix>.bin` and `<prefix>.idx`.
+        """Open `<prefix>.bin` and `<prefix>.idx`, or those that `<prefix>.joined.json` names.
 
         Args:
             vocab_size: rows of the model's embedding; every id must be below it.
 
         Raises:
-            ConfigError: a file is missing, empty, cut short or of another format, the two do not belong together, or an
-                id in the sample is outside the vocabulary.
+            ConfigError: a file is missing, empty, cut short or of another format, two do not belong together, or an id
+                in the sample is outside the vocabulary.
         """
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
+        self._parts = [_Part(part) for part in part_prefixes(prefix)]
+        self.dtype = self._parts[0].dtype
+        if other := [part for part in self._parts if part.dtype != self.dtype]:
+            raise ConfigError(
+                f"{other[0].prefix}: ids of {other[0].dtype.name}, joined to such of {self.dtype.name}.\n"
+                "  Join what one tokenizer made."
+            )
+        self._token_ends = np.cumsum([part.num_tokens for part in self._parts])
+        self._document_ends = np.cumsum([part.num_documents for part in self._parts])
+        if vocab_size is not None:
+            self._check_sample()
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._token_ends[-1])
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._document_ends[-1])
+
+    @property
+    def files(self) -> list[Path]:
+        """What it is made of."""
+        return [Path(part.prefix + suffix) for part in self._parts for suffix in (".idx", ".bin")]
+
+    def document_start(self, document: int) -> int:
+        """Offset in the stream of a document's first token; `document_start(num_documents)` is `num_tokens`."""
+        return int(self.document_starts(document, document)[0])
+
+    def document_starts(self, first: int, last: int) -> np.ndarray:
+        """The same of documents `first` to `last`, both included, int64."""
+        starts = [np.zeros(0, np.int64)]
+        for part, (tokens, documents) in self._placed():
+            low, high = max(first - documents, 0), min(last - documents + 1, part.num_documents)
+            if low < high:
+                starts.append(part.document_starts(low, high) + tokens)
+        if last == self.num_documents:
+            starts.append(np.array([self.num_tokens], dtype=np.int64))
+        return np.concatenate(starts)
+
+    def document_of(self, token: int) -> int:
+        """Number of the document that holds the token at this offset of the stream."""
+        which = int(np.searchsorted(self._token_ends, token, side="right"))
+        tokens, documents = self._before(which)
+        return documents + self._parts[which].document_of(token - tokens)
+
+    def starts_within(self, start: int, stop: int) -> np.ndarray:
+        """Offsets in the stream at which documents begin, above `start` and below `stop`."""
+        starts = self.document_starts(self.document_of(start) + 1, self.document_of(stop - 1))
+        # Empty documents begin where the next one does.
+        return np.unique(starts[(starts > start) & (starts < stop)])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream in its own dtype, as far as there are some; of one file, a view of it."""
+        stop = min(stop, self.num_tokens)
+        which = min(int(np.searchsorted(self._token_ends, start, side="right")), len(self._parts) - 1)
+        before, _ = self._before(which)
+        if stop <= self._token_ends[which]:
+            return self._parts[which].stream[start - before : stop - before]
+        pieces = []
+        while start < stop:
+            before, _ = self._before(which)
+            end = min(stop, int(self._token_ends[which]))
+            pieces.append(self._parts[which].stream[start - before : end - before])
+            start, which = end, which + 1
+        return np.concatenate(pieces)
+
+    def out_of_range(self, start: int, stop: int) -> ConfigError | None:
+        """The error that names the first id of [start, stop) outside the vocabulary, if there is one."""
+        if self.vocab_size is None or start >= stop:
+            return None
+        return self._out_of_range(start, self.tokens(start, stop))
+
+    def _out_of_range(self, start: int, tokens: np.ndarray) -> ConfigError | None:
+        assert self.vocab_size is not None
+        if tokens.min() >= 0 and tokens.max() < self.vocab_size:
+            return None
+        first = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+        at = start + first
+        part = self._parts[int(np.searchsorted(self._token_ends, at, side="right"))]
+        return ConfigError(
+            f"{part.prefix}.bin: token {at} (document {self.document_of(at)}) has id {int(tokens[first])}, outside"
+            f" model.vocab_size {self.vocab_size}.\n"
+            "  Prepare the data with the model's tokenizer, or set model.vocab_size to that of the data's tokenizer."
+        )
+
+    def _before(self, which: int) -> tuple[int, int]:
+        """Tokens and documents in front of a part."""
+        return (int(self._token_ends[which - 1]), int(self._document_ends[which - 1])) if which else (0, 0)
+
+    def _placed(self) -> Iterator[tuple["_Part", tuple[int, int]]]:
+        return ((part, self._before(which)) for which, part in enumerate(self._parts))
+
+    def _check_sample(self) -> None:
+        """Look at the first and last tokens and 16 places between; `batches` looks at every token it hands out."""
+        starts = {0, max(0, self.num_tokens - _SAMPLE_TOKENS)}
+        starts.update(int(start) for start in np.linspace(0, self.num_tokens, 16, endpoint=False))
+        for start in sorted(starts):
+            length = _SAMPLE_TOKENS if start in (0, self.num_tokens - _SAMPLE_TOKENS) else 1024
+            if error := self._out_of_range(start, self._tokens_read(start, min(start + length, self.num_tokens))):
+                raise error
+
+    def _tokens_read(self, start: int, stop: int) -> np.ndarray:
+        """As `tokens`, without a page of the file mapped."""
+        pieces = []
+        for part, (before, _) in self._placed():
+            low, high = max(start - before, 0), min(stop - before, part.num_tokens)
+            if low < high:
+                pieces.append(part.tokens_read(low, high))
+        return np.concatenate(pieces)
+
+
+def part_prefixes(prefix: str | Path) -> list[str]:
+    """The prefixes of the files behind a dataset: its own, or those that it refers to.
+
+    Raises:
+        ConfigError: what refers to others is damaged.
+    """
+    path = joined_path(prefix)
+    if not path.is_file():
+        return [str(prefix)]
+    try:
+        parts = [str(path.parent / part) for part in json.loads(path.read_text(encoding="utf-8"))["parts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a list of datasets ({error}).\n  Run `igla-mega merge` again.") from None
+    if not parts:
+        raise ConfigError(f"{path}: refers to no dataset.\n  Run `igla-mega merge` again.")
+    return parts
+
+
+class _Part:
+    """One pair of files."""
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
         bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for file in (bin_file, idx_file):
             if not file.is_file():
                 raise ConfigError(f"{file}: no such file.\n  Run `igla-mega prepare`, or mend the path of this source.")
             if file.stat().st_size == 0:
                 raise ConfigError(f"{file}: the file is empty.\n  {_AGAIN}")
-        self._read_index(idx_file)
-        self._match(bin_file)
-        self._stream = np.memmap(bin_file, dtype=self.dtype, mode="r")
-        if vocab_size is not None:
-            self._check_sample(vocab_size)
+        # Read and not mapped: a mapped page brings up to 2 MiB of neighbours with it.
+        with open(idx_file, "rb", buffering=0) as stream:
+            self._read_index(idx_file, stream)
+            self._match(bin_file, stream)
+        self.stream = np.memmap(bin_file, dtype=self.dtype, mode="r")
 
     @property
     def num_tokens(self) -> int:
-        return len(self._stream)
+        return len(self.stream)
 
     @property
     def num_documents(self) -> int:
         return len(self._borders) - 1
 
-    def document_start(self, document: int) -> int:
-        """Offset in the stream of a document's first token; `document_start(num_documents)` is `num_tokens`."""
-        sequence = int(self._borders[document])
-        if sequence == len(self._offsets):
-            return self.num_tokens
-        return int(self._offsets[sequence]) // self.dtype.itemsize
-
-    def document_starts(self) -> np.ndarray:
-        """Offset in the stream of every document's first token, and of the end, int64 [num_documents + 1]."""
-        return np.append(self._offsets // self.dtype.itemsize, self.num_tokens).astype(np.int64)[self._borders]
+    def document_starts(self, first: int, stop: int) -> np.ndarray:
+        """Offsets in the stream at which documents [first, stop) begin, int64."""
+        sequences = self._borders[first:stop]
+        inside = sequences < len(self._offsets)
+        starts = np.full(len(sequences), self.num_tokens, dtype=np.int64)
+        starts[inside] = self._offsets[sequences[inside]] // self.dtype.itemsize
+        return starts
 
     def document_of(self, token: int) -> int:
-        """Number of the document that holds the token at this offset of the stream."""
         sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
         return int(np.searchsorted(self._borders, sequence, side="right")) - 1
 
-    def starts_within(self, start: int, stop: int) -> np.ndarray:
-        """Offsets in the stream at which documents begin, above `start` and below `stop`."""
-        first, last = self.document_of(start) + 1, self.document_of(stop - 1)
-        starts = self._offsets[self._borders[first : last + 1]] // self.dtype.itemsize
-        return np.unique(starts[starts > start])  # empty documents begin where the next one does
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, a view of the file in its own dtype."""
-        return self._stream[start:stop]
-
-    def out_of_range(self, start: int, stop: int) -> ConfigError | None:
-        """The error that names the first id of [start, stop) outside the vocabulary, if there is one."""
-        if self.vocab_size is None or start >= stop:
-            return None
-        tokens = self._stream[start:stop]
-        if tokens.min() >= 0 and tokens.max() < self.vocab_size:
-            return None
-        at = start + int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
-        return ConfigError(
-            f"{self.prefix}.bin: token {at} (document {self.document_of(at)}) has id {int(self._stream[at])}, outside"
-            f" model.vocab_size {self.vocab_size}.\n"
-            "  Prepare the data with the model's tokenizer, or set model.vocab_size to that of the data's tokenizer."
-        )
-
-    def _read_index(self, file: Path) -> None:
+    def _read_index(self, file: Path, stream: FileIO) -> None:
         size = file.stat().st_size
-        with open(file, "rb") as stream:
-            header = stream.read(HEADER.size)
+        header = stream.read(HEADER.size)
         if header[: len(MAGIC)] != MAGIC[: len(header)]:
             raise ConfigError(
                 f"{file}: not an index of Megatron's (it begins with {header[:9]!r}, not {MAGIC!r}).\n  {_AGAIN}"
@@ -138,16 +253,16 @@ class IndexedReader:
         self._lengths = np.memmap(file, np.int32, "r", at, (num_sequences,))
         self._offsets = np.memmap(file, np.int64, "r", at + 4 * num_sequences, (num_sequences,))
         self._borders = np.memmap(file, np.int64, "r", at + 12 * num_sequences, (num_borders,))
-        if self._borders[0] != 0 or self._borders[-1] != num_sequences:
+        first, last = (_value(stream, self._borders, place) for place in (0, num_borders - 1))
+        if first != 0 or last != num_sequences:
             raise ConfigError(
-                f"{file}: documents span sequences {self._borders[0]} to {self._borders[-1]}, but there are"
-                f" {num_sequences}.\n  {_AGAIN}"
+                f"{file}: documents span sequences {first} to {last}, but there are {num_sequences}.\n  {_AGAIN}"
             )
 
-    def _match(self, bin_file: Path) -> None:
+    def _match(self, bin_file: Path, stream: FileIO) -> None:
         """Hold the index to the size of the .bin, and a sample of its offsets to its lengths."""
         last = len(self._offsets) - 1
-        needed = int(self._offsets[last]) + int(self._lengths[last]) * self.dtype.itemsize
+        needed = _value(stream, self._offsets, last) + _value(stream, self._lengths, last) * self.dtype.itemsize
         size = bin_file.stat().st_size
         if needed != size:
             what = "cut short or from another run" if size < needed else "of another dtype or from another run"
@@ -155,24 +270,25 @@ class IndexedReader:
                 f"{bin_file}: {size} bytes, but {self.prefix}.idx says {needed}"
                 f" ({needed // self.dtype.itemsize} tokens of {self.dtype.name}): {what}.\n  {_AGAIN}"
             )
-        sample = np.unique(np.linspace(0, last, min(last + 1, 1024)).astype(np.int64))
-        ends = self._offsets[sample] + self._lengths[sample].astype(np.int64) * self.dtype.itemsize
-        following = np.where(sample < last, self._offsets[np.minimum(sample + 1, last)], size)
-        if self._offsets[0] != 0 or (wrong := np.flatnonzero(ends != following)).size:
-            k = int(sample[wrong[0]]) if self._offsets[0] == 0 else 0
-            raise ConfigError(
-                f"{self.prefix}.idx: sequence {k} (offset {self._offsets[k]}, {self._lengths[k]} tokens of"
-                f" {self.dtype.name}) does not end where the next begins: damaged.\n  {_AGAIN}"
-            )
+        for k in np.unique(np.linspace(0, last, min(last + 1, 1024)).astype(np.int64)).tolist():
+            offset, length = _value(stream, self._offsets, k), _value(stream, self._lengths, k)
+            following = _value(stream, self._offsets, k + 1) if k < last else size
+            if offset + length * self.dtype.itemsize != following or (k == 0 and offset != 0):
+                raise ConfigError(
+                    f"{self.prefix}.idx: sequence {k} (offset {offset}, {length} tokens of {self.dtype.name}) does not"
+                    f" end where the next begins: damaged.\n  {_AGAIN}"
+                )
 
-    def _check_sample(self, vocab_size: int) -> None:
-        """Look at the first and last tokens and 16 places between; `batches` looks at every token it hands out."""
-        starts = {0, max(0, self.num_tokens - _SAMPLE_TOKENS)}
-        starts.update(int(start) for start in np.linspace(0, self.num_tokens, 16, endpoint=False))
-        for start in sorted(starts):
-            length = _SAMPLE_TOKENS if start in (0, self.num_tokens - _SAMPLE_TOKENS) else 1024
-            if error := self.out_of_range(start, min(start + length, self.num_tokens)):
-                raise error
+    def tokens_read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of the stream, read and not mapped."""
+        size = self.dtype.itemsize
+        return np.fromfile(f"{self.prefix}.bin", self.dtype, stop - start, offset=start * size)
+
+
+def _value(stream: FileIO, array: np.memmap, place: int) -> int:
+    """One value of a mapped array, read from its file."""
+    stream.seek(array.offset + place * array.dtype.itemsize)
+    return int(np.frombuffer(stream.read(array.dtype.itemsize), array.dtype)[0])
 
 
 _AGAIN = "Run `igla-mega prepare` (or tools/preprocess_data.py) again for this source."
@@ -185,20 +301,33 @@ class IndexedWriter:
     A context manager: an exception inside removes what was written.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type):
+    LENGTHS_AT = HEADER.size
+    """Where in the unfinished .idx the lengths begin, int32."""
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: np.dtype | type,
+        *,
+        lock: Lock | None = None,
+        keep: tuple[int, int] | None = None,
+    ):
         """
+        Args:
+            lock: already held for this prefix.
+            keep: documents and tokens, of those that an earlier writer left, to go on behind.
+
         Raises:
             ConfigError: another process is writing the same prefix.
         """
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
-        self.num_documents = 0
-        self.num_tokens = 0
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _open_exclusively(f"{self.prefix}.bin.partial")
+        self.num_documents, self.num_tokens = keep or (0, 0)
+        self._lock = None if lock else Lock(prefix)
         # Lengths are written straight behind the header's place: an index of 1e8 documents never lies in memory.
-        self._idx = open(f"{self.prefix}.idx.partial", "w+b")  # noqa: SIM115 (closed with the writer)
-        self._idx.seek(HEADER.size)
+        sizes = {".bin": self.num_tokens * self.dtype.itemsize, ".idx": HEADER.size + 4 * self.num_documents}
+        self._digests = [hashlib.sha256(), hashlib.sha256()]
+        self._bin, self._idx = (_open_at(f"{self.prefix}{suffix}.partial", size) for suffix, size in sizes.items())
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -220,14 +349,40 @@ class IndexedWriter:
             tokens: ids of all of them, end to end.
             lengths: tokens of each.
         """
-        assert int(lengths.sum()) == len(tokens), f"{len(tokens)} tokens, lengths that add up to {int(lengths.sum())}"
-        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self._idx.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
-        self.num_documents += len(lengths)
+        self.add_parts([tokens], lengths)
+
+    def add_parts(self, parts: Sequence[np.ndarray], lengths: np.ndarray) -> None:
+        """The same, the ids in several arrays."""
+        count = sum(map(len, parts))
+        total = int(lengths.sum(dtype=np.int64))
+        assert total == count, f"{count} tokens, lengths that add up to {total}"
+        for tokens in parts:
+            self.add_tokens(tokens)
+        self.add_lengths(lengths)
+
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        """Append ids; their lengths must follow before the writer is completed."""
+        self._write(self._bin, 0, np.ascontiguousarray(tokens, dtype=self.dtype))
         self.num_tokens += len(tokens)
 
-    def finish(self) -> None:
-        """Complete the index, flush both to disk and give them their names."""
+    def add_lengths(self, lengths: np.ndarray) -> None:
+        """Append lengths of documents, in tokens."""
+        self._write(self._idx, 1, np.ascontiguousarray(lengths, dtype=np.int32))
+        self.num_documents += len(lengths)
+
+    def _write(self, stream: BinaryIO, which: int, array: np.ndarray) -> None:
+        stream.write(array.data)
+        self._digests[which].update(array.data)
+
+    def take_digests(self) -> dict[str, str]:
+        """sha256 of the tokens and of the lengths written since the last call."""
+        names = ("sha256", "lengths_sha256")
+        digests = {name: digest.hexdigest() for name, digest in zip(names, self._digests, strict=True)}
+        self._digests = [hashlib.sha256(), hashlib.sha256()]
+        return digests
+
+    def complete(self) -> None:
+        """Complete the index and flush both to disk."""
         self._idx.flush()
         begin = 0
         for first in range(0, self.num_documents, _CHUNK):
@@ -244,38 +399,53 @@ class IndexedWriter:
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.num_documents, self.num_documents + 1))
 
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
         for stream in (self._bin, self._idx):
             stream.flush()
             os.fsync(stream.fileno())
-        # An old index must not be seen beside the new tokens.
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
-        os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
+
+    def finish(self) -> None:
+        """Complete the index, flush both to disk and give them their names."""
+        self.complete()
+        publish(self.prefix, [".bin", ".idx"])
         self._close()
 
     def abandon(self) -> None:
         """Remove the temporary files; what had the final names before stays."""
         for suffix in (".bin.partial", ".idx.partial"):
             Path(self.prefix + suffix).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
-            self._close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close without finishing; what was flushed stays for a writer with `keep`."""
+        for stream in (self._idx, self._bin):
+            with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
+                stream.close()
+        self._close()
 
     def _close(self) -> None:
         self._idx.close()
         self._bin.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
-def _open_exclusively(path: str) -> BinaryIO:
-    """Open for writing from empty, held by a lock that ends with the process: a killed run's leftover is taken over."""
-    stream = open(path, "ab")  # noqa: SIM115 (closed with the writer)
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between open and lock the other writer may have finished: then this file has its final name already.
-        ours = os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
-    except BlockingIOError:
-        ours = False
-    if not ours:
-        stream.close()
-        raise ConfigError(f"{path}: another process is writing this dataset.\n  Wait for it, or write elsewhere.")
-    stream.truncate(0)
+def publish(prefix: str, suffixes: list[str]) -> None:
+    """Give complete files their names, the last one last: what has an .idx is whole. May be repeated."""
+    waiting = [suffix for suffix in suffixes if Path(f"{prefix}{suffix}.partial").exists()]
+    if suffixes[-1] in waiting:
+        # An old index must not be seen beside the new tokens.
+        Path(f"{prefix}{suffixes[-1]}").unlink(missing_ok=True)
+    for suffix in waiting:
+        os.replace(f"{prefix}{suffix}.partial", f"{prefix}{suffix}")
+
+
+def _open_at(path: str, size: int) -> BinaryIO:
+    """Open for writing behind the first `size` bytes, which are there."""
+    stream = open(path, "r+b" if size and os.path.exists(path) else "w+b")  # noqa: SIM115 (closed with the writer)
+    stream.truncate(size)
+    stream.seek(size)
     return stream

@@ -12,6 +12,7 @@ import numpy as np
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.chat import Sample
+from igla_mega.data.document_packing import best_fit
 from igla_mega.data.windows import feistel_permutation, round_keys
 
 
@@ -55,9 +56,9 @@ class Packing:
         self.sequence_length, self.seed = sequence_length, seed
         # In the order of the lengths: equal ones lie together, and each group is permuted by itself.
         self._samples = np.argsort(-lengths, kind="stable")
-        sizes, counts = np.unique(-lengths, return_counts=True)
+        _, counts = np.unique(-lengths, return_counts=True)
         self._group_starts = np.concatenate([[0], np.cumsum(counts)])
-        rows = best_fit(-sizes, counts, sequence_length) if pack else np.arange(len(lengths))
+        rows = best_fit(lengths, sequence_length)[self._samples] if pack else np.arange(len(lengths))
         order = np.argsort(rows, kind="stable")
         self._slots = order
         """Places in `_samples`, row by row."""
@@ -87,41 +88,6 @@ class Packing:
         if size == 1:
             return places
         return feistel_permutation(places, size, round_keys(self.seed, name, epoch)[:-1])
-
-
-def best_fit(sizes: np.ndarray, counts: np.ndarray, capacity: int) -> np.ndarray:
-    """Put each item into the fullest row that still has room for it.
-
-    Args:
-        sizes: of the items, descending, each once; [k].
-        counts: items of each size, [k].
-        capacity: of a row.
-
-    Returns:
-        The row of each item, in the order of the sizes, int64 [sum(counts)].
-    """
-    rows = np.empty(int(counts.sum()), dtype=np.int64)
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit r is set where a row has room for r more: the fullest that fits is the lowest set bit from the size on.
-    rooms, num_rows, at = 0, 0, 0
-    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        for _ in range(count):
-            fitting = rooms >> size
-            if fitting:
-                room = size + (fitting & -fitting).bit_length() - 1
-                row = with_room[room].pop()
-                if not with_room[room]:
-                    rooms ^= 1 << room
-            else:
-                room, row = capacity, num_rows
-                num_rows += 1
-            rows[at] = row
-            at += 1
-            left = room - size
-            if not with_room[left]:
-                rooms |= 1 << left
-            with_room[left].append(row)
-    return rows
 
 
 def fill_row(samples: Sequence[Sample], sequence_length: int, pad_id: int) -> Row:

@@ -1,17 +1,15 @@
-"""JSONL to indexed datasets: streamed, in bounded memory, the same bytes for any number of workers."""
+"""Text to indexed datasets: streamed, in bounded memory, taken up again where it was killed, the same bytes however."""
 
-import glob
+import dataclasses
+import errno
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
-import sys
+import platform
+import shutil
+import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,15 +17,49 @@ from typing import Any, Protocol
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.indexed import IndexedReader, IndexedWriter, token_dtype
-from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
+from igla_mega.data import fast, formats, giant
+from igla_mega.data.duplicates import Duplicates
+from igla_mega.data.encoding import Encoded, Job, encode_all, num_workers
+from igla_mega.data.filters import Filters
+from igla_mega.data.formats import Input, OnError, Position, input_files
+from igla_mega.data.indexed import IndexedReader, IndexedWriter, joined_path, publish, token_dtype
+from igla_mega.data.journal import Journal, Lock, replace_file
+from igla_mega.data.manifest import damage, digest_of, index_entry, manifest_path, read_manifest
+from igla_mega.data.progress import progress as show_progress
+from igla_mega.data.progress import say
+from igla_mega.data.remote import cache_folder, is_remote, local_dataset, local_files
+from igla_mega.data.tokenizer import Tokenizer, load_tokenizer, version
 
-BLOCK_BYTES = 1 << 20
-"""Input bytes per unit of work: large enough to hide the hand-over, small enough that a few per worker fit anywhere."""
-WORTH_A_WORKER_BYTES = 16 << 20
-"""A worker process takes 0.3 s to start; below this much input per worker one process is as fast."""
-FORMAT = 1
+SHARD_BYTES = 256 << 20
+"""Input between two entries of the journal: at most so much is done again after a kill."""
+WORTH_A_WORKER_BYTES = 4 << 20
+"""Below this much input per worker one is as fast."""
+FORMAT = 2
 """Of what `prepare` writes; raised when the same input would give other bytes."""
+_FILES = [".bin", ".quarantine.jsonl", ".manifest.json", ".idx"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides about the documents of a dataset, besides its inputs and its tokenizer."""
+
+    text_key: str = "text"
+    append_eod: bool = True
+    on_error: OnError = "stop"
+    """A record without a text: `stop`, `skip` it, or put it aside into `<prefix>.quarantine.jsonl`."""
+    text_documents: str = "file"
+    """What a document of plain text is: a `file` or a `line`."""
+    language_key: str | None = None
+    """Key of a record's language tag; documents are counted by it."""
+    filters: Filters = dataclasses.field(default_factory=Filters)
+    exact_duplicates: bool = False
+    """Leave out documents whose text was there before."""
+    near_duplicates: Mapping[str, Any] | None = None
+    """Leave out documents that are nearly another (MinHash); parameters of `near_duplicates`."""
+
+    @property
+    def cleans(self) -> bool:
+        return self.filters.any or self.exact_duplicates or self.near_duplicates is not None
 
 
 @dataclass(frozen=True)
@@ -40,36 +72,12 @@ class Counts:
     empty: int
     """Documents of no text, left out."""
     broken: int
-    """Lines left out because `skip_broken_lines` was asked for."""
+    """Records left out because they hold no text."""
     seconds: float
-
-
-@dataclass(frozen=True)
-class Job:
-    """How a block of lines becomes tokens; what a worker process needs to know."""
-
-    tokenizer: str
-    text_key: str
-    append_eod: bool
-    skip_broken_lines: bool
-
-
-@dataclass(frozen=True)
-class Block:
-    """Whole lines of one input file."""
-
-    file: str
-    first_line: int
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Encoded:
-    tokens: np.ndarray
-    lengths: np.ndarray
-    empty: int
-    broken: int
-    input_bytes: int
+    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Documents left out, by filter."""
+    characters: int = 0
+    text_bytes: int = 0
 
 
 class DataSection(Protocol):
@@ -86,7 +94,7 @@ class DataSection(Protocol):
     @property
     def skip_broken_lines(self) -> bool: ...
     @property
-    def workers(self) -> int: ...
+    def workers(self) -> int | None: ...
 
 
 def preprocess(
@@ -94,62 +102,427 @@ def preprocess(
     prefix: str | Path,
     tokenizer: Tokenizer,
     *,
+    options: Options | None = None,
     text_key: str = "text",
     append_eod: bool = True,
     skip_broken_lines: bool = False,
     workers: int | None = None,
     progress: bool = True,
     label: str | None = None,
+    part: tuple[int, int] = (0, 1),
+    shard_bytes: int = SHARD_BYTES,
+    fast_path: bool = True,
+    dry_run: bool = False,
 ) -> Counts:
-    """Tokenize JSONL files into `<prefix>.bin` and `<prefix>.idx`, one document per line, in the order of the files.
+    """Tokenize text into `<prefix>.bin`, `.idx` and `.manifest.json`, documents in the order of the files.
+
+    Killed at any time, the same call goes on where it was, and ends with the same bytes.
 
     Args:
-        inputs: files, patterns, or folders of *.jsonl.
-        workers: processes; None chooses by cores and size. The output does not depend on it.
+        inputs: files, patterns, or folders: JSONL, plain text, Parquet, packed or not.
+        options: in place of the three that follow.
+        workers: threads or processes; None chooses by cores and size. The output does not depend on it.
         progress: report on stderr, as a bar on a terminal and as lines elsewhere.
         label: name of this dataset in the report.
+        part: (i, n): of the input, the i-th of n contiguous parts, i from 0.
+        shard_bytes: input between two entries of the journal.
+        fast_path: use gigatoken where it is seen to give the same ids.
+        dry_run: count, and write nothing.
 
     Raises:
-        ConfigError: an input that is missing, empty, or has a broken line; an output that cannot be written.
+        ConfigError: an input that is missing, empty or damaged, or has a broken record; an output that cannot be
+            written, or that another process is writing.
     """
+    options = options or Options(text_key, append_eod, "skip" if skip_broken_lines else "stop")
     files = input_files(inputs)
-    if append_eod and tokenizer.eod_id is None:
+    if options.append_eod and tokenizer.eod_id is None:
         raise ConfigError(
             f"{tokenizer.path}: this tokenizer has no end-of-document token to append.\n"
             "  Name it as `eos_token` in its tokenizer_config.json, or do not ask for one (no --append-eod)."
         )
-    total_bytes = sum(file.stat().st_size for file in files)
-    job = Job(tokenizer.path, text_key, append_eod, skip_broken_lines)
-    label = label or Path(prefix).name
-    began = time.monotonic()
-    empty = broken = 0
+    given = formats.whole(files) if part[1] == 1 else formats.share(files, *part)
+    work = _Work(str(prefix), given, tokenizer, options, label or Path(prefix).name, progress, shard_bytes, part)
+    if (done := work.up_to_date()) is not None and not dry_run:
+        if progress:
+            say(f"{work.label}: up to date, {done.documents:,} documents, {done.tokens:,} tokens")
+        return done
     try:
-        with (
-            IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer,
-            _progress(label, total_bytes, progress) as advance,
-        ):
-            for part in _encode_all(_blocks(files), job, tokenizer, _num_workers(workers, total_bytes)):
-                writer.add(part.tokens, part.lengths)
-                empty, broken = empty + part.empty, broken + part.broken
-                advance(part.input_bytes, len(part.tokens))
-            if writer.num_documents == 0:
-                names = ", ".join(str(file) for file in files)
-                raise ConfigError(f"{names}: no text under `{text_key}` in any line.\n  Name the key: data.text_key.")
+        if dry_run:
+            return work.run(workers, fast_path)
+        with Lock(prefix) as lock:
+            return work.run(workers, fast_path, work.open_journal(), lock)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ConfigError(
-            f"{error.filename or prefix}: {error.strerror}, while {label} was prepared.\n"
-            "  Nothing is left half-written: free some space, mend the rights or choose another place, and run again."
+            f"{error.filename or prefix}: {error.strerror}, while {work.label} was prepared.\n"
+            + ("  Free some space" if full else "  Mend the rights, or choose another place")
+            + ", and run the same command again: what is finished is kept and not done again."
         ) from None
-    counts = Counts(writer.num_documents, writer.num_tokens, total_bytes, empty, broken, time.monotonic() - began)
-    if progress:
-        _say(f"{label}: {_summary(counts)}")
-    return counts
 
 
-def prepare_sources(data: DataSection, *, workers: int | None = None, progress: bool = True) -> dict[str, str]:
+class _Work:
+    """One dataset that is being made."""
+
+    def __init__(
+        self,
+        prefix: str,
+        given: list[Input],
+        tokenizer: Tokenizer,
+        options: Options,
+        label: str,
+        progress: bool,
+        shard_bytes: int,
+        part: tuple[int, int],
+    ):
+        self.prefix, self.given, self.tokenizer, self.options = prefix, given, tokenizer, options
+        self.label, self.progress, self.shard_bytes = label, progress, shard_bytes
+        self.total_bytes = sum((i.size if i.stop is None else i.stop) - i.start for i in given)
+        stats = {i.path: Path(i.path).stat() for i in given}
+        self.made_from: dict[str, Any] = {
+            "inputs": [
+                {"file": i.path, "bytes": stats[i.path].st_size, "modified_ns": stats[i.path].st_mtime_ns}
+                | ({"from": i.start, "to": i.stop} if i.stop is not None else {})
+                for i in given
+            ],
+            "part": list(part),
+            "tokenizer": {"path": tokenizer.path, "digest": tokenizer.digest(), "vocab_size": tokenizer.vocab_size},
+            "eod_id": tokenizer.eod_id,
+            "options": asdict(options),
+            "shard_bytes": shard_bytes,
+        }
+        self.job_digest = self._digest(options)
+
+    def open_journal(self) -> Journal:
+        """What is finished; also of a run that stopped at a broken record, of which this one makes something else."""
+        stopped = self._digest(dataclasses.replace(self.options, on_error="stop"))
+        return Journal(f"{self.prefix}.journal", self.job_digest, continues=stopped)
+
+    def _digest(self, options: Options) -> str:
+        # Another path of the same tokenizer is no other job.
+        tokenizer = self.made_from["tokenizer"]["digest"]
+        decides = {**self.made_from, "tokenizer": tokenizer, "options": asdict(options)}
+        return hashlib.sha256(json.dumps([FORMAT, decides], sort_keys=True).encode()).hexdigest()
+
+    def up_to_date(self) -> Counts | None:
+        """What is there already, if it is what would be made."""
+        try:
+            manifest = read_manifest(self.prefix)
+        except ConfigError:
+            return None
+        if manifest is None or manifest["job"] != self.job_digest or damage(self.prefix):
+            return None
+        return _counts(manifest, 0.0)
+
+    def run(
+        self, workers: int | None, fast_path: bool, journal: Journal | None = None, lock: Lock | None = None
+    ) -> Counts:
+        """Make the dataset; without a journal, only count."""
+        began = time.monotonic()
+        if journal is not None and journal.finished:
+            return self._publish(journal, began)
+        workers = num_workers(workers, self.total_bytes, WORTH_A_WORKER_BYTES)
+        engine = None
+        if fast_path:
+            engine, why = fast.open_fast(self.tokenizer, self._sample())
+            if engine is None and self.progress:
+                say(f"{self.label}: the reference tokenizer is used: {why}")
+        state = _State(len(self.given))
+        writer = None
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        if journal is not None:
+            kept = self._verified(journal, dtype)
+            if kept:
+                state = _State.restored(kept[-1])
+                if self.progress:
+                    say(f"{self.label}: going on behind {state.documents:,} documents, {state.tokens:,} tokens")
+            writer = IndexedWriter(self.prefix, dtype, lock=lock, keep=(state.documents, state.tokens))
+        duplicates = self._duplicates(writer is not None)
+        job = Job(
+            self.tokenizer.path,
+            engine is not None,
+            self.options.text_key,
+            self.options.append_eod,
+            self.options.language_key,
+            self.options.filters,
+        )
+        aside = _Quarantine(self.prefix, state.aside) if writer and self.options.on_error == "quarantine" else None
+        try:
+            blocks = self._blocks(Position(*state.position), workers)
+            items = ((block, duplicates.of_block(block)) for block in blocks)
+            done = state.input_bytes
+            with show_progress(self.label, self.total_bytes, self.progress, done) as advance:
+                for encoded in encode_all(items, job, self.tokenizer, workers, engine):
+                    self._take(encoded, state, writer, aside)
+                    advance(encoded.input_bytes, int(encoded.lengths.sum()))
+                    if writer and journal and state.since_shard >= self.shard_bytes:
+                        self._shard(state, writer, journal, aside)
+            if state.documents == 0 and self.made_from["part"][1] == 1:  # a part of many may hold nothing
+                raise ConfigError(self._nothing(state))
+            if writer is None or journal is None:
+                return _counts(state.summary(), time.monotonic() - began)
+            if not journal.shards or journal.shards[-1]["position"] != state.position:
+                self._shard(state, writer, journal, aside)
+            self._complete(state, writer, journal, aside)
+        except ConfigError:
+            if writer is not None and journal is not None and journal.shards:
+                writer.leave()  # what is finished is finished also for `on_error: skip`
+            elif writer is not None and journal is not None:
+                writer.abandon()
+                Path(f"{self.prefix}.quarantine.jsonl.partial").unlink(missing_ok=True)
+                journal.path.unlink(missing_ok=True)
+            raise
+        except BaseException:
+            if writer is not None:
+                writer.leave()
+            raise
+        finally:
+            if aside is not None:
+                aside.close()
+        duplicates.remove()
+        return self._publish(journal, began)
+
+    def _sample(self) -> list[str]:
+        """Texts from the begin of up to eight inputs, and from the middle of those that can be opened there."""
+        some = self.given[:: max(1, len(self.given) // 8)][:8]
+        places = []
+        for i in some:
+            places.append(i)
+            stop = i.size if i.stop is None else i.stop
+            if i.packing is None and i.kind == formats.LINES and stop - i.start > 4 * formats.BLOCK_BYTES:
+                middle = formats.line_start(i.path, (i.start + stop) // 2, i.size)
+                places.append(i._replace(start=middle, stop=min(stop, middle + formats.BLOCK_BYTES)))
+        texts: list[str] = []
+        for place in places:
+            room = fast.SAMPLE_CHARS // len(places)
+            first = next(formats.blocks_of([place], self._how), None)
+            for text in _begin_of(first, self.options.text_key) if first is not None else ():
+                texts.append(text[: min(room, 20_000)])
+                room -= len(texts[-1])
+                if room <= 0:
+                    break
+        return texts
+
+    def _duplicates(self, kept: bool) -> Duplicates:
+        options, where = self.options, tempfile.mkdtemp() if not kept else None
+        found = Duplicates.find(
+            self._texts,
+            f"{where}/set" if where else self.prefix,
+            exact=options.exact_duplicates,
+            near=options.near_duplicates,
+            job=self.job_digest,
+            label=self.label,
+            progress=self.progress,
+        )
+        if where:
+            shutil.rmtree(where)  # what is open stays until it is closed
+        return found
+
+    @property
+    def _how(self) -> formats.How:
+        return formats.How(self.options.text_key, self.options.text_documents, self.options.language_key)
+
+    def _blocks(self, start: Position, workers: int) -> Iterator[formats.Block]:
+        return formats.blocks(self.given, start, self._how, files_at_once=min(workers, 4))
+
+    def _texts(self) -> Iterator[tuple[formats.Block, list[str]]]:
+        """Every block, and its texts."""
+        for block in self._blocks(Position(0, 0, 0), 1):
+            yield block, formats.texts_of(block, self.options.text_key, self.options.language_key).texts
+
+    def _take(
+        self, encoded: Encoded, state: "_State", writer: IndexedWriter | None, aside: "_Quarantine | None"
+    ) -> None:
+        for broken in encoded.broken:
+            if self.options.on_error == "stop":
+                raise ConfigError(
+                    f"{broken.place}: {broken.reason}.\n"
+                    "  Mend it, or leave such records out: data.on_error=skip or =quarantine (--on-error; also"
+                    " data.skip_broken_lines, --skip-broken-lines)."
+                )
+            if aside is not None:
+                aside.add(broken)
+        if writer is not None:
+            writer.add_parts(encoded.tokens, encoded.lengths)
+        state.take(encoded)
+
+    def _shard(self, state: "_State", writer: IndexedWriter, journal: Journal, aside: "_Quarantine | None") -> None:
+        """Make sure of what is written, and say so in the journal."""
+        writer.flush()
+        state.aside = aside.flush() if aside is not None else 0
+        before = journal.shards[-1]["tokens"] if journal.shards else 0
+        entry = {"bytes": (state.tokens - before) * writer.dtype.itemsize, **writer.take_digests(), **state.entry()}
+        journal.add(entry)
+        state.since_shard = 0
+
+    def _verified(self, journal: Journal, dtype: np.dtype) -> list[dict[str, Any]]:
+        """The finished shards whose bytes are there as the journal says."""
+        good = 0
+        begin = documents = 0
+        try:
+            with open(f"{self.prefix}.bin.partial", "rb") as bin_, open(f"{self.prefix}.idx.partial", "rb") as idx:
+                for shard in journal.shards:
+                    count = shard["documents"] - documents
+                    if digest_of(bin_, begin, shard["bytes"]) != shard["sha256"]:
+                        break
+                    if digest_of(idx, IndexedWriter.LENGTHS_AT + 4 * documents, 4 * count) != shard["lengths_sha256"]:
+                        break
+                    begin, documents, good = begin + shard["bytes"], shard["documents"], good + 1
+        except FileNotFoundError:
+            good = 0
+        if good < len(journal.shards) or not good:
+            journal.cut(good)
+        return journal.shards
+
+    def _complete(self, state: "_State", writer: IndexedWriter, journal: Journal, aside: "_Quarantine | None") -> None:
+        writer.complete()
+        writer.leave()
+        shards = [{"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in journal.shards]
+        summary = state.summary()
+        digests = summary.pop("digests")
+        for given, digest in zip(self.made_from["inputs"], digests, strict=True):
+            given["digest"] = digest
+        manifest = {
+            "format": FORMAT,
+            "job": self.job_digest,
+            **self.made_from,
+            **summary,
+            "dtype": writer.dtype.name,
+            "shards": shards,
+            "index": index_entry(f"{self.prefix}.idx.partial"),
+            "versions": _versions(),
+        }
+        replace_file(Path(f"{manifest_path(self.prefix)}.partial"), (json.dumps(manifest, indent=2) + "\n").encode())
+        journal.add({"finished": True})
+
+    def _publish(self, journal: Journal, began: float) -> Counts:
+        publish(self.prefix, _FILES)
+        journal.path.unlink(missing_ok=True)
+        manifest = read_manifest(self.prefix)
+        assert manifest is not None, f"{self.prefix}: published without its manifest"
+        counts = _counts(manifest, time.monotonic() - began)
+        if self.progress:
+            say(f"{self.label}: {_summary(counts)}")
+        return counts
+
+    def _nothing(self, state: "_State") -> str:
+        names = ", ".join(i.path for i in self.given[:5]) + (", …" if len(self.given) > 5 else "")
+        if state.dropped:
+            left = ", ".join(f"{count:,} {name}" for name, count in sorted(state.dropped.items()))
+            return f"{names}: no document is left ({left}).\n  Loosen the filters: data.cleaning."
+        return f"{names}: no text under `{self.options.text_key}` in any line.\n  Name the key: data.text_key."
+
+
+def _begin_of(block: formats.Block, text_key: str) -> list[str]:
+    if (long_text := giant.long_text(block, text_key)) is not None:
+        try:
+            return [long_text.sample()]
+        except ValueError:
+            return []  # told where it is read for good
+    return formats.texts_of(block, text_key).texts
+
+
+class _State:
+    """What has come out so far."""
+
+    def __init__(self, num_inputs: int):
+        self.position: list[int] = [0, 0, 0, 0]
+        self.documents = self.tokens = self.empty = self.broken = 0
+        self.characters = self.text_bytes = self.input_bytes = self.since_shard = self.aside = 0
+        self.dropped: Counter = Counter()
+        self.languages: Counter = Counter()
+        self.digests = [""] * num_inputs
+        """Of each input's blocks: sha256 of the digest so far and the block's own."""
+
+    @classmethod
+    def restored(cls, entry: Mapping[str, Any]) -> "_State":
+        state = cls(0)
+        for name in vars(state):
+            if name in entry:
+                setattr(state, name, entry[name])
+        state.dropped, state.languages = Counter(entry["dropped"]), Counter(entry["languages"])
+        return state
+
+    def take(self, encoded: Encoded) -> None:
+        self.position = list(encoded.after)
+        self.documents += len(encoded.lengths)
+        self.tokens += int(encoded.lengths.sum(dtype=np.int64))
+        self.empty += encoded.empty
+        self.broken += len(encoded.broken)
+        self.characters += encoded.characters
+        self.text_bytes += encoded.text_bytes
+        self.input_bytes += encoded.input_bytes
+        self.since_shard += encoded.input_bytes
+        self.dropped.update(encoded.dropped)
+        self.languages.update(encoded.languages)
+        for number in range(encoded.files[0], encoded.files[1] + 1):
+            so_far = bytes.fromhex(self.digests[number])
+            self.digests[number] = hashlib.sha256(so_far + encoded.digest).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "characters": self.characters,
+            "text_bytes": self.text_bytes,
+            "input_bytes": self.input_bytes,
+            "empty": self.empty,
+            "broken": self.broken,
+            "dropped": dict(sorted(self.dropped.items())),
+            "languages": dict(sorted(self.languages.items())),
+            "digests": list(self.digests),
+        }
+
+    def entry(self) -> dict[str, Any]:
+        return {**self.summary(), "position": self.position, "aside": self.aside}
+
+
+class _Quarantine:
+    """`<prefix>.quarantine.jsonl`, a line for each record put aside: its place, what is wrong, and the record."""
+
+    def __init__(self, prefix: str, size: int):
+        path = f"{prefix}.quarantine.jsonl.partial"
+        self._stream = open(path, "r+b" if size and Path(path).exists() else "w+b")  # noqa: SIM115
+        self._stream.truncate(size)
+        self._stream.seek(size)
+
+    def add(self, broken: formats.Broken) -> None:
+        record = {"place": broken.place, "reason": broken.reason, "record": broken.record}
+        self._stream.write(json.dumps(record).encode() + b"\n")
+
+    def flush(self) -> int:
+        """Bytes that are safe."""
+        self._stream.flush()
+        return self._stream.tell()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _counts(manifest: Mapping[str, Any], seconds: float) -> Counts:
+    names = [field.name for field in dataclasses.fields(Counts) if field.name != "seconds"]
+    return Counts(**{name: manifest[name] for name in names}, seconds=seconds)
+
+
+def _versions() -> dict[str, str | None]:
+    libraries = ("igla-mega", "numpy", "tokenizers", "gigatoken", "sentencepiece", "tiktoken", "pyarrow", "zstandard")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def prepare_sources(
+    data: DataSection,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+    part: tuple[int, int] = (0, 1),
+    dry_run: bool = False,
+) -> dict[str, str]:
     """Make every source of a recipe ready to train on: `<data.prepared>/<source>.bin` and .idx, and manifest.json.
 
-    A source whose inputs, tokenizer and options are those of the manifest is not done again.
+    A source whose inputs, tokenizer and options are those of its manifest is not done again.
+
+    Args:
+        part: (i, n): the i-th of n parts of each source, i from 0, written as `<source>_0000i-of-0000n`.
+        dry_run: count, and write nothing.
 
     Returns:
         Source name -> prefix.
@@ -161,52 +534,100 @@ def prepare_sources(data: DataSection, *, workers: int | None = None, progress: 
     if not data.tokenizer:
         raise ConfigError("data.tokenizer: none given.\n  Give a Hugging Face folder or a tokenizer.json.")
     tokenizer = load_tokenizer(data.tokenizer)
-    manifest_file = Path(str(data.prepared)) / "manifest.json"
-    entries = _read_manifest(manifest_file)
+    entries: dict[str, Any] = {}
     for name, prefix in prefixes.items():
         inputs = data.sources[name]
-        if prefix == inputs:
-            continue
-        files = input_files([inputs] if isinstance(inputs, str) else inputs)
-        stamp = _stamp(files, tokenizer, data)
-        old = entries.get(name, {})
-        if old.get("digest") == stamp["digest"] and old.get("output_bytes") == _output_bytes(prefix):
-            if progress:
-                _say(f"{name}: up to date, {old['documents']:,} documents, {old['tokens']:,} tokens")
+        if _indexed(inputs, data):
             continue
         counts = preprocess(
-            files,
-            prefix,
+            source_files(data, name),
+            part_prefix(prefix, part),
             tokenizer,
-            text_key=data.text_key,
-            skip_broken_lines=data.skip_broken_lines,
+            options=options_of(data),
             workers=workers or data.workers,
             progress=progress,
-            label=name,
+            label=name if part[1] == 1 else f"{name} {part[0] + 1}/{part[1]}",
+            part=part,
+            dry_run=dry_run,
         )
-        # Written after each source: what an interrupted run finished stays finished.
-        entries[name] = {**stamp, **asdict(counts), "output_bytes": _output_bytes(prefix)}
-        _replace_text(manifest_file, json.dumps({"format": FORMAT, "sources": entries}, indent=2) + "\n")
+        if dry_run:
+            say(f"{name}: {_summary(counts)}; nothing written")
+        elif part[1] == 1:
+            # Written after each source: what an interrupted run finished stays finished.
+            entries[name] = read_manifest(prefix)
+            summary = json.dumps({"format": FORMAT, "sources": entries}, indent=2) + "\n"
+            replace_file(Path(str(data.prepared)) / "manifest.json", summary.encode())
     return prefixes
+
+
+def part_prefix(prefix: str | Path, part: tuple[int, int]) -> str:
+    """Where the i-th of n parts (from 0) of a dataset lies; the whole lies under its own name."""
+    return str(prefix) if part[1] == 1 else f"{prefix}_{part[0]:05d}-of-{part[1]:05d}"
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`i/n`, i from 0.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        number, count = map(int, text.split("/"))
+        if 0 <= number < count:
+            return number, count
+    except ValueError:
+        pass
+    raise ConfigError(f"--shard: {text} is no i/n with i from 0 to n - 1.\n  Use 0/4, 1/4, 2/4 and 3/4, say.")
+
+
+def options_of(data: DataSection) -> Options:
+    """The options that a recipe's `data:` asks for."""
+    cleaning = getattr(data, "cleaning", None)
+    on_error: OnError = getattr(data, "on_error", "stop")
+    near = getattr(cleaning, "near_duplicates", None)
+    return Options(
+        text_key=data.text_key,
+        on_error="skip" if data.skip_broken_lines and on_error == "stop" else on_error,
+        text_documents=getattr(data, "text_documents", "file"),
+        language_key=getattr(data, "language_key", None),
+        filters=Filters(
+            min_characters=getattr(cleaning, "min_characters", None),
+            max_characters=getattr(cleaning, "max_characters", None),
+            max_symbol_ratio=getattr(cleaning, "max_symbol_ratio", None),
+            languages=getattr(cleaning, "languages", None),
+        ),
+        exact_duplicates=getattr(cleaning, "exact_duplicates", False),
+        near_duplicates=near.model_dump() if near is not None else None,
+    )
 
 
 def source_prefixes(data: DataSection) -> dict[str, str]:
     """Where each source's dataset is, or will be put by `prepare_sources`: name -> path without .bin and .idx."""
     if not data.sources:
         raise ConfigError("data.sources: none given.\n  Give each name in data.mix its JSONL files.")
-    if not data.prepared and not all(_indexed(path) for path in data.sources.values()):
+    if not data.prepared and not all(_indexed(path, data) for path in data.sources.values()):
         raise ConfigError("data.prepared: none given.\n  Name the folder for the prepared datasets.")
     if wrong := [name for name in data.sources if not name or "/" in name or name.startswith(".")]:
         raise ConfigError(
             *[f"data.sources.{name}: cannot name a file.\n  Use no slash, no dot first." for name in wrong]
         )
     prepared = Path(data.prepared or "")
-    return {name: _indexed(path) or str(prepared / name) for name, path in data.sources.items()}
+    return {name: _indexed(path, data) or str(prepared / name) for name, path in data.sources.items()}
 
 
-def _indexed(path: str | Sequence[str]) -> str | None:
-    """The path itself when it already names an indexed dataset (a prefix), as megatron's users have them."""
-    return path if isinstance(path, str) and Path(f"{path}.idx").is_file() else None
+def source_files(data: DataSection, name: str) -> list[str | Path]:
+    """The files of a source, those of object stores as local copies."""
+    given = data.sources[name]
+    return local_files([given] if isinstance(given, str) else given, cache_folder(getattr(data, "cache", None)))
+
+
+def _indexed(path: str | Sequence[str], data: DataSection) -> str | None:
+    """The prefix of what is an indexed dataset already, as megatron's users have them, and needs no preparation."""
+    if not isinstance(path, str):
+        return None
+    if is_remote(path) and "*" not in path and not path.endswith(formats.SUFFIXES):
+        return local_dataset(path, cache_folder(getattr(data, "cache", None)))
+    return path if Path(f"{path}.idx").is_file() or joined_path(path).is_file() else None
 
 
 def unigram_entropy(prefixes: Mapping[str, str | Path], weights: Mapping[str, float]) -> float:
@@ -228,213 +649,6 @@ def unigram_entropy(prefixes: Mapping[str, str | Path], weights: Mapping[str, fl
     return float(-(shares * np.log(shares)).sum())
 
 
-def input_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files behind paths, patterns (`*`) and folders, in order; every one there and not empty.
-
-    Raises:
-        ConfigError: all that is wrong with them, together.
-    """
-    files: list[Path] = []
-    breaches = []
-    for given in map(Path, inputs):
-        found = [given]
-        if given.is_dir():
-            found = sorted(given.glob("*.jsonl"))
-        elif not given.exists() and glob.has_magic(str(given)):
-            found = sorted(map(Path, glob.glob(str(given))))
-        if not found:
-            breaches.append(f"{given}: no *.jsonl in this folder, or no file of this pattern.\n  Give JSONL files.")
-        for file in found:
-            if not file.is_file():
-                breaches.append(f"{file}: no such file.\n  Give the path of a JSONL file or a folder of them.")
-            elif file.stat().st_size == 0:
-                breaches.append(f"{file}: the file is empty.\n  Give it text, or leave it out.")
-            elif file.suffix in (".gz", ".bz2", ".xz", ".zst", ".parquet"):
-                breaches.append(f"{file}: {file.suffix} is not read yet.\n  Unpack it to JSONL.")
-            else:
-                files.append(file)
-    if breaches:
-        raise ConfigError(*breaches)
-    return files
-
-
-def _blocks(files: Iterable[Path]) -> Iterator[Block]:
-    """Cut files into blocks of whole lines of about BLOCK_BYTES; a longer line is a block of its own."""
-    for file in files:
-        first_line = 1
-        with open(file, "rb") as stream:
-            while data := stream.read(BLOCK_BYTES):
-                if not data.endswith(b"\n"):
-                    data += stream.readline()
-                yield Block(str(file), first_line, data)
-                first_line += data.count(b"\n")
-
-
-def _texts(block: Block, job: Job) -> tuple[list[str], int, int]:
-    """Texts of a block, and how many lines had an empty text and how many were broken."""
-    texts: list[str] = []
-    empty = broken = 0
-    for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        if not line or line.isspace():
-            continue
-        try:
-            text = _text(line, job.text_key)
-        except ValueError as error:
-            if not job.skip_broken_lines:
-                raise ConfigError(
-                    f"{block.file}:{number}: {error}.\n"
-                    "  Mend the line, or leave such lines out with data.skip_broken_lines (--skip-broken-lines)."
-                ) from None
-            broken += 1
-            continue
-        if text:
-            texts.append(text)
-        else:
-            empty += 1
-    return texts, empty, broken
-
-
-def _text(line: bytes, text_key: str) -> str:
-    """The text of one line; a ValueError says what is wrong with it."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {_json_type(record)}, not an object")
-    if text_key not in record:
-        raise ValueError(f"no key `{text_key}` (there are: {', '.join(map(repr, list(record)[:8])) or 'none'})")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"`{text_key}` is a JSON {_json_type(text)}, not a string")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"`{text_key}` has half of a surrogate pair (character {error.start + 1})") from None
-    return text
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _encode(block: Block, job: Job, tokenizer: Tokenizer) -> Encoded:
-    texts, empty, broken = _texts(block, job)
-    tail = [tokenizer.eod_id] if job.append_eod and tokenizer.eod_id is not None else []
-    encoded = [ids + tail for ids in tokenizer.encode_batch(texts)]
-    # A text of which the tokenizer's normaliser leaves nothing is an empty document too.
-    documents = [ids for ids in encoded if len(ids) > len(tail)]
-    lengths = np.fromiter(map(len, documents), dtype=np.int32, count=len(documents))
-    tokens = np.fromiter(
-        itertools.chain.from_iterable(documents),
-        dtype=token_dtype(tokenizer.vocab_size),
-        count=int(lengths.sum(dtype=np.int64)),
-    )
-    return Encoded(tokens, lengths, empty + len(encoded) - len(documents), broken, len(block.data))
-
-
-_worker: tuple[Job, Tokenizer]
-
-
-def _start_worker(job: Job) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = job, load_tokenizer(job.tokenizer)
-
-
-def _encode_in_worker(block: Block) -> Encoded:
-    job, tokenizer = _worker
-    return _encode(block, job, tokenizer)
-
-
-def _encode_all(blocks: Iterator[Block], job: Job, tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Encode blocks in order, two per worker under way; one worker is this process."""
-    if workers == 1:
-        yield from (_encode(block, job, tokenizer) for block in blocks)
-        return
-    # Spawned, not forked: the tokenizer's and the progress bar's threads hold locks that a fork would copy.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(job,)) as pool:
-        try:
-            under_way = deque(pool.submit(_encode_in_worker, block) for block in itertools.islice(blocks, 2 * workers))
-            while under_way:
-                encoded = under_way.popleft().result()
-                under_way.extend(pool.submit(_encode_in_worker, block) for block in itertools.islice(blocks, 1))
-                yield encoded
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _num_workers(workers: int | None, total_bytes: int) -> int:
-    if workers is not None:
-        return max(1, workers)
-    return max(1, min(len(os.sched_getaffinity(0)), total_bytes // WORTH_A_WORKER_BYTES))
-
-
-@contextmanager
-def _progress(label: str, total_bytes: int, wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to call with the bytes and tokens just done."""
-    if wanted and sys.stderr.isatty():
-        with _bar(label, total_bytes) as advance:
-            yield advance
-    else:
-        yield _Lines(label, total_bytes).advance if wanted else lambda _bytes, _tokens: None
-
-
-@contextmanager
-def _bar(label: str, total_bytes: int) -> Iterator[Callable[[int, int], None]]:
-    # Here, because importing rich takes as long as a small corpus.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[tokens]:,} tokens"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total_bytes, tokens=0)
-        done_tokens = 0
-
-        def advance(num_bytes: int, num_tokens: int) -> None:
-            nonlocal done_tokens
-            done_tokens += num_tokens
-            bar.update(task, advance=num_bytes, tokens=done_tokens)
-
-        yield advance
-
-
-class _Lines:
-    """Progress for a log file: a line every ten seconds."""
-
-    def __init__(self, label: str, total_bytes: int):
-        self.label, self.total_bytes = label, total_bytes
-        self.began = self.said = time.monotonic()
-        self.done_bytes = self.done_tokens = 0
-
-    def advance(self, num_bytes: int, num_tokens: int) -> None:
-        self.done_bytes += num_bytes
-        self.done_tokens += num_tokens
-        now = time.monotonic()
-        if now - self.said >= 10:
-            self.said = now
-            rate = self.done_bytes / (now - self.began)
-            _say(
-                f"{self.label}: {self.done_bytes / self.total_bytes:.0%}, {rate / 1e6:.1f} MB/s,"
-                f" {self.done_tokens:,} tokens, {(self.total_bytes - self.done_bytes) / rate:.0f} s left"
-            )
-
-
 def _summary(counts: Counts) -> str:
     rate = counts.input_bytes / 1e6 / max(counts.seconds, 1e-9)
     text = f"{counts.documents:,} documents, {counts.tokens:,} tokens, {rate:.1f} MB/s"
@@ -442,47 +656,9 @@ def _summary(counts: Counts) -> str:
         text += f"; {counts.empty:,} without text left out"
     if counts.broken:
         text += f"; {counts.broken:,} broken lines skipped"
+    for name, count in counts.dropped.items():
+        text += f"; {count:,} left out: {name.replace('_', ' ')}"
     return text
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _stamp(files: list[Path], tokenizer: Tokenizer, data: DataSection) -> dict[str, Any]:
-    """What a prepared source was made from. The digest covers names, sizes and times, not terabytes of content."""
-    stats = [(str(file), file.stat()) for file in files]
-    inputs = [{"file": file, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for file, stat in stats]
-    made_from = {
-        "inputs": inputs,
-        "tokenizer_digest": tokenizer.digest(),
-        "eod_id": tokenizer.eod_id,
-        "text_key": data.text_key,
-        "skip_broken_lines": data.skip_broken_lines,
-    }
-    digest = hashlib.sha256(json.dumps([FORMAT, made_from], sort_keys=True).encode()).hexdigest()
-    return {**made_from, "digest": digest}
-
-
-def _output_bytes(prefix: str) -> list[int]:
-    """Sizes of .bin and .idx; -1 for one that is not there."""
-    files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-    return [file.stat().st_size if file.is_file() else -1 for file in files]
-
-
-def _read_manifest(file: Path) -> dict[str, Any]:
-    """The manifest's sources; nothing when there is none, or one of another format or damaged: all is done again."""
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        return manifest["sources"] if manifest["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _replace_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def _sum_padded(a: np.ndarray, b: np.ndarray) -> np.ndarray:

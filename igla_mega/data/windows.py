@@ -8,6 +8,7 @@ import numpy as np
 from igla_mega.config.errors import ConfigError
 
 _ROUNDS = 6
+_PART = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,15 @@ class Windows:
         Within an epoch the windows lie end to end and come in a permuted order. Each epoch begins at an offset of its
         own, within what is left over at the end, so that the cuts move.
         """
-        epochs, places = np.divmod(indices, self.per_epoch)
+        starts = np.empty_like(indices)
+        # In parts that stay in the cache.
+        for at in range(0, len(indices), _PART):
+            starts[at : at + _PART] = self._starts(indices[at : at + _PART])
+        return starts
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        epochs = indices // self.per_epoch
+        places = indices - epochs * self.per_epoch
         spare = self.num_tokens - 1 - self.per_epoch * self.sequence_length
         starts = np.empty_like(places)
         for epoch in np.unique(epochs):

@@ -1,3 +1,4 @@
+import json
 import time
 from fractions import Fraction
 
@@ -112,3 +113,70 @@ def test_what_is_no_weight_is_refused_by_name(weight):
 def test_a_mix_of_nothing_is_refused(weights):
     with pytest.raises(ConfigError, match="no weight above 0"):
         Blend(weights)
+
+
+def test_a_changed_weight_takes_effect_at_once_and_no_sample_is_lost_or_repeated():
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        mixes: list = [(0, CARD)]
+        for _ in range(3):
+            weights = dict(zip(CARD, generator.integers(0, 50, 5).tolist(), strict=True)) | {"new": 3}
+            mixes.append((mixes[-1][0] + int(generator.integers(1, 300)), weights))
+        mixed = blend.changing_blend(mixes)
+        end = mixes[-1][0] + 500
+        sources, indices = mixed.sources_of(0, end)
+        for source, name in enumerate(mixed.names):
+            drawn = indices[sources == source]
+            assert drawn.tolist() == list(range(len(drawn))), name
+        counted = {name: int((sources == i).sum()) for i, name in enumerate(mixed.names)}
+        assert mixed.consumed(end) == counted
+        for (first, weights), stop in zip(mixes, [*(n for n, _ in mixes[1:]), end], strict=True):
+            total = sum(weights.values())
+            for n in range(first, stop, 17):
+                for i, name in enumerate(mixed.names):
+                    exact = (n - first) * weights.get(name, 0) / total
+                    assert abs(int((sources[first:n] == i).sum()) - exact) < 1
+
+
+def test_samples_before_a_change_are_those_of_the_run_without_it():
+    before, changed = Blend(CARD), blend.changing_blend([(0, CARD), (333, {"books": 1.0})])
+    assert all(np.array_equal(a, b) for a, b in zip(before.sources_of(0, 333), changed.sources_of(0, 333), strict=True))
+    assert set(changed.sources_of(333, 400)[0].tolist()) == {2}
+
+
+def test_the_ledger_of_mixes_notes_a_change_once_and_forgets_what_lies_behind_the_checkpoint(tmp_path):
+    file = tmp_path / "mix.json"
+    record = blend.recorded_mixes
+    one, two, three = {"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}, {"b": 1.0}
+    assert record(file, one, 0, write=True) == [(0, one)]
+    assert record(file, {"a": 2.0, "b": 2.0}, 40, write=True) == [(0, one)], "the same shares are the same mix"
+    assert record(file, two, 40, write=True) == [(0, one), (40, two)]
+    assert record(file, two, 100, write=False) == [(0, one), (40, two)]
+    assert record(file, three, 100, write=True) == [(0, one), (40, two), (100, three)]
+    assert record(file, one, 60, write=True) == [(0, one), (40, two), (60, one)]
+    entries = json.loads(file.read_text())
+    assert entries[1]["consumed"] == {"a": 20, "b": 20}
+    assert entries[2]["consumed"] == {"a": 35, "b": 25}
+    assert record(file, two, 0, write=True) == [(0, two)], "another run"
+    file.write_text("[{")
+    with pytest.raises(ConfigError, match="not a list of mixes"):
+        record(file, one, 3, write=False)
+
+
+def test_weights_are_normalised_and_that_is_said():
+    assert blend.normalised(CARD) is None
+    assert blend.normalised({"a": 2, "b": 6}) == ("data.mix: the weights add up to 8, not 1; taken as a 0.25, b 0.75")
+    assert "b with weight 0 is never drawn" in blend.normalised({"a": 1, "b": 0})
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1e-12}, {"a": 1e300, "b": 1e-300}, {"a": 1e-9, "b": 1e-9}])
+def test_an_extreme_weight_never_fails(weights):
+    mixed = Blend(weights)
+    sources, _ = mixed.lookup(np.array([0, 1, 10**15], dtype=np.int64))
+    assert len(sources) == 3
+
+
+def test_what_a_run_will_read_is_told_by_source():
+    lines = blend.consumption({"a": 1, "b": 3}, {"a": 1000, "b": 1500}, 6000)
+    assert lines[0].split() == ["a", "25.00%", "1,500", "of", "1,000", "tokens,", "1.50", "epochs"]
+    assert lines[1].endswith("3.00 epochs")

@@ -233,3 +233,31 @@ def test_opening_reads_a_bounded_part_of_a_large_dataset(tmp_path):
     kib, seconds = map(float, subprocess.check_output([sys.executable, "-c", probe], text=True).split())
     assert kib < 30 * 1024
     assert seconds < 0.5
+
+
+@pytest.mark.slow
+def test_a_dataset_of_a_hundred_million_documents_opens_in_a_second_and_50_mb(tmp_path):
+    count, length = 100_000_000, 1000
+    with open(tmp_path / "set.bin", "wb") as stream:
+        stream.truncate(2 * count * length)
+    with open(tmp_path / "set.idx", "wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, 8, count, count + 1))
+        for _ in range(0, count, 10_000_000):
+            stream.write(np.full(10_000_000, length, np.int32).data)
+        for first in range(0, count, 10_000_000):
+            stream.write((np.arange(first, first + 10_000_000, dtype=np.int64) * 2 * length).data)
+        for first in range(0, count, 10_000_000):
+            stream.write(np.arange(first, first + 10_000_000, dtype=np.int64).data)
+        stream.write(np.array([count], dtype=np.int64).data)
+    probe = (
+        "import resource, time; from igla_mega.data.indexed import IndexedReader; "
+        "from igla_mega.data.windows import Windows; import numpy as np; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; t = time.perf_counter(); "
+        f"reader = IndexedReader({str(tmp_path / 'set')!r}, 100); "
+        "windows = Windows('a', 0, reader.num_tokens, 8192, 1); windows.starts(np.arange(100_000)); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - t)"
+    )
+    command = [sys.executable, "-c", probe]
+    kib, seconds = map(float, subprocess.check_output(command, text=True, cwd=tmp_path.parent).split())
+    assert kib < 50 * 1024
+    assert seconds < 1.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import preprocess as module
+from igla_mega.data import formats
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.preprocess import input_files, prepare_sources, preprocess, source_prefixes, unigram_entropy
 from igla_mega.data.tokenizer import train_bpe
@@ -48,21 +48,14 @@ def test_without_append_eod_documents_are_the_texts_alone(jsonl, texts, tokenize
 
 def test_the_output_does_not_depend_on_workers_or_blocks(jsonl, tokenizer, tmp_path, monkeypatch):
     preprocess([jsonl], tmp_path / "one", tokenizer, workers=1, progress=False)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 3000)
     preprocess([jsonl], tmp_path / "three", tokenizer, workers=3, progress=False)
-    preprocess([jsonl], tmp_path / "small", tokenizer, workers=1, progress=False)
+    preprocess([jsonl], tmp_path / "small", tokenizer, workers=1, fast_path=False, progress=False)
+    preprocess([jsonl], tmp_path / "processes", tokenizer, workers=5, progress=False)
     for suffix in (".bin", ".idx"):
         expected = (tmp_path / f"one{suffix}").read_bytes()
-        assert (tmp_path / f"three{suffix}").read_bytes() == expected
-        assert (tmp_path / f"small{suffix}").read_bytes() == expected
-
-
-def test_blocks_are_whole_lines_with_their_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 8)
-    (tmp_path / "a").write_bytes(b"1\n22\n333\n4444444444444\n5")
-    (tmp_path / "b").write_bytes(b"x\n")
-    blocks = [(b.first_line, b.data) for b in module._blocks([tmp_path / "a", tmp_path / "b"])]
-    assert blocks == [(1, b"1\n22\n333\n"), (4, b"4444444444444\n"), (5, b"5"), (1, b"x\n")]
+        for name in ("three", "small", "processes"):
+            assert (tmp_path / f"{name}{suffix}").read_bytes() == expected
 
 
 def test_files_folders_and_patterns_are_read_in_order(tmp_path, write_jsonl):
@@ -99,7 +92,7 @@ def test_a_broken_line_is_named_and_skipped_only_when_asked_for(line, words, tok
 
 
 def test_a_broken_line_is_named_by_a_worker_too(jsonl, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 3000)
     file = tmp_path / "text.jsonl"
     file.write_bytes(jsonl.read_bytes() + b"{\n")
     assert refusal([file], tmp_path, tokenizer, workers=2).startswith(f"{file}:301: not JSON")
@@ -122,25 +115,16 @@ def test_a_text_of_nothing_but_empty_lines_is_refused(write_jsonl, tokenizer, tm
     assert f"{file}: no text under `text` in any line" in refusal([file], tmp_path, tokenizer)
 
 
-def test_missing_empty_and_packed_inputs_are_told_together(jsonl, tmp_path):
+def test_missing_and_empty_inputs_are_told_together(jsonl, tmp_path):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "packed.jsonl.gz").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
-    names = [
-        tmp_path / "none.jsonl",
-        tmp_path / "empty.jsonl",
-        tmp_path / "packed.jsonl.gz",
-        tmp_path / "folder",
-        jsonl,
-    ]
     with pytest.raises(ConfigError) as raised:
-        input_files(names)
+        input_files([tmp_path / "none.jsonl", tmp_path / "empty.jsonl", tmp_path / "folder", jsonl])
     message = str(raised.value)
-    assert len(raised.value.breaches) == 4
+    assert len(raised.value.breaches) == 3
     assert "none.jsonl: no such file" in message
     assert "empty.jsonl: the file is empty" in message
-    assert "packed.jsonl.gz: .gz is not read yet" in message
-    assert "folder: no *.jsonl in this folder" in message
+    assert "folder: no *.jsonl, *.txt or *.parquet in this folder" in message
 
 
 def test_a_place_that_cannot_be_written_is_told_in_words(jsonl, tokenizer, tmp_path):
@@ -149,12 +133,17 @@ def test_a_place_that_cannot_be_written_is_told_in_words(jsonl, tokenizer, tmp_p
         preprocess([jsonl], tmp_path / "file" / "set", tokenizer, progress=False)
 
 
-def test_a_full_disk_is_told_in_words(jsonl, tokenizer, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokenizer, tmp_path, monkeypatch):
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device, while set was prepared" in refusal([jsonl], tmp_path, tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setattr("igla_mega.data.indexed.os.fsync", full)
+        with pytest.raises(ConfigError, match="No space left on device, while set was prepared") as raised:
+            preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+    assert "run the same command again" in str(raised.value)
+    assert not (tmp_path / "set.idx").exists()
+    assert preprocess([jsonl], tmp_path / "set", tokenizer, progress=False).documents == 300
 
 
 def test_prepare_writes_every_source_and_a_manifest(jsonl, tokenizer, tmp_path, capsys):

@@ -1,0 +1,646 @@
+"""The texts of JSONL, plain text and Parquet, packed or not: read in blocks that depend on the files alone.
+
+A block is the unit of work: about BLOCK_BYTES of whole records. Where blocks end does not depend on who reads them, how
+many at once, or where reading was taken up again, so that what is made of them does not either.
+"""
+
+import bz2
+import glob
+import json
+import lzma
+import queue
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from igla_mega.config.errors import ConfigError
+
+fast_loads: Callable[[Any], Any]
+try:
+    from orjson import loads as fast_loads
+except ImportError:
+    fast_loads = json.loads
+
+BLOCK_BYTES = 1 << 20
+"""Input bytes per unit of work: large enough to hide the hand-over, small enough that a few per worker fit anywhere."""
+MAX_DOCUMENT_BYTES = 1 << 30
+"""A longer record is broken: no document is that long, a file without line ends is."""
+LINES, TEXT, ROWS = "lines", "text", "rows"
+KINDS = {".jsonl": LINES, ".json": LINES, ".ndjson": LINES, ".txt": TEXT, ".text": TEXT, ".parquet": ROWS}
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = (*KINDS, *(kind + packed for kind, form in KINDS.items() if form != ROWS for packed in PACKED))
+_ROWS_AT_ONCE = 256
+_PACKED_CHUNK = 1 << 16
+
+OnError = Literal["stop", "skip", "quarantine"]
+
+
+class Position(NamedTuple):
+    """Where reading goes on."""
+
+    file: int
+    """Number of the input."""
+    offset: int
+    """Bytes, unpacked, or rows of it that are done."""
+    record: int
+    """Records of it that are done."""
+    taken: int = 0
+    """Bytes of it, as it lies on disk, that were counted for what is done."""
+
+
+BEGIN = Position(0, 0, 0)
+
+
+class Input(NamedTuple):
+    """A file, or the whole lines of one between two offsets."""
+
+    path: str
+    size: int
+    start: int = 0
+    stop: int | None = None
+    """None: to its end."""
+
+    @property
+    def kind(self) -> str:
+        suffixes = [suffix for suffix in Path(self.path).suffixes if suffix not in PACKED]
+        return KINDS.get(suffixes[-1] if suffixes else "", LINES)
+
+    @property
+    def packing(self) -> str | None:
+        suffix = Path(self.path).suffix
+        return suffix if suffix in PACKED else None
+
+
+@dataclass
+class Block:
+    """Whole records."""
+
+    kind: str
+    file: str
+    first: int
+    """Number of the first record in its file, from 1."""
+    data: Any
+    """Bytes of lines; of whole text files, a list of (file, bytes); of rows, a list of (text or None, language or
+    None)."""
+    after: Position
+    input_bytes: int
+    """Of the files, as they lie on disk, that this block took."""
+    damage: str | None = None
+    """What ended the file before its time; the block holds what could be read until then."""
+    counted_from: int = 0
+    """Byte of the file from which records are counted."""
+    files: tuple[int, int] = (0, 0)
+    """Numbers of the first and of the last input that it is of."""
+
+
+class Broken(NamedTuple):
+    """A record that holds no text."""
+
+    place: str
+    reason: str
+    record: str
+    """As far as it can be shown."""
+
+
+class Texts(NamedTuple):
+    texts: list[str]
+    languages: list[str | None]
+    """Of each text; empty unless a key was given."""
+    empty: int
+    broken: list[Broken]
+
+
+class Damaged(Exception):
+    """A packed file that ends too soon, or is none."""
+
+
+def input_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files behind paths, patterns (`*`, `**`) and folders, in order; every one there and not empty.
+
+    Raises:
+        ConfigError: all that is wrong with them, together.
+    """
+    files: list[Path] = []
+    breaches = []
+    for given in map(Path, inputs):
+        found = [given]
+        if given.is_dir():
+            found = sorted(file for file in given.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        elif not given.exists() and glob.has_magic(str(given)):
+            found = sorted(file for name in glob.glob(str(given), recursive=True) if (file := Path(name)).is_file())
+        if not found:
+            breaches.append(
+                f"{given}: no *.jsonl, *.txt or *.parquet in this folder, or no file of this pattern.\n"
+                "  Give JSONL, plain text or Parquet files, packed as .gz, .zst, .bz2 or .xz or not."
+            )
+        for file in found:
+            if not file.is_file():
+                breaches.append(f"{file}: no such file.\n  Give the path of a text file or a folder of them.")
+            elif file.stat().st_size == 0:
+                breaches.append(f"{file}: the file is empty.\n  Give it text, or leave it out.")
+            else:
+                breaches += _lacking(file)
+                files.append(file)
+    if breaches:
+        raise ConfigError(*dict.fromkeys(breaches))
+    return files
+
+
+def _lacking(file: Path) -> list[str]:
+    """What a file needs that is not installed."""
+    needed = {".zst": "zstandard", ".parquet": "pyarrow"}.get(file.suffix)
+    if needed is not None:
+        try:
+            __import__(needed)
+        except ImportError:
+            return [f"{file}: {file.suffix} needs {needed}, which is not installed.\n  pip install 'igla-mega[data]'"]
+    return []
+
+
+def whole(files: Iterable[Path]) -> list[Input]:
+    """Every file from its begin to its end."""
+    return [Input(str(file), file.stat().st_size) for file in files]
+
+
+def share(files: Sequence[Path], part: int, parts: int) -> list[Input]:
+    """What the `part`-th of `parts` machines (from 0) reads: contiguous, so that parts joined in order are the whole.
+
+    A plain JSONL file is cut between lines; a packed, text or Parquet file belongs to the part that its first byte
+    falls into.
+    """
+    sizes = [file.stat().st_size for file in files]
+    low, high = sum(sizes) * part // parts, sum(sizes) * (part + 1) // parts
+    inputs, begin = [], 0
+    for file, size in zip(files, sizes, strict=True):
+        whole_file = Input(str(file), size)
+        if whole_file.kind == LINES and whole_file.packing is None:
+            start, stop = (line_start(file, min(max(border - begin, 0), size), size) for border in (low, high))
+            if start < stop:
+                inputs.append(whole_file._replace(start=start, stop=stop))
+        elif low <= begin < high:
+            inputs.append(whole_file)
+        begin += size
+    return inputs
+
+
+def line_start(file: str | Path, offset: int, size: int) -> int:
+    """The first line's start at or behind an offset."""
+    if offset in (0, size):
+        return offset
+    with open(file, "rb") as stream:
+        stream.seek(offset - 1)
+        while (piece := stream.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
+            pass
+        return stream.tell()
+
+
+class How(NamedTuple):
+    """What decides about the records of a file."""
+
+    text_key: str = "text"
+    text_documents: str = "file"
+    """`file` or `line`: what a document of plain text is."""
+    language_key: str | None = None
+
+
+def blocks(inputs: Sequence[Input], start: Position, how: How, *, files_at_once: int = 1) -> Iterator[Block]:
+    """The blocks of all inputs behind `start`, in order, read ahead by threads.
+
+    Args:
+        files_at_once: packed files that are unpacked at the same time.
+    """
+    if files_at_once > 1 and any(given.packing for given in inputs):
+        yield from _joined(_several_at_once(inputs, start, how, files_at_once))
+    else:
+        yield from ahead(_joined(blocks_of(inputs, how, start)), 4)
+
+
+def blocks_of(inputs: Sequence[Input], how: How, start: Position = BEGIN) -> Iterator[Block]:
+    """The same, read when they are asked for, small files each by themselves."""
+    for number in range(start.file, len(inputs)):
+        yield from _blocks_of_one(inputs, number, how, start)
+
+
+def _blocks_of_one(inputs: Sequence[Input], number: int, how: How, start: Position) -> Iterator[Block]:
+    given = inputs[number]
+    begin = start if number == start.file else Position(number, 0, 0)
+    if given.kind == ROWS:
+        return _row_blocks(given, begin, how.text_key, how.language_key)
+    if given.kind == TEXT and how.text_documents == "file":
+        return _text_blocks(given, begin)
+    return _line_blocks(given, begin, TEXT if given.kind == TEXT else LINES)
+
+
+def _several_at_once(inputs: Sequence[Input], start: Position, how: How, files_at_once: int) -> Iterator[Block]:
+    under_way: deque[Iterator[Block]] = deque()
+    for number in range(start.file, len(inputs)):
+        under_way.append(ahead(_blocks_of_one(inputs, number, how, start), 2))
+        if len(under_way) == files_at_once:
+            yield from under_way.popleft()
+    for one in under_way:
+        yield from one
+
+
+def ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
+    """The same items, made by a thread of their own, at most `depth` ahead."""
+    waiting: queue.Queue = queue.Queue(depth)
+    ended = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not ended.is_set():
+            try:
+                waiting.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # raised where the items are used
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="read ahead").start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        ended.set()
+
+
+def _joined(single: Iterator[Block]) -> Iterator[Block]:
+    """Join blocks of whole text files, which may be small, up to BLOCK_BYTES."""
+    held: list[Block] = []
+    size = 0
+    for block in single:
+        joins = block.kind == TEXT and isinstance(block.data, list) and block.damage is None
+        if held and (not joins or size >= BLOCK_BYTES):
+            yield _join(held)
+            held, size = [], 0
+        if joins:
+            held.append(block)
+            size += len(block.data[0][1])
+        else:
+            yield block
+    if held:
+        yield _join(held)
+
+
+def _join(held: list[Block]) -> Block:
+    return Block(
+        TEXT,
+        held[0].file,
+        1,
+        [document for block in held for document in block.data],
+        held[-1].after,
+        sum(block.input_bytes for block in held),
+        files=(held[0].files[0], held[-1].files[1]),
+    )
+
+
+def _line_blocks(given: Input, begin: Position, kind: str) -> Iterator[Block]:
+    chunks = _Chunks(given, begin.offset or given.start)
+    offset, record, said = begin.offset or given.start, begin.record, begin.taken
+    number = begin.file
+    carried = bytearray()
+
+    def block(data: bytes | bytearray, damage: str | None = None) -> Block:
+        nonlocal offset, record, said
+        first = record + 1
+        offset += len(data)
+        record += data.count(b"\n")
+        taken, said = chunks.taken - said, chunks.taken
+        after = Position(number, offset, record, said) if damage is None else Position(number + 1, 0, 0)
+        return Block(kind, given.path, first, data, after, taken, damage, given.start, (number, number))
+
+    try:
+        for chunk in chunks:
+            cut = chunk.rfind(b"\n") + 1
+            view = memoryview(chunk)
+            if cut and len(carried) < 8 * BLOCK_BYTES:
+                yield block(b"".join((carried, view[:cut])))
+                carried = bytearray(view[cut:])
+                continue
+            carried += view[:cut]
+            if cut:  # a long document is not copied once more
+                yield block(carried)
+                carried = bytearray()
+            carried += view[cut:]
+            if len(carried) > MAX_DOCUMENT_BYTES:
+                raise Damaged(f"a line of more than {MAX_DOCUMENT_BYTES:,} bytes")
+    except (Damaged, OSError) as error:
+        # What was whole before the damage is text like any other; the line it cuts is not.
+        yield block(bytes(carried), str(error))
+        return
+    if carried:
+        yield block(carried if len(carried) >= 8 * BLOCK_BYTES else bytes(carried))
+
+
+def _text_blocks(given: Input, begin: Position) -> Iterator[Block]:
+    if begin.record:
+        return
+    text = bytearray()
+    damage = None
+    try:
+        for chunk in _Chunks(given, 0):
+            text += chunk
+            if len(text) > MAX_DOCUMENT_BYTES:
+                raise Damaged(f"a document of more than {MAX_DOCUMENT_BYTES:,} bytes; split it, or read it by lines")
+    except (Damaged, OSError) as error:
+        damage, text = str(error), bytearray()
+    number = begin.file
+    data = [(given.path, text if len(text) >= 8 * BLOCK_BYTES else bytes(text))] if damage is None else []
+    after = Position(number, len(text), 1)
+    yield Block(TEXT, given.path, 1, data, after, given.size, damage, files=(number, number))
+
+
+class _Chunks:
+    """Bytes of a file, unpacked, cut at the multiples of BLOCK_BYTES."""
+
+    def __init__(self, given: Input, offset: int):
+        self.given, self.offset = given, offset
+        self.taken = 0
+        """Bytes read of the file as it lies on disk."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        with open(self.given.path, "rb") as stream:
+            if self.given.packing is None:
+                yield from self._plain(stream)
+            else:
+                yield from self._regular(self._unpacked(stream))
+
+    def _plain(self, stream: Any) -> Iterator[bytes]:
+        at = stream.seek(self.offset)
+        stop = self.given.size if self.given.stop is None else self.given.stop
+        while at < stop and (chunk := stream.read(min(BLOCK_BYTES - at % BLOCK_BYTES, stop - at))):
+            at += len(chunk)
+            self.taken = at - self.given.start
+            yield chunk
+
+    def _regular(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """From `offset` on; what was done before is unpacked once more, and left out."""
+        at, held, size = 0, [], 0
+        error: Exception | None = None
+        while True:
+            try:
+                piece = next(pieces, b"")
+            except Damaged as damage:
+                piece, error = b"", damage
+            if not piece:
+                break
+            begin, at = at, at + len(piece)
+            if at <= self.offset:
+                continue
+            held.append(piece[max(self.offset - begin, 0) :])
+            size += len(held[-1])
+            while size >= (room := BLOCK_BYTES - (at - size) % BLOCK_BYTES):
+                joined = b"".join(held)
+                yield joined[:room]
+                held, size = [joined[room:]], size - room
+        if size:
+            yield b"".join(held)
+        if error is not None:
+            raise error
+
+    def _unpacked(self, stream: Any) -> Iterator[bytes]:
+        packing = self.given.packing
+        unpacker: Any = None
+        rest = b""
+        any_member = False
+        while True:
+            chunk = rest or stream.read(_PACKED_CHUNK)
+            if not rest:
+                self.taken += len(chunk)
+            rest = b""
+            if unpacker is None:
+                # Tapes and block devices fill up with zeros behind the last member.
+                chunk = chunk.lstrip(b"\0") if any_member else chunk
+                if not chunk:
+                    if stream.tell() >= self.given.size:
+                        return
+                    continue
+                unpacker = _unpacker(packing)
+            elif not chunk:
+                raise Damaged(f"cut short: the {packing} data ends before its end mark")
+            try:
+                piece = unpacker.decompress(chunk)
+            except Exception as error:  # each library has its own
+                raise Damaged(f"damaged {packing} data ({error})") from None
+            if piece:
+                yield piece
+            if unpacker.eof:
+                any_member, rest, unpacker = True, unpacker.unused_data, None
+
+
+def _unpacker(packing: str | None) -> Any:
+    if packing == ".gz":
+        return zlib.decompressobj(wbits=31)
+    if packing == ".bz2":
+        return bz2.BZ2Decompressor()
+    if packing == ".xz":
+        return lzma.LZMADecompressor()
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str | None) -> Iterator[Block]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number, row, first, said = begin.file, 0, 0, begin.taken
+    data: list[tuple[str | None, str | None]] = []
+
+    def block(damage: str | None = None) -> Block:
+        nonlocal said, data
+        taken = given.size if damage is not None else given.size * row // max(file.metadata.num_rows, 1)
+        rows, data = data, []
+        taken, said = taken - said, taken
+        after = Position(number, row, row, said) if damage is None else Position(number + 1, 0, 0)
+        return Block(ROWS, given.path, first + 1, rows, after, taken, damage, files=(number, number))
+
+    try:
+        file = parquet.ParquetFile(given.path, pre_buffer=False, buffer_size=BLOCK_BYTES)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield block(f"not a Parquet file, or cut short ({_first_line(error)})")
+        return
+    with file:
+        columns = _columns(given.path, file.schema_arrow, text_key, language_key)
+        size = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row + rows <= begin.offset:
+                row += rows
+                first = row
+                continue
+            try:
+                for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                    row += len(batch)
+                    if row <= begin.offset:
+                        first = row
+                        continue
+                    texts = batch.column(text_key).to_pylist()
+                    tags = batch.column(columns[1]).to_pylist() if len(columns) > 1 else [None] * len(texts)
+                    data += zip(texts, tags, strict=True)
+                    size += batch.nbytes
+                    if size >= BLOCK_BYTES or row == file.metadata.num_rows:
+                        yield block()
+                        size, first = 0, row
+            except (pyarrow.ArrowException, OSError) as error:
+                yield block(f"damaged Parquet data ({_first_line(error)})")
+                return
+
+
+def _columns(path: str, schema: Any, text_key: str, language_key: str | None) -> list[str]:
+    """The columns to read."""
+    from pyarrow import types
+
+    if text_key not in schema.names:
+        raise ConfigError(
+            f"{path}: no column `{text_key}` (there are: {', '.join(schema.names[:8]) or 'none'}).\n"
+            "  Name the column of the text: data.text_key (--json-keys)."
+        )
+    held = schema.field(text_key).type
+    held = held.value_type if types.is_dictionary(held) else held
+    if not (types.is_string(held) or types.is_large_string(held)):
+        raise ConfigError(
+            f"{path}: column `{text_key}` holds {held}, not strings.\n"
+            "  Name the column of the text: data.text_key (--json-keys)."
+        )
+    return [text_key, language_key] if language_key in schema.names and language_key else [text_key]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def texts_of(block: Block, text_key: str, language_key: str | None = None) -> Texts:
+    """The texts of a block, in order, without the empty ones; what has none is told."""
+    if block.kind == LINES:
+        read = _of_lines(block, text_key, language_key)
+    else:
+        read = _of_records(block, language_key)
+    if block.damage is not None:
+        read.broken.append(Broken(block.file, block.damage, ""))
+    return read
+
+
+def _of_lines(block: Block, text_key: str, language_key: str | None) -> Texts:
+    data: bytes = block.data
+    if block.damage is not None:
+        data = data[: data.rfind(b"\n") + 1]
+    lines = data.split(b"\n")
+    if language_key is None:
+        try:
+            texts = [fast_loads(line)[text_key] for line in lines if line]
+        except (ValueError, KeyError, TypeError, RecursionError, IndexError):
+            texts = [None]
+        # Whatever is out of the ordinary is looked at line by line.
+        if all(map(str.__instancecheck__, texts)) and fast_loads is not json.loads:
+            full = [text for text in texts if text]
+            return Texts(full, [], len(texts) - len(full), [])
+    read = Texts([], [], 0, [])
+    empty = 0
+    for number, line in enumerate(lines, block.first):
+        if not line or line.isspace():
+            continue
+        try:
+            record = _record(line)
+            text = _text(record, text_key)
+        except ValueError as error:
+            place = f"{block.file}:{number}" + (f" (from byte {block.counted_from:,})" if block.counted_from else "")
+            read.broken.append(Broken(place, str(error), _shown(line)))
+            continue
+        if not text:
+            empty += 1
+            continue
+        read.texts.append(text)
+        if language_key is not None:
+            tag = record.get(language_key)
+            read.languages.append(tag if isinstance(tag, str) else None)
+    return read._replace(empty=empty)
+
+
+def _of_records(block: Block, language_key: str | None) -> Texts:
+    """Of rows, of whole text files, and of text by lines."""
+    read = Texts([], [], 0, [])
+    empty = 0
+    records: Iterable[tuple[str, Any, str | None]]
+    if block.kind == ROWS:
+        records = ((f"{block.file}: row {n}", *row) for n, row in enumerate(block.data, block.first))
+    elif isinstance(block.data, bytes | bytearray):
+        lines: list[Any] = block.data.split(b"\n")
+        records = ((f"{block.file}:{n}", line.rstrip(b"\r"), None) for n, line in enumerate(lines, block.first))
+    else:
+        records = ((file, data, None) for file, data in block.data)
+    for place, text, language in records:
+        if text is None:
+            read.broken.append(Broken(place, "the text is null", ""))
+            continue
+        if isinstance(text, bytes | bytearray):
+            try:
+                text = text.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 (byte {text[error.start]:#04x} at column {error.start + 1})"
+                read.broken.append(Broken(place, reason, _shown(text)))
+                continue
+        if text:
+            read.texts.append(text)
+            if language_key is not None:
+                read.languages.append(language)
+        elif block.kind != TEXT or not isinstance(block.data, bytes | bytearray):
+            empty += 1
+    return read._replace(empty=empty)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """One line as an object; a ValueError says what is wrong with it."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {_json_type(record)}, not an object")
+    return record
+
+
+def _text(record: dict[str, Any], text_key: str) -> str:
+    if text_key not in record:
+        raise ValueError(f"no key `{text_key}` (there are: {', '.join(map(repr, list(record)[:8])) or 'none'})")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"`{text_key}` is a JSON {_json_type(text)}, not a string")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"`{text_key}` has half of a surrogate pair (character {error.start + 1})") from None
+    return text
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _shown(line: bytes) -> str:
+    return line[:100_000].decode("utf-8", errors="backslashreplace")
