@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-EXTRAS ?= dev,hf
+EXTRAS ?= dev,hf,data,ray
 READY := .venv/.ready
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check
 CONSTRAIN := export PIP_CONSTRAINT="$${PIP_CONSTRAINT:-} $$PWD/.venv/constraints.txt"

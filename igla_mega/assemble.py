@@ -90,8 +90,10 @@ def _chunks(
         recompute=layout.recompute,
         transformer_engine=transformer_engine,
         documents=recipe.data.document_mask or (recipe.form == "instructions" and recipe.data.packing),
+        moe=recipe.moe,
+        capacity_factor=recipe.training.expert_capacity_factor,
     )
-    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine)
+    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine, moe=recipe.moe)
     switch = None
     if recipe.lora is not None:
         coded = recipe.quantization

@@ -104,7 +104,8 @@ def check(
 
         choose_layout(loaded, nproc, _device())
     print(f"{loaded.name}: fine")
-    for sentence in [*rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]:
+    notes = [*rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
+    for sentence in notes:
         print(f"  note: {sentence}")
 
 
@@ -298,6 +299,10 @@ def import_(
     hf_dir: Path,
     checkpoint: Path,
     base: Annotated[Path | None, typer.Option(help="Of a folder of PEFT's: its base, as a checkpoint.")] = None,
+    upcycle: Annotated[
+        int | None, typer.Option(min=1, help="Make a mixture of so many experts of a dense model, equal to it.")
+    ] = None,
+    experts_per_token: Annotated[int, typer.Option(min=1, help="That a token visits, with --upcycle.")] = 2,
 ) -> None:
     """Turn a Hugging Face folder, or one of PEFT's, into a checkpoint (CPU only, one tensor at a time)."""
     _quiet_libraries()
@@ -310,7 +315,12 @@ def import_(
 
         tuned.import_adapters(hf_dir, single.resolve_checkpoint(base), checkpoint)
         return
-    hugging_face.import_folder(hf_dir, checkpoint, say=print)
+    moe = None
+    if upcycle is not None:
+        from igla_mega.config.features import Moe
+
+        moe = Moe(num_experts=upcycle, num_experts_per_tok=experts_per_token)
+    hugging_face.import_folder(hf_dir, checkpoint, say=print, upcycle=moe)
     _say_logit_difference(checkpoint, hf_dir)
 
 

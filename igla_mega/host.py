@@ -172,6 +172,32 @@ def _make_split_sizes_numpy() -> None:
     dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
+def _gather_unevenly_on_host() -> None:
+    """tensor_parallel/mappings.py:146,187: gloo gathers and scatters lists of one size alone; all-to-all takes any."""
+    import megatron.core.tensor_parallel.mappings as mappings
+    import torch.distributed as dist
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_unevenly(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        copies = torch.cat([input_] * group.size())
+        dist.all_to_all_single(output, copies, output_split_sizes, [len(input_)] * group.size(), group=group)
+        return output
+
+    def scatter_unevenly(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        own, size = input_split_sizes[group.rank()], group.size()
+        parts = input_.new_empty(size * own, *input_.shape[1:])
+        dist.all_to_all_single(parts, input_.contiguous(), [own] * size, input_split_sizes, group=group)
+        return parts.view(size, own, *input_.shape[1:]).sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_unevenly, scatter_unevenly
+
+
 def _set_cuda_rng_state_on_host() -> None:
     """tensor_parallel/random.py:60: `_set_cuda_rng_state` takes a CUDA generator by index."""
     import megatron.core.tensor_parallel.random as random
@@ -179,4 +205,9 @@ def _set_cuda_rng_state_on_host() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
-_PATCHES = (_define_te_general_gemm, _make_split_sizes_numpy, _set_cuda_rng_state_on_host)
+_PATCHES = (
+    _define_te_general_gemm,
+    _make_split_sizes_numpy,
+    _gather_unevenly_on_host,
+    _set_cuda_rng_state_on_host,
+)

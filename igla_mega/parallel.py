@@ -40,13 +40,23 @@ class Mesh:
     data_context: Axis
     """Data and context parallel: these ranks hold the same parameters."""
     model: Axis
-    """Tensor and pipeline parallel: these ranks hold one replica of the model."""
+    """Tensor and pipeline parallel: these ranks hold one replica of the model, of whose experts each has some."""
+    expert: Axis
+    """These ranks, of the data, context and tensor axes, hold different experts."""
+    expert_tensor: Axis
+    """These ranks hold parts of the same experts."""
+    expert_data: Axis
+    """These ranks hold the same experts, or the same parts of them."""
     host_group: dist.ProcessGroup
     """All ranks over gloo: for objects, for checkpoints written from a thread, and for agreeing on errors."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def replicas(self, *, expert: bool) -> Axis:
+        """The ranks that hold the same parameters as this one: an expert's, or others."""
+        return self.expert_data if expert else self.data_context
 
 
 def under_launcher() -> bool:
@@ -83,7 +93,7 @@ def build(layout: Layout, seed: int) -> Mesh:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed)
     return _mesh()
@@ -113,6 +123,9 @@ def _mesh() -> Mesh:
         data=_axis(ps.get_data_parallel_group()),
         data_context=_axis(ps.get_data_parallel_group(with_context_parallel=True)),
         model=_axis(ps.get_model_parallel_group()),
+        expert=_axis(ps.get_expert_model_parallel_group()),
+        expert_tensor=_axis(ps.get_expert_tensor_parallel_group()),
+        expert_data=_axis(ps.get_expert_data_parallel_group()),
         host_group=dist.new_group(backend="gloo"),
     )
 

@@ -18,7 +18,7 @@ from igla_mega.checkpoint import adapters, hugging_face, single, store, tuned
 from igla_mega.checkpoint.single import DTYPES
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.features import Memory
+from igla_mega.config.features import Memory, Moe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, Share
 from igla_mega.data.blend import recorded_mixes
@@ -67,7 +67,7 @@ def train(
     if recipe.stages is None:
         recipe = parts[0]
     else:
-        parts = [part.model_copy(update={"model": parts[0].model}) for part in parts]
+        parts = [part.model_copy(update={"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
         recipe = recipe.model_copy(update={"stages": tuple(parts)})
     stages = stages_of(recipe, dist.get_world_size(), device.type, num_steps)
     if recipe.distributed.kernels == "require":
@@ -94,7 +94,8 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     training = recipe.training
     if asked.fisher_seq_length:
         training = training.model_copy(update={"sequence_length": asked.fisher_seq_length})
-    recipe = recipe.model_copy(update={"model": single.read_recipe(checkpoint).model, "training": training})
+    theirs = single.read_recipe(checkpoint)
+    recipe = recipe.model_copy(update={"model": theirs.model, "moe": theirs.moe, "training": training})
     layout = choose_layout(recipe, dist.get_world_size(), device.type)
     mesh = parallel.build(layout, recipe.training.seed)
     source = asked.base_data or ("mix" if recipe.data.mix else None)
@@ -143,7 +144,35 @@ def _with_base(recipe: Recipe, run_dir: Path, models: Path | None) -> tuple[Path
     if dist.get_rank() == 0 and not (checkpoint / store.MANIFEST).is_file():
         hugging_face.import_folder(folder, checkpoint, say=print)
     dist.barrier()
-    return checkpoint, recipe.model_copy(update={"model": single.read_recipe(checkpoint).model})
+    theirs = single.read_recipe(checkpoint)
+    return checkpoint, recipe.model_copy(update={"model": theirs.model, "moe": experts_of(theirs, recipe, folder)})
+
+
+def experts_of(base: Recipe, recipe: Recipe, folder: Path) -> Moe | None:
+    """The experts that a run trains: as its recipe says, which must be as many as the base model has, or the base's.
+
+    Raises:
+        ConfigError: the base has none, others, or parts of a layer that the recipe lacks.
+    """
+    if recipe.moe is None or base.moe is None:
+        if recipe.moe is not None:
+            raise ConfigError(
+                f"base_model: {folder} is a dense model, and the recipe has {recipe.moe.num_experts} experts a layer.\n"
+                f"  Make it a mixture: igla-mega import HF_FOLDER CKPT --upcycle {recipe.moe.num_experts}, and name "
+                "CKPT; or set moe=null."
+            )
+        return base.moe
+    breaches = []
+    for key in ("num_experts", "shared_intermediate_size", "pre_softmax", "scaling_factor"):
+        wanted, has = getattr(recipe.moe, key), getattr(base.moe, key)
+        if wanted != has:
+            breaches.append(f"moe.{key}: {wanted}, and {folder} has {has}. Set it to what the base model has.")
+    if (recipe.moe.bias_update_rate > 0) != (base.moe.bias_update_rate > 0):
+        rate, has = recipe.moe.bias_update_rate, "no biases" if base.moe.bias_update_rate == 0 else "biases"
+        breaches.append(f"moe.bias_update_rate: {rate:g}, and {folder} has {has}. Set it to what the base model has.")
+    if breaches:
+        raise ConfigError(*breaches)
+    return recipe.moe
 
 
 def _train_stages(
@@ -419,8 +448,9 @@ def _opening(run: loop.Run, progress: store.Progress, checkpoint: Path | None, v
         "data": layout.data,
     }
     split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
+    split += f" (experts over {layout.expert})" if layout.expert > 1 else ""
     lines = [
-        f"{run.recipe.name}: {model.num_parameters() / 1e6:,.1f}M parameters, {layout.strategy}, {split}, "
+        f"{run.recipe.name}: {_parameters(run.recipe)} parameters, {layout.strategy}, {split}, "
         f"{layout.global_batch} x {layout.sequence_length} tokens a step, {run.recipe.distributed.precision}",
         *(_context_parallel(run, verbose) if layout.context > 1 else []),
         *layout.notes,
@@ -429,6 +459,13 @@ def _opening(run: loop.Run, progress: store.Progress, checkpoint: Path | None, v
     if checkpoint:
         lines.append(f"resuming at step {progress.step} ({progress.tokens:,} tokens) from {checkpoint}")
     return lines
+
+
+def _parameters(recipe: Recipe) -> str:
+    model, moe = recipe.model, recipe.moe
+    assert model is not None, "a run has a model by now"
+    active = f" ({model.active_parameters(moe) / 1e6:,.1f}M to a token)" if moe is not None else ""
+    return f"{model.num_parameters(moe) / 1e6:,.1f}M{active}"
 
 
 def _phases(stages: Sequence[Stage], corpora: Sequence[Dataset]) -> list[str]:

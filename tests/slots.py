@@ -7,7 +7,9 @@ def pieces(engine, values):
     """What this rank is the one to count, as (name, whole shape, offset, array)."""
     found = []
     for slot, tensor in zip(engine.optimizer.slots(), values, strict=True):
-        if slot.shard.is_first_copy and (not slot.replicated or engine.mesh.data_context.rank == 0):
+        if slot.shard.is_first_copy and (
+            not slot.replicated or engine.mesh.replicas(expert=slot.shard.expert).rank == 0
+        ):
             for offset, piece in slot.shard.rectangles(tensor, slot.start):
                 found.append((slot.shard.name, slot.shard.shape, offset, piece.numpy().copy()))
     return found

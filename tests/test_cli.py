@@ -239,7 +239,7 @@ def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(l
 
 @pytest.mark.parametrize(
     "section",
-    ["moe: {num_experts: 4}", "koshey: {dynamic_batching: true}"],
+    ["koshey: {dynamic_batching: true}"],
 )
 def test_a_feature_that_is_not_built_yet_is_refused_by_train_in_one_sentence(section, recipe, tmp_path):
     recipe.write_text(recipe.read_text() + section + "\n")
@@ -278,6 +278,14 @@ def finished(tmp_path_factory):
     done = igla("train", recipe, "--run", folder / "run")
     assert done.returncode == 0, done.stderr
     return recipe, folder / "run"
+
+
+def test_a_run_says_how_far_it_has_read_each_source(finished):
+    lines = [json.loads(line) for line in (finished[1] / "metrics.jsonl").read_text().splitlines()]
+    read = [line for line in lines if "read_tokens" in line][-1]
+    tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+    assert sum(read["read_tokens"].values()) == tokens[read["step"]]
+    assert all(passes > 0 for passes in read["read_epochs"].values())
 
 
 def copy_of(run: Path, folder: Path) -> Path:

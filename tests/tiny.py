@@ -12,7 +12,9 @@ from igla_mega.train.step import train_step
 VOCAB, SEQUENCE, ROWS = 250, 32, 8
 
 
-def recipe(*, model: dict | None = None, training: dict | None = None, **distributed) -> Recipe:
+def recipe(
+    *, model: dict | None = None, training: dict | None = None, moe: dict | None = None, **distributed
+) -> Recipe:
     """A recipe of about 100k parameters; `distributed` is what a test varies."""
     return Recipe.model_validate(
         {
@@ -29,6 +31,7 @@ def recipe(*, model: dict | None = None, training: dict | None = None, **distrib
                 **(model or {}),
             },
             "training": {"learning_rate": 1e-2, "batch_size": ROWS, "total_steps": 100, **(training or {})},
+            **({"moe": moe} if moe is not None else {}),
             "distributed": {
                 "strategy": "DDP",
                 "precision": "FP32",

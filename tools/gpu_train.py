@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 
 from igla_mega import host, parallel
+from igla_mega.assemble import build_engine
 from igla_mega.config.load import load_recipe
 from igla_mega.plan import calibration, hardware, search
 from igla_mega.plan.search import fixed_sizes
 from igla_mega.plan.time import model_flops_per_token
-from igla_mega.run import build_engine
 from igla_mega.train.step import train_step
 
 STEPS, MICRO_BATCHES = 5, 4

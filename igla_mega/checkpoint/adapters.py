@@ -20,7 +20,7 @@ from igla_mega.checkpoint import store
 from igla_mega.checkpoint.hugging_face import Weight, appearing, weights_of
 from igla_mega.checkpoint.pieces import Pieces, Reader
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.features import Lora
+from igla_mega.config.features import Lora, Moe
 from igla_mega.config.schema import Model
 from igla_mega.model.lora import is_adapter, scaling
 from igla_mega.model.nf4 import Nf4
@@ -32,6 +32,7 @@ BASE = "base.json"
 """In a checkpoint of adapters: which base they belong to."""
 _PREFIX = "base_model.model.model.layers."
 _PATHS = {name: path for path, names in STACKS.items() for name in names}
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MODULES = {"self_attention": "self_attn", "mlp": "mlp"}
 _MATRICES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 _THEIRS = re.compile(
@@ -153,10 +154,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def shapes_of(model: Model, lora: Lora) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Model, lora: Lora, moe: Moe | None = None) -> dict[str, tuple[int, ...]]:
     """Name and whole shape of every matrix that the adapters of a model have."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for weight in weights_of(model):
+    for weight in weights_of(model, moe):
         for projection, theirs in _projections(weight).items():
             if projection in lora.target_modules:
                 stem = f"{weight.native.removesuffix('.weight')}.{projection}"
@@ -170,7 +171,8 @@ def shapes_of(model: Model, lora: Lora) -> dict[str, tuple[int, ...]]:
 
 def _projections(weight: Weight) -> dict[str, str]:
     """The projections stacked in a parameter, and their tensors' names in a Hugging Face folder."""
-    return {name.split(".")[-2]: name for name in weight.parts if name.split(".")[-2] in _PATHS}
+    named = {name.split(".")[-2]: name for name in weight.parts}
+    return {ours: name for theirs, name in named.items() if (ours := _MIXTRAL.get(theirs, theirs)) in _PATHS}
 
 
 def place(adapters: Mapping[str, Tensor], pairs: Iterable[tuple[Shard, Tensor]]) -> None:
@@ -219,6 +221,7 @@ def merge(
     model: Model,
     checkpoint: Path,
     *,
+    moe: Moe | None = None,
     quantized: torch.dtype | None = None,
     double: bool = True,
 ) -> None:
@@ -236,7 +239,7 @@ def merge(
         RuntimeError: it could not be written.
     """
     reader = Reader(base)
-    weights = weights_of(model)
+    weights = weights_of(model, moe)
 
     def lazy(weight: Weight) -> Pieces:
         def make() -> Tensor:

@@ -1,4 +1,4 @@
-"""Llama-family folders of Hugging Face to checkpoints and back: one table of names, and a walk each way.
+"""Llama-family folders of Hugging Face, Mixtral's too, to checkpoints and back: one table of names, a walk each way.
 
 Both walks hold one tensor (import) or one shard (export) at a time, on the CPU, in one process.
 """
@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +28,17 @@ from igla_mega.checkpoint import single, store
 from igla_mega.checkpoint.pieces import Pieces, Reader
 from igla_mega.config import rules
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Moe
 from igla_mega.config.load import dump
 from igla_mega.config.schema import Model, Recipe
 from igla_mega.data.tokenizer import load_tokenizer
+from igla_mega.model.build import drawn
+from igla_mega.model.shards import is_expert
 
 Say = Callable[[str], None]
 
 # Ours, and what it is made of there. Rows and columns: h hidden, q query heads * head size, k the same of key and
-# value heads, f feed-forward, v vocabulary. In linear_qkv the rows of each key-value group lie together.
+# value heads, f feed-forward, v vocabulary, e experts. In linear_qkv the rows of each key-value group lie together.
 _LAYER = (
     ("input_layernorm.weight", (("input_layernorm.weight", "h"),)),
     (
@@ -43,9 +47,25 @@ _LAYER = (
     ),
     ("self_attention.linear_proj.weight", (("self_attn.o_proj.weight", "hq"),)),
     ("pre_mlp_layernorm.weight", (("post_attention_layernorm.weight", "h"),)),
+)
+_DENSE = (
     ("mlp.linear_fc1.weight", (("mlp.gate_proj.weight", "fh"), ("mlp.up_proj.weight", "fh"))),
     ("mlp.linear_fc2.weight", (("mlp.down_proj.weight", "hf"),)),
 )
+_ROUTER = ("mlp.router.weight", (("block_sparse_moe.gate.weight", "eh"),))
+_EXPERT = (
+    ("linear_fc1.weight", (("w1.weight", "fh"), ("w3.weight", "fh"))),
+    ("linear_fc2.weight", (("w2.weight", "hf"),)),
+)
+# transformers' Mixtral has none of these: they stay here.
+_SHARED = (
+    (
+        "mlp.shared_experts.linear_fc1.weight",
+        (("mlp.shared.gate_proj.weight", "sh"), ("mlp.shared.up_proj.weight", "sh")),
+    ),
+    ("mlp.shared_experts.linear_fc2.weight", (("mlp.shared.down_proj.weight", "hs"),)),
+)
+_BIAS = ("mlp.router.expert_bias", (("mlp.router.expert_bias", "e"),))
 _EMBEDDING = ("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vh"),))
 _FINAL_NORM = ("decoder.final_layernorm.weight", (("model.norm.weight", "h"),))
 _OUTPUT = ("output_layer.weight", (("lm_head.weight", "vh"),))
@@ -63,6 +83,11 @@ _SIZES = {  # of `config.json`, and of the recipe's `model` section
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
+_EXPERTS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+}
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # What transformers takes where `config.json` is silent.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -72,6 +97,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "num_key_value_heads": 8,
         "sliding_window": 4096,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
     },
 }
 _ROPE_SCALING = {
@@ -126,7 +160,7 @@ class Weight:
             yield part.flatten(0, 1).clone()
 
 
-def weights_of(model: Model) -> list[Weight]:
+def weights_of(model: Model, moe: Moe | None = None) -> list[Weight]:
     """Every parameter of a model and what it is called on the other side, in the order of the layers."""
     sizes = {
         "h": model.hidden_size,
@@ -135,24 +169,35 @@ def weights_of(model: Model) -> list[Weight]:
         "f": model.intermediate_size,
         "v": model.vocab_size,
     }
+    rows: tuple = (*_LAYER, *_DENSE)
+    if moe is not None:
+        sizes |= {"e": moe.num_experts, "s": moe.shared_intermediate_size or 0}
+        shared = _SHARED if moe.shared_intermediate_size else ()
+        rows = (*_LAYER, _ROUTER, *((_BIAS,) if moe.bias_update_rate > 0 else ()), *shared)
 
     def weight(row, ours: str = "", theirs: str = "") -> Weight:
         native, parts = row
         shapes = {theirs + name: tuple(sizes[letter] for letter in shape) for name, shape in parts}
         return Weight(ours + native, shapes, model.num_kv_heads if native.endswith("linear_qkv.weight") else 1)
 
-    layers = [
-        weight(row, f"decoder.layers.{n}.", f"model.layers.{n}.") for n in range(model.num_layers) for row in _LAYER
-    ]
+    layers = []
+    for n in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{n}.", f"model.layers.{n}."
+        layers += [weight(row, ours, theirs) for row in rows]
+        for e in range(moe.num_experts if moe is not None else 0):
+            places = f"{ours}mlp.experts.local_experts.{e}.", f"{theirs}block_sparse_moe.experts.{e}."
+            layers += [weight(row, *places) for row in _EXPERT]
     ends = [_FINAL_NORM] if model.tie_embeddings else [_FINAL_NORM, _OUTPUT]
     return [weight(_EMBEDDING), *layers, *map(weight, ends)]
 
 
-def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say) -> Recipe:
+def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | None = None) -> Recipe:
     """Turn a Hugging Face folder into a checkpoint, each weight in the type that it has there.
 
     Args:
         checkpoint: the folder to write; whole or not there at all.
+        upcycle: make a mixture of experts of a dense model (Komatsuzaki et al. 2022, arXiv:2212.05055): each expert
+            starts as its feed-forward network, and the routers as `train` draws them, so that it computes the same.
 
     Returns:
         The recipe beside it: the folder's name and its model.
@@ -162,22 +207,27 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say) -> Recipe:
         RuntimeError: it could not be written.
     """
     config = _read_json(hf_dir / "config.json")
-    model = _model(config, hf_dir / "config.json")
+    model, moe = _model(config, hf_dir / "config.json")
+    if upcycle is not None and moe is not None:
+        raise ConfigError(f"{hf_dir}: has {moe.num_experts} experts already.\n  Leave --upcycle out.")
     # A recipe must have a batch and a length; the default batch, in tokens, need not be whole sequences here.
     recipe = Recipe.model_validate(
         {
             "name": hf_dir.resolve().name,
             "model": model.model_dump(exclude_none=True),
             "training": {"batch_size": 1, "total_steps": 1},
+            **({"moe": experts.model_dump(exclude_none=True)} if (experts := upcycle or moe) is not None else {}),
         }
     )
     rules.check(recipe)
-    weights = weights_of(model)
+    weights = weights_of(model, moe)
     folder = _open(hf_dir)
     _same_tensors(folder, weights, model, hf_dir)
 
     with appearing(checkpoint) as temporary:
         state = {w.native: _lazy(w, folder) for w in weights}
+        if upcycle is not None:
+            state = _upcycled(state, model, upcycle, recipe.training.seed)
         # A file for each: torch 2.13's writer (filesystem.py:451) keeps the tensors of a file until it is whole.
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
         try:
@@ -191,8 +241,27 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say) -> Recipe:
         _keep_token_ids(config, temporary / single.TOKENIZER)
         store.write_manifest(temporary, {})
     types = _types(folder[name].dtype for w in weights for name in w.parts)
-    say(f"{checkpoint}: {model.num_parameters():,} parameters, {types}")
+    say(f"{checkpoint}: {model.num_parameters(recipe.moe):,} parameters, {types}")
     return recipe
+
+
+def _upcycled(state: Mapping[str, Pieces], model: Model, moe: Moe, seed: int) -> dict[str, Pieces]:
+    """The tensors of a mixture of experts, from those of a dense model."""
+    made: dict[str, Pieces] = {}
+    for name, pieces in state.items():
+        layer, _, linear = name.partition(".mlp.")
+        if not linear:
+            made[name] = pieces
+            continue
+        [(offset, (size, read))] = pieces.pieces.items()
+        for e in range(moe.num_experts):
+            made[f"{layer}.mlp.experts.local_experts.{e}.{linear}"] = Pieces(size, pieces.dtype, [(offset, size, read)])
+        router = f"{layer}.mlp.router.weight"
+        if router not in made:
+            shape = (moe.num_experts, model.hidden_size)
+            draw = partial(drawn, router, shape, model.init_std, seed)
+            made[router] = Pieces(shape, pieces.dtype, [((0, 0), shape, lambda d=draw, t=pieces.dtype: d().to(t))])
+    return made
 
 
 def export_folder(
@@ -203,7 +272,7 @@ def export_folder(
     max_shard_bytes: int = 5 * 2**30,
     say: Say,
 ) -> None:
-    """Turn a checkpoint into a folder that `transformers` (4 and 5) opens as a LlamaForCausalLM.
+    """Turn a checkpoint into a folder that `transformers` (4 and 5) opens, as a LlamaForCausalLM or MixtralForCausalLM.
 
     Args:
         hf_dir: the folder to write; whole or not there at all.
@@ -216,7 +285,9 @@ def export_folder(
     recipe = single.read_recipe(checkpoint)
     model = recipe.model
     assert model is not None, "read_recipe refuses that"
-    weights, reader = weights_of(model), Reader(checkpoint)
+    moe = recipe.moe
+    _is_mixtral(moe, checkpoint)
+    weights, reader = weights_of(model, moe), Reader(checkpoint)
     stored = _stored(reader, weights, checkpoint)
     types = {w.native: _exported_type(w.native, dtype, stored, recipe) for w in weights}
     sizes = {
@@ -224,7 +295,7 @@ def export_folder(
     }
     shards = _shards(sizes, max_shard_bytes)
     with appearing(hf_dir) as temporary:
-        tensors = _read_split(reader, weights, stored, types)
+        tensors = _read_split(reader, weights, stored, types, moe.scaling_factor if moe is not None else 1.0)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -234,9 +305,9 @@ def export_folder(
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
         tokens = _tokenizer_of(checkpoint, recipe, temporary, say)
-        _write_json(temporary / "config.json", {**_config(model, types[weights[0].native]), **tokens})
+        _write_json(temporary / "config.json", {**_config(model, moe, types[weights[0].native]), **tokens})
     files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
-    say(f"{hf_dir}: {model.num_parameters():,} parameters, {_types(types.values())}, {files}")
+    say(f"{hf_dir}: {model.num_parameters(moe):,} parameters, {_types(types.values())}, {files}")
 
 
 @torch.no_grad()
@@ -262,7 +333,9 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
     folder = _open(hf_dir)
     params = dict(ours.named_parameters())
     # Of adapters that were merged the sum was rounded, which is a part of the difference.
-    for weight in weights_of(recipe.model) if recipe.lora is None else ():
+    for weight in weights_of(recipe.model, recipe.moe) if recipe.lora is None else ():
+        if not weight.parts.keys() <= folder.keys():
+            continue  # an upcycled expert, in the dense model's type from the first
         dtype = _common_type(folder[name].dtype for name in weight.parts)
         params[weight.native].copy_(params[weight.native].to(dtype))
     device = next(ours.parameters()).device
@@ -277,9 +350,9 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
 
 def fits_in_memory(checkpoint: Path) -> bool:
     """Whether `logit_difference` leaves room: both models in fp32 within 60% of the memory available."""
-    model = single.read_recipe(checkpoint).model
-    assert model is not None, "read_recipe refuses that"
-    return 2 * 4 * model.num_parameters() <= 0.6 * psutil.virtual_memory().available
+    recipe = single.read_recipe(checkpoint)
+    assert recipe.model is not None, "read_recipe refuses that"
+    return 2 * 4 * recipe.model.num_parameters(recipe.moe) <= 0.6 * psutil.virtual_memory().available
 
 
 @dataclass(frozen=True)
@@ -351,7 +424,7 @@ def _same_tensors(folder: dict[str, _Stored], weights: list[Weight], model: Mode
         if not torch.equal(_tensor(folder, head), _tensor(folder, embedding)):
             breaches.append(f"{hf_dir}: {head} is not {embedding}, though config.json says tie_word_embeddings.")
     extra = folder.keys() - wanted.keys() - ignored
-    breaches += [f"{hf_dir}: holds {name}, which a Llama does not have." for name in sorted(extra)]
+    breaches += [f"{hf_dir}: holds {name}, which such a model does not have." for name in sorted(extra)]
     if breaches:
         raise ConfigError(*_few(breaches), "  Download the folder again, or use another model.")
 
@@ -392,7 +465,7 @@ def _stored(reader: Reader, weights: list[Weight], checkpoint: Path) -> dict[str
             )
     extra = stored.keys() - {w.native for w in weights}
     breaches += [
-        f"{checkpoint}: holds {name}, which a Llama does not have."
+        f"{checkpoint}: holds {name}, which such a model does not have."
         for name in sorted(extra)
         if not name.startswith("optimizer.")
     ]
@@ -422,17 +495,39 @@ def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def _read_split(
-    reader: Reader, weights: list[Weight], stored: dict[str, torch.dtype], types: dict[str, torch.dtype]
+    reader: Reader,
+    weights: list[Weight],
+    stored: dict[str, torch.dtype],
+    types: dict[str, torch.dtype],
+    scaling: float = 1.0,
 ) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a Hugging Face folder; experts' outputs are scaled, which Mixtral cannot do by itself."""
     for w in weights:
         whole = torch.empty(w.shape, dtype=stored[w.native])
         state = {w.native: Pieces.of(w.shape, [((0,) * len(w.shape), whole)])}
         dcp.load(state, storage_reader=reader, no_dist=True)
+        if scaling != 1.0 and is_expert(w.native) and w.native.endswith("linear_fc2.weight"):
+            whole = whole.float() * scaling
         yield from zip(w.parts, w.split(whole.to(types[w.native])), strict=True)
 
 
-def _model(config: dict[str, Any], path: Path) -> Model:
-    """The `model` section of a Hugging Face configuration.
+def _is_mixtral(moe: Moe | None, checkpoint: Path) -> None:
+    """Refuse experts that a MixtralForCausalLM does not have."""
+    if moe is None:
+        return
+    told = {
+        "moe.shared_intermediate_size": moe.shared_intermediate_size is not None,
+        "moe.pre_softmax": moe.pre_softmax,
+        "moe.bias_update_rate": moe.bias_update_rate > 0,
+    }
+    if breaches := [
+        f"{checkpoint}: {key}: transformers' Mixtral has no such thing." for key, has in told.items() if has
+    ]:
+        raise ConfigError(*breaches, "  Such a model can be trained and evaluated here, not exported.")
+
+
+def _model(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
+    """The `model` and `moe` sections of a Hugging Face configuration.
 
     Raises:
         ConfigError: every trait that this model does not have.
@@ -452,7 +547,11 @@ def _model(config: dict[str, Any], path: Path) -> Model:
     if given.get("quantization_config"):
         breaches.append(f"{path}: quantization_config: quantized weights are not supported; use the full model.")
     window = given.get("sliding_window")
-    if window is not None and kind == "mistral" and window < given["max_position_embeddings"]:
+    if kind == "mixtral":
+        breaches += [f"{path}: {key}: not given." for key in _EXPERTS if given.get(key) is None]
+        if given.get("router_jitter_noise"):
+            breaches.append(f"{path}: router_jitter_noise: {given['router_jitter_noise']} is not supported; 0 is.")
+    if window is not None and kind in ("mistral", "mixtral") and window < given["max_position_embeddings"]:
         breaches.append(f"{path}: sliding_window: {window} is not supported; null is.")
     if (rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1.0) != 1.0:
         breaches.append(f"{path}: partial_rotary_factor: only 1.0 is supported.")
@@ -469,9 +568,12 @@ def _model(config: dict[str, Any], path: Path) -> Model:
     if scaling_type == "llama3":
         section["rope_scaling"] = {ours: rope[theirs] for theirs, ours in _ROPE_SCALING.items()}
     try:
-        return Model.model_validate(section)
+        moe = None
+        if kind == "mixtral":
+            moe = Moe.model_validate({ours: given[theirs] for theirs, ours in _EXPERTS.items()})
+        return Model.model_validate(section), moe
     except ValidationError as error:
-        theirs = {ours: name for name, ours in _SIZES.items()}
+        theirs = {ours: name for name, ours in (_SIZES | _EXPERTS).items()}
         details = [(str(detail["loc"][0]), detail["msg"]) for detail in error.errors()]
         raise ConfigError(
             *(f"{path}: {theirs.get(key, key)}: {section.get(key)!r}: {text}." for key, text in details),
@@ -479,18 +581,20 @@ def _model(config: dict[str, Any], path: Path) -> Model:
         ) from None
 
 
-def _config(model: Model, dtype: torch.dtype) -> dict[str, Any]:
-    """A LlamaConfig in the keys that transformers 4 wrote and 5 still reads."""
+def _config(model: Model, moe: Moe | None, dtype: torch.dtype) -> dict[str, Any]:
+    """A LlamaConfig or MixtralConfig in the keys that transformers 4 wrote and 5 still reads."""
     scaling = model.rope_scaling
+    own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+    if moe is not None:
+        own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+        own |= {theirs: getattr(moe, ours) for theirs, ours in _EXPERTS.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **own,
         **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
         "head_dim": model.head_size,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling
         and {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for theirs, ours in _ROPE_SCALING.items()}},

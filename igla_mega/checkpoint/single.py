@@ -111,8 +111,8 @@ def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tupl
     device = host.prepare()
     layout = _alone(model)
     mesh = parallel.alone(layout, device, recipe.training.seed)
-    config = transformer_config(model, layout, dtype=dtype, device=device)
-    chunks = build_chunks(config, model)
+    config = transformer_config(model, layout, dtype=dtype, device=device, moe=recipe.moe)
+    chunks = build_chunks(config, model, moe=recipe.moe)
     if recipe.lora is None:
         materialize(chunks, device)
         shards = shards_of(chunks, mesh, model.vocab_size)

@@ -217,7 +217,8 @@ def _is_writer(slot: Slot, mesh: Mesh) -> bool:
         return True
     # Ranks that keep the same share the writing by name.
     owner = int.from_bytes(hashlib.blake2b(slot.shard.name.encode(), digest_size=4).digest(), "big")
-    return owner % mesh.data_context.size == mesh.data_context.rank
+    replicas = mesh.replicas(expert=slot.shard.expert)
+    return owner % replicas.size == replicas.rank
 
 
 def _key(name: str, kind: str) -> str:

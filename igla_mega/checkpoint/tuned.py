@@ -17,7 +17,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Lora, Quantization
 from igla_mega.config.schema import Model
 from igla_mega.model import lora, nf4
-from igla_mega.model.shards import Shard, Shards, local_runs, named_shards, shards_of
+from igla_mega.model.shards import Shard, Shards, is_expert, local_runs, named_shards, shards_of
 from igla_mega.parallel import Mesh
 
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -119,6 +119,7 @@ def merge_adapters(checkpoint: Path, merged: Path, base: Path | None = None) -> 
         recipe.lora,
         recipe.model,
         merged,
+        moe=recipe.moe,
         quantized=single.DTYPES[recipe.distributed.precision] if coded is not None else None,
         double=coded is None or coded.double_quant,
     )
@@ -134,6 +135,11 @@ def export_adapters(checkpoint: Path, folder: Path) -> None:
     assert recipe.lora is not None, "a checkpoint of adapters"
     note = adapters.read_base(checkpoint) or {}
     matrices = adapters.read(checkpoint)
+    if any(is_expert(name) for name in matrices):
+        raise ConfigError(
+            f"{checkpoint}: adapters of experts, which transformers keeps as one tensor a layer and PEFT cannot name.\n"
+            "  Export them with their base: --merge."
+        )
     adapters.export_folder(matrices, recipe.lora, folder, base_model=note.get("base_model") or "")
     count = sum(matrix.numel() for matrix in matrices.values())
     print(f"{folder}: {len(matrices)} matrices, {count:,} parameters, as PEFT's PeftModel.from_pretrained opens them")

@@ -136,7 +136,32 @@ class Moe(Section):
     num_experts_per_tok: Count = 2
     """Experts that a token visits. 1 to `num_experts`."""
     router_aux_loss_coef: NonNegative = 0.01
-    """Weight of the loss that keeps the experts equally busy. At least 0."""
+    """Weight of each layer's loss that keeps the experts equally busy, 1 when they are (Fedus et al. 2021,
+    arXiv:2101.03961, eq. 4-6). Dimensionless, at least 0."""
+    balance_over: Literal["micro_batch", "sequence"] = "micro_batch"
+    """Tokens among which that loss wants experts equally busy: a micro-batch's, or each sequence's."""
+    bias_update_rate: NonNegative = 0.0
+    """Step of a bias on each expert's score that only chooses, up where it has too few tokens and down where too many
+    (Wang et al. 2024, arXiv:2408.15664). A logit's size, at least 0; 0 disables. Typical 1e-3."""
+    pre_softmax: bool = False
+    """Weighs a token's experts by their probabilities among all experts, instead of among those it visits."""
+    scaling_factor: Positive = 1.0
+    """Multiplies the sum of a token's experts (DeepSeek-AI 2024, arXiv:2405.04434). Above 0."""
+    shared_intermediate_size: Count | None = None
+    """Width of an expert that every token visits too, in channels. At least 1; unset, none."""
+    capacity_over: Literal["sequence", "rank", "global"] = "sequence"
+    """Tokens among which `training.expert_capacity_factor` measures a fair share: each sequence's, a rank's share of a
+    micro-batch, or that micro-batch of all data-parallel ranks together. Only `sequence` is the same in any layout."""
+    pad_to_capacity: bool = False
+    """Fills each expert's tokens up to its capacity, so that no size depends on the data (capacity_over: rank)."""
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens reach experts on other ranks: only those that are sent (alltoall), all (allgather), DeepEP (flex)."""
+    force_balanced: bool = False
+    """Sends tokens to experts in turn, whatever the router says: for measuring speed, never for training."""
+    alarm_load: Fraction = 0.1
+    """An expert with less than this multiple of its fair share of tokens is reported as starving. 0 to 1."""
+    alarm_drop_rate: Fraction = 0.2
+    """A layer that drops more than this share of its tokens' visits is reported. 0 to 1."""
 
 
 class Continual(Memory):

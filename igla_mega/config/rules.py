@@ -5,11 +5,14 @@ import math
 from collections.abc import Callable, Iterator
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Moe
 from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
 from igla_mega.config.schema import Recipe
 
 Rule = Callable[[Recipe], Iterator[str]]
 
+WORTH_SAYING = 0.1
+"""A share of dropped visits above which a capacity is remarked on."""
 # Weights are written with two or three digits: thirds as 0.33 still add up.
 
 
@@ -42,7 +45,9 @@ def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu")
                     found.append(f"stages.{i}.{key}: a stage has no stages of its own. Make each a stage.")
         return found
     found = [breach for rule in RULES for breach in rule(recipe)]
-    return found + (list(world_fits_layout(recipe, world_size)) if world_size is not None else [])
+    if world_size is not None:
+        found += [*world_fits_layout(recipe, world_size), *device_has_dispatcher(recipe, device)]
+    return found
 
 
 def near_divisors(number: int, wanted: int) -> str:
@@ -205,11 +210,14 @@ def mix_has_sources(recipe: Recipe) -> Iterator[str]:
 
 def experts_add_up(recipe: Recipe) -> Iterator[str]:
     moe, parallel = recipe.moe, recipe.distributed.expert_parallel
+    split, factor = recipe.distributed.expert_tensor_parallel, recipe.training.expert_capacity_factor
     if moe is None:
         if recipe.training.expert_capacity_factor is not None:
             yield "training.expert_capacity_factor: given without `moe:`. Remove it, or give `moe.num_experts`."
         if parallel not in ("auto", 1):
             yield f"distributed.expert_parallel: {parallel} without `moe:`; there are no experts. Use 1 or auto."
+        if split > 1:
+            yield f"distributed.expert_tensor_parallel: {split} without `moe:`; there are no experts. Use 1."
         return
     if moe.num_experts_per_tok > moe.num_experts:
         yield (
@@ -221,6 +229,89 @@ def experts_add_up(recipe: Recipe) -> Iterator[str]:
             f"distributed.expert_parallel: {parallel} does not divide moe.num_experts {moe.num_experts}. "
             f"Use {near_divisors(moe.num_experts, parallel)}."
         )
+    if recipe.model is not None and recipe.model.intermediate_size % split:
+        size = recipe.model.intermediate_size
+        yield (
+            f"distributed.expert_tensor_parallel: {split} does not divide model.intermediate_size {size}. "
+            f"Use {near_divisors(size, split)}."
+        )
+    if moe.pad_to_capacity:
+        if factor is None:
+            yield "moe.pad_to_capacity: true without training.expert_capacity_factor, which is what to fill up to."
+        if moe.capacity_over != "rank":
+            yield (
+                f"moe.pad_to_capacity: true with moe.capacity_over {moe.capacity_over}, by which ranks' shares vary. "
+                "Use moe.capacity_over=rank, or leave padding out."
+            )
+        if moe.dispatcher != "alltoall":
+            yield f"moe.pad_to_capacity: true with moe.dispatcher {moe.dispatcher}. Use alltoall."
+
+
+def experts_fit_the_rest(recipe: Recipe) -> Iterator[str]:
+    if (moe := recipe.moe) is None:
+        return
+    where, ewc = recipe.distributed, recipe.memory is not None and recipe.memory.ewc_lambda > 0
+    if where.sequence_parallel is False and where.tensor_parallel not in ("auto", 1):
+        yield (
+            f"distributed.sequence_parallel: false with `moe:` and tensor_parallel {where.tensor_parallel}, whose "
+            "ranks would each send the same tokens to the experts. Use true or auto."
+        )
+    if where.expert_tensor_parallel > 1:
+        for key in ("lora", "quantization"):
+            if getattr(recipe, key) is not None:
+                yield f"distributed.expert_tensor_parallel: {where.expert_tensor_parallel} beside `{key}:`. Use 1."
+        if where.strategy == "FSDP":
+            yield (
+                f"distributed.expert_tensor_parallel: {where.expert_tensor_parallel} with strategy FSDP is not proved "
+                "to train exactly, so it is refused. Use 1, or strategy DDP."
+            )
+    if ewc and moe.capacity_over == "global" and recipe.training.expert_capacity_factor is not None:
+        yield (
+            "moe.capacity_over: global beside EWC, whose Fisher is of one sequence at a time. Use sequence, or leave "
+            "training.expert_capacity_factor out."
+        )
+    for key in ("expert_parallel", "tensor_parallel"):
+        size = getattr(where, key)
+        if where.strategy == "FSDP" and ewc and size not in ("auto", 1):
+            yield (
+                f"distributed.{key}: {size} with strategy FSDP, `moe:` and EWC, whose Fisher is not proved there. "
+                "Use 1, or strategy DDP."
+            )
+
+
+def expected_drop_rate(moe: Moe, capacity_factor: float, num_tokens: int) -> float:
+    """Share of visits that find no room when every expert is as likely as any other.
+
+    Args:
+        num_tokens: among which the fair share is measured.
+    """
+    share = moe.num_experts_per_tok / moe.num_experts
+    fair, room = num_tokens * share, math.ceil(num_tokens * share * capacity_factor)
+    deviation = math.sqrt(num_tokens * share * (1 - share)) or 1e-9
+    z = (room - fair) / deviation
+    density, beyond = math.exp(-z * z / 2) / math.sqrt(2 * math.pi), math.erfc(z / math.sqrt(2)) / 2
+    return deviation * (density - z * beyond) / fair
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Return a sentence for each thing that a recipe may ask for and will probably regret."""
+    moe, factor, length = recipe.moe, recipe.training.expert_capacity_factor, recipe.sequence_length
+    said = []
+    if moe is not None and factor is not None and length is not None:
+        rate = expected_drop_rate(moe, factor, length)
+        if rate > WORTH_SAYING:
+            said.append(
+                f"training.expert_capacity_factor: {factor:g} drops about {rate:.0%} of the tokens' visits even when "
+                f"the experts are equally busy; {1 if factor < 1 else 2:g} or more is usual, null drops none."
+            )
+    if moe is not None and moe.num_experts > moe.num_experts_per_tok == 1 and not moe.pre_softmax:
+        said.append(
+            "moe.num_experts_per_tok: 1 gives the one expert a weight of 1 whatever the router says: the router learns "
+            "from the balancing loss alone. Use 2, or moe.pre_softmax=true."
+        )
+    if moe is not None and moe.force_balanced:
+        said.append("moe.force_balanced: tokens go to experts in turn; this measures speed and trains nothing of use.")
+    return said
 
 
 def features_go_together(recipe: Recipe) -> Iterator[str]:
@@ -396,13 +487,12 @@ def fsdp_is_proved(recipe: Recipe) -> Iterator[str]:
     where = recipe.distributed
     if where.strategy != "FSDP":
         return
-    for key in ("pipeline_parallel", "expert_parallel"):
-        size = getattr(where, key)
-        if size not in ("auto", 1):
-            yield (
-                f"distributed.strategy: FSDP with {key} {size} is not proved to train exactly, so it is refused. "
-                f"Use strategy DDP (its optimizer state is sharded too), or {key} 1."
-            )
+    size = where.pipeline_parallel
+    if size not in ("auto", 1):
+        yield (
+            f"distributed.strategy: FSDP with pipeline_parallel {size} is not proved to train exactly, so it is "
+            "refused. Use strategy DDP (its optimizer state is sharded too), or pipeline_parallel 1."
+        )
 
 
 RULES: list[Rule] = [
@@ -417,6 +507,7 @@ RULES: list[Rule] = [
     learning_rate_falls,
     mix_has_sources,
     experts_add_up,
+    experts_fit_the_rest,
     features_go_together,
     phases_are_learnable,
     memory_has_something_to_hold,
@@ -447,6 +538,12 @@ def world_fits_layout(recipe: Recipe, world_size: int) -> Iterator[str]:
         )
 
 
+def device_has_dispatcher(recipe: Recipe, device: str) -> Iterator[str]:
+    """Yield a breach when the experts' tokens would travel by what only GPUs have."""
+    if recipe.moe is not None and recipe.moe.dispatcher == "flex" and device == "cpu":
+        yield "moe.dispatcher: flex is DeepEP's, which runs on NVLink and InfiniBand alone. Use alltoall or allgather."
+
+
 def not_yet(recipe: Recipe) -> list[str]:
     """Return a sentence for each thing that a recipe asks for and `train` cannot do yet."""
     sentences = []
@@ -459,10 +556,7 @@ def not_yet(recipe: Recipe) -> list[str]:
 
 
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
-    koshey, where = recipe.koshey, recipe.distributed
-    expert = where.expert_parallel
-    for key, what, without in (("moe", "mixture of experts is", "one dense network"),):
-        yield getattr(recipe, key) is not None, key, what, f"set {key}=null to train {without}"
+    koshey = recipe.koshey
     if (codes := recipe.quantization) is not None:
         other = (codes.bits, codes.quant_type) != (4, "nf4")
         yield other, "quantization", f"{codes.bits} bits of {codes.quant_type} are", "use 4 bits of nf4"
@@ -471,5 +565,3 @@ def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
     if koshey is not None:
         word, what = "dynamic_batching", "token-budget batching is"
         yield koshey.dynamic_batching, f"koshey.{word}", what, f"set koshey.{word}=false to train without it"
-    key = "distributed.expert_parallel"
-    yield expert not in ("auto", 1), key, f"expert parallelism ({expert}) is", f"set {key}=1"

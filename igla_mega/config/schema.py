@@ -82,7 +82,12 @@ class Model(Section):
         experts = moe.num_experts if moe else 1
         norms = self.hidden_size * (2 * self.num_layers + 1)
         embedding = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return embedding + norms + self.num_layers * self._layer_weights(experts, router=moe)
+        return embedding + norms + self.num_layers * self._layer_weights(experts, moe)
+
+    def active_parameters(self, moe: Moe | None = None) -> int:
+        """Return the parameters that one token uses: of the experts those it visits, of the embedding all."""
+        idle = moe.num_experts - moe.num_experts_per_tok if moe else 0
+        return self.num_parameters(moe) - idle * 3 * self.hidden_size * self.intermediate_size * self.num_layers
 
     def matmul_parameters(self, moe: Moe | None = None) -> int:
         """Return the parameters that one token is multiplied with.
@@ -90,12 +95,13 @@ class Model(Section):
         The output projection counts, the embedding's look-up and the norms do not; of the experts, those visited.
         """
         experts = moe.num_experts_per_tok if moe else 1
-        return self.vocab_size * self.hidden_size + self.num_layers * self._layer_weights(experts, router=moe)
+        return self.vocab_size * self.hidden_size + self.num_layers * self._layer_weights(experts, moe)
 
-    def _layer_weights(self, experts: int, router: Moe | None) -> int:
+    def _layer_weights(self, experts: int, moe: Moe | None) -> int:
         attention = 2 * self.hidden_size * self.head_size * (self.num_heads + self.num_kv_heads)
-        gate = self.hidden_size * router.num_experts if router else 0
-        return attention + gate + experts * 3 * self.hidden_size * self.intermediate_size
+        router = self.hidden_size * moe.num_experts if moe else 0
+        shared = (moe.shared_intermediate_size or 0) if moe else 0
+        return attention + router + 3 * self.hidden_size * (experts * self.intermediate_size + shared)
 
 
 class Training(Section):
@@ -127,7 +133,8 @@ class Training(Section):
     sequence_length: Count | None = None
     """Tokens of a training sample. At least 1; unset, `model.max_position`."""
     expert_capacity_factor: Positive | None = None
-    """Tokens an expert takes, as a multiple of its fair share; more are dropped. Above 0; unset, none are dropped."""
+    """Tokens an expert takes in training, as a multiple of its fair share (`moe.capacity_over`); the least probable
+    beyond are dropped. Above 0; unset, none are dropped."""
 
     @property
     def batch_tokens(self) -> int | None:
@@ -181,7 +188,9 @@ class Distributed(Section):
     pad_sequences: bool = False
     """Fills each sequence up to the multiple of 2 x context_parallel that splitting it needs."""
     expert_parallel: CountOrAuto = "auto"
-    """Ranks that the experts are split over. At least 1."""
+    """Ranks that the experts are split over, among those of the data, context and tensor axes. At least 1."""
+    expert_tensor_parallel: Count = 1
+    """Ranks that each expert's matrices are split over: 1, or `tensor_parallel`."""
     micro_batch_size: CountOrAuto = "auto"
     """Sequences a rank takes through the model at once. At least 1."""
     sequence_parallel: BoolOrAuto = "auto"

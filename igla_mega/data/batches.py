@@ -231,7 +231,7 @@ class Corpus:
             "loss_mask": mask,
             "position_ids": positions,
         }
-        return {**{key: asas_tensor(array) for key, array in arrays.items()}, "documents": documents}
+        return {**{key: as_tensor(array) for key, array in arrays.items()}, "documents": documents}
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
         """What one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
@@ -251,6 +251,12 @@ class Corpus:
     def windows_per_epoch(self) -> dict[str, int]:
         """Samples in one pass over each source's training part."""
         return {name: windows.per_epoch for name, windows in self._train.items()}
+
+    def read_until(self, step: int, global_batch: int) -> dict[str, tuple[int, float]]:
+        """What the steps before this one have read of each source: tokens, and passes over its training part."""
+        drawn = self.blend.consumed(step * global_batch)
+        windows = self.windows_per_epoch()
+        return {name: (n * self.sequence_length, n / windows[name]) for name, n in drawn.items() if n}
 
     def validation_names(self) -> list[str]:
         """Sources that have a validation part."""

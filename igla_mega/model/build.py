@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from igla_mega import parallel
+from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model
+from igla_mega.model.experts import connect
 from igla_mega.model.shards import Shard
 from igla_mega.model.spec import block_spec
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
@@ -90,19 +92,39 @@ def transformer_config(
     recompute: str = "none",
     transformer_engine: bool = False,
     documents: bool = False,
+    moe: Moe | None = None,
+    capacity_factor: float | None = None,
 ) -> TransformerConfig:
     """Translate the `model` section and the layout into megatron-core's words.
 
     Args:
         dtype: of the parameters as the modules see them (FSDP passes float32 and casts on gathering).
-        recompute: "none", "selective" (the MLP) or "full" (every layer). Core attention is never computed again: its
-            output and log-sum-exp are kept.
+        recompute: "none", "selective" (the MLP, or the experts) or "full" (every layer). Core attention is never
+            computed again: its output and log-sum-exp are kept.
         documents: rows hold several, with positions of their own.
+        moe: experts in place of each layer's feed-forward network.
+        capacity_factor: `training.expert_capacity_factor`; None for a model that does not train.
     """
     cuda = device.type == "cuda"
+    experts: dict[str, Any] = {}
+    if moe is not None:
+        experts = {
+            "num_moe_experts": moe.num_experts,
+            "moe_router_topk": moe.num_experts_per_tok,
+            "moe_ffn_hidden_size": model.intermediate_size,
+            "moe_shared_expert_intermediate_size": moe.shared_intermediate_size,
+            "moe_token_dispatcher_type": moe.dispatcher,
+            "moe_expert_capacity_factor": capacity_factor,
+            "moe_pad_expert_input_to_capacity": moe.pad_to_capacity and capacity_factor is not None,
+            "moe_grouped_gemm": transformer_engine,
+            "expert_tensor_parallel_size": layout.expert_tensor,
+            # Ours are in `router.py`; mcore refuses one expert a token unless it is told this.
+            "moe_router_load_balancing_type": "none",
+            "moe_router_pre_softmax": True,
+        }
     recompute_settings: dict[str, Any] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe" if moe else "mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(
@@ -147,10 +169,13 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **recompute_settings[recompute],
+        **experts,
     )
 
 
-def build_chunks(config: TransformerConfig, model: Model, *, transformer_engine: bool = False) -> list[CausalLM]:
+def build_chunks(
+    config: TransformerConfig, model: Model, *, transformer_engine: bool = False, moe: Moe | None = None
+) -> list[CausalLM]:
     """Build this rank's pipeline chunks, as a rule without allocating their weights (torch's meta device)."""
     padded_vocab = math.ceil(model.vocab_size / config.tensor_model_parallel_size) * config.tensor_model_parallel_size
     num_stages = config.virtual_pipeline_model_parallel_size
@@ -162,7 +187,7 @@ def build_chunks(config: TransformerConfig, model: Model, *, transformer_engine:
         with torch.device(where):
             chunk = CausalLM(
                 config,
-                block_spec(config, stage, transformer_engine),
+                block_spec(config, stage, transformer_engine, moe),
                 vocab_size=padded_vocab,
                 max_sequence_length=model.max_position,
                 pre_process=first,
@@ -173,6 +198,7 @@ def build_chunks(config: TransformerConfig, model: Model, *, transformer_engine:
             )
         chunk.true_vocab_size = model.vocab_size
         chunk.rotary_frequencies = inverse_frequencies(model), inverse_frequencies(model, torch.float64)
+        connect(chunk)
         chunks.append(chunk)
     return chunks
 
@@ -220,25 +246,31 @@ def initialize(runs: Iterable[tuple[Shard, Tensor, int]], model: Model, seed: in
 
     Each weight is drawn as a whole from a generator seeded by its name, and a rank keeps its own part. Normal with
     `init_std`, the projections back into the residual stream divided by sqrt(2 * num_layers) (Radford et al. 2019,
-    section 2.3), norms 1.
+    section 2.3), norms 1, biases of the routers 0.
 
     Args:
         runs: a parameter's place, what this rank holds of it (1-D), and where that starts (as `Shard.rectangles`).
     """
     for shard, values, start in runs:
         if len(shard.shape) == 1:
-            values.fill_(1.0)
+            values.fill_(0.0 if shard.name.endswith("expert_bias") else 1.0)
             continue
         values.zero_()  # rows that pad the vocabulary stay 0
         std = model.init_std
         if shard.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * model.num_layers)
-        digest = hashlib.blake2b(f"{seed}:{shard.name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-        whole = torch.empty(shard.shape, dtype=torch.float32, device=values.device)
-        whole.normal_(0.0, std, generator=generator)
+        whole = drawn(shard.name, shard.shape, std, seed, values.device)
         for offset, piece in shard.rectangles(values, start):
             piece.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))])
+
+
+def drawn(name: str, shape: tuple[int, ...], std: float, seed: int, device: torch.device | str | None = None) -> Tensor:
+    """Initial values of a whole weight, fp32: normal, from a generator seeded by its name."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    return whole.normal_(
+        0.0, std, generator=torch.Generator(whole.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    )
 
 
 def materialize(chunks: Iterable[nn.Module], device: torch.device) -> None:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Lora
 from igla_mega.model.nf4 import frozen_forward, weight_of
 from igla_mega.model.projections import Stack, stacks_of
@@ -86,14 +85,9 @@ def attach(chunks: Iterable[Any], lora: Lora, *, context: tuple[int, int] = (0, 
 
     Args:
         context: this rank's number on the context axis, and the axis' size.
-
-    Raises:
-        ConfigError: the model has experts.
     """
     switch = Switch()
     for chunk in chunks:
-        if chunk.config.num_moe_experts:
-            raise ConfigError("lora: adapters on experts are not built yet.\n  Use a dense model, or leave `lora` out.")
         chunk.requires_grad_(False)
         for stack, linear in stacks_of(chunk):
             linear._forward_impl = frozen_forward
@@ -122,7 +116,8 @@ def _adapter(stack: Stack, name: str, linear: Any, lora: Lora) -> Adapter:
     partial = (adapter.lora_B, adapter.lora_magnitude) if stack.row_parallel else (adapter.lora_A,)
     for param in partial:
         if param is not None:
-            param.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
+            # An expert sees the tokens of all of them.
+            param.sequence_parallel = linear.sequence_parallel and not stack.expert  # type: ignore[attr-defined]
     return adapter
 
 
@@ -142,7 +137,10 @@ def is_adapter(name: str) -> bool:
 
 
 def _add(linear: Any, args: tuple, result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None] | None:
-    """Forward hook: add what the adapters make of the linear's input [S, B, I] to its output [S, B, O]."""
+    """Forward hook: add what the adapters make of the linear's input [S, B, I] to its output [S, B, O].
+
+    Of an expert both are of its tokens: [T, I] and [T, O].
+    """
     place: _Place = linear.lora
     stack = place.stack
     if not place.switch.on:
@@ -260,14 +258,22 @@ def seed_dropout(seed: int, first_sample: int) -> None:
 
 
 def _dropout_mask(place: _Place, linear: Any, x: Tensor) -> tuple[Tensor, float]:
-    """Which inputs stay, bool like x, and their share: 1 - dropout, rounded to 1 / 65536."""
+    """Which inputs stay, bool like x, and their share: 1 - dropout, rounded to 1 / 65536.
+
+    An expert's tokens come in an order that depends on the layout, and their mask with it.
+    """
+    threshold = round(place.dropout * 2**16)
+    if place.stack.expert:
+        key = hashlib.blake2b(f"{torch.initial_seed()}:{place.stack.name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(x.device).manual_seed(int.from_bytes(key, "big") >> 1)
+        drawn = torch.randint(2**16, x.shape, generator=generator, device=x.device)
+        return drawn >= threshold, 1.0 - threshold / 2**16
     rank, size = linear.tp_group.rank(), linear.tp_group.size()
     split_columns = place.stack.row_parallel
     split_tokens = linear.sequence_parallel and not split_columns
     context_rank, context_size = place.context
     length = x.size(0) * (size if split_tokens else 1) * context_size
     width = x.size(2) * (size if split_columns else 1)
-    threshold = round(place.dropout * 2**16)
     mask = torch.empty(x.size(1), x.size(0), x.size(2), dtype=torch.bool, device=x.device)
     for row in range(x.size(1)):
         key = hashlib.blake2b(f"{torch.initial_seed() + row}:{place.stack.name}".encode(), digest_size=8).digest()

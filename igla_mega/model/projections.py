@@ -18,8 +18,8 @@ STACKS = {
     "mlp.linear_fc2": ("down_proj",),
 }
 """The linears of a layer, and the projections whose rows each holds."""
-ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
-"""Linears whose columns tensor parallelism splits; of the others it splits the rows."""
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
+"""Last part of linears whose columns tensor parallelism splits; of the others it splits the rows."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Stack:
     layer: int
     """From 0, over all pipeline stages."""
     path: str
-    """Of the linear in its layer."""
+    """Of the linear in its layer; an expert's with its number among all of them."""
     groups: int
     """The rows are stacked group by group: each projection gives 1 / groups of its own, in turn."""
     sizes: Mapping[str, int]
@@ -37,7 +37,12 @@ class Stack:
 
     @property
     def row_parallel(self) -> bool:
-        return self.path in ROW_PARALLEL
+        return self.path.endswith(ROW_PARALLEL)
+
+    @property
+    def expert(self) -> bool:
+        """Whether only some tokens pass, in no order: [T, H] instead of [S, B, H]."""
+        return ".local_experts." in self.path
 
     @property
     def name(self) -> str:
@@ -57,20 +62,33 @@ class Stack:
 
 
 def stacks_of(chunk: Any) -> Iterator[tuple[Stack, Any]]:
-    """Every stacked linear of a model chunk, in the order of the layers; those of experts are left out."""
+    """Every stacked linear of a model chunk, in the order of the layers; of experts, those of this rank."""
     config = chunk.config
     heads, groups, head = config.num_attention_heads, config.num_query_groups, config.kv_channels
     for layer in chunk.decoder.layers:
-        for path, projections in STACKS.items():
-            if config.num_moe_experts and path.startswith("mlp."):
-                continue
-            linear = layer.get_submodule(path)
+        for path, local, projections in _linears(layer):
+            linear = layer.get_submodule(local)
             size = linear.tp_group.size()
             if path.endswith("linear_qkv"):
                 sizes = {"q_proj": heads // groups * head, "k_proj": head, "v_proj": head}
             elif path.endswith("linear_fc1"):
-                sizes = dict.fromkeys(projections, config.ffn_hidden_size // size)
+                sizes = dict.fromkeys(projections, linear.output_size // len(projections) // size)
             else:
                 sizes = {projections[0]: config.hidden_size}
             num_groups = groups // size if path.endswith("linear_qkv") else 1
             yield Stack(layer.layer_number - 1, path, num_groups, sizes), linear
+
+
+def _linears(layer: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Path of each linear of a layer in every layout, its path on this rank, and the projections that it holds."""
+    routed = hasattr(layer.mlp, "local_expert_indices")
+    for path, projections in STACKS.items():
+        block, _, linear = path.partition(".")
+        if block != "mlp" or not routed:
+            yield path, path, projections
+            continue
+        for local, expert in enumerate(layer.mlp.local_expert_indices):
+            stem = "mlp.experts.local_experts"
+            yield f"{stem}.{expert}.{linear}", f"{stem}.{local}.{linear}", projections
+        if layer.mlp.shared_experts is not None:
+            yield f"mlp.shared_experts.{linear}", f"mlp.shared_experts.{linear}", projections

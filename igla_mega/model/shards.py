@@ -6,6 +6,7 @@ global parameter. Initialisation, checkpoints and everything else that must not 
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,13 +28,15 @@ _SPLIT_DIM = {
     "output_layer.weight": 0,
     "self_attention.linear_qkv.weight": 0,
     "self_attention.linear_proj.weight": 1,
-    "mlp.linear_fc1.weight": 0,
-    "mlp.linear_fc2.weight": 1,
+    # Of the dense network, of an expert (`local_experts.7.`) and of shared experts (`shared_experts.`).
+    "linear_fc1.weight": 0,
+    "linear_fc2.weight": 1,
     # Adapters split where their projections do.
     **{f"{p}_proj.{matrix}": 0 for p in ("q", "k", "v", "gate", "up") for matrix in ("lora_B", "lora_magnitude")},
     "o_proj.lora_A": 1,
     "down_proj.lora_A": 1,
 }
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 Rectangle = tuple[tuple[int, ...], Tensor]
@@ -53,6 +56,7 @@ class Shard:
     dim: int | None
     """Which dim tensor parallelism splits; None when every tensor-parallel rank holds all of it."""
     tensor_rank: int
+    """Of an expert, on the axis of expert tensor parallelism."""
     tensor_size: int
     halves: int
     """2 for the stacked gate and up projections, each of which is split by itself."""
@@ -60,6 +64,8 @@ class Shard:
     """Its gradient on one tensor-parallel rank covers only that rank's tokens."""
     shared: bool = False
     """The last pipeline stage's copy of a tied embedding."""
+    expert: bool = False
+    """Held by the ranks of its expert alone: others hold the same on `Mesh.expert_data`, not on `Mesh.data_context`."""
 
     @property
     def is_first_copy(self) -> bool:
@@ -125,11 +131,13 @@ def shards_of(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int) -> Shards
     shards: Shards = {}
     for index, chunk in enumerate(chunks):
         for local_name, param in chunk.named_parameters():
-            name = _global_name(chunk, local_name)
+            name = _global_name(chunk, local_name, mesh.expert.rank)
+            expert = is_expert(name)
+            tensor = mesh.expert_tensor if expert else mesh.tensor
             dim = next((d for suffix, d in _SPLIT_DIM.items() if name.endswith(suffix)), None)
             shape = list(param.shape)
             if dim is not None:
-                shape[dim] *= mesh.tensor.size
+                shape[dim] *= tensor.size
             if name.endswith(_VOCABULARY):
                 shape[0] = vocab_size
             shards[index, local_name] = Shard(
@@ -137,14 +145,19 @@ def shards_of(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int) -> Shards
                 shape=tuple(shape),
                 local_shape=tuple(param.shape),
                 dim=dim,
-                tensor_rank=mesh.tensor.rank,
-                tensor_size=mesh.tensor.size,
+                tensor_rank=tensor.rank,
+                tensor_size=tensor.size,
                 halves=2 if name.endswith("linear_fc1.weight") else 1,
                 sequence_parallel=getattr(param, "sequence_parallel", False),
                 shared=getattr(param, "shared", False),
+                expert=expert,
             )
             # mcore's norm counts a parameter by this mark, and sets it only where it initialises the weights itself.
-            param.tensor_model_parallel = dim is not None  # type: ignore[attr-defined]
+            # Tensor-parallel ranks hold different experts, or are data-parallel ranks to them.
+            param.tensor_model_parallel = expert or dim is not None  # type: ignore[attr-defined]
+            if expert:
+                # mcore sums its gradient over `expert_data`, also where one rank holds all experts.
+                param.allreduce = False  # type: ignore[attr-defined]
             if dim is not None:
                 param.partition_dim, param.partition_stride = dim, 1  # type: ignore[attr-defined]
     return shards
@@ -163,11 +176,24 @@ def local_runs(chunks: Sequence[nn.Module], shards: Shards) -> Iterator[tuple[Sh
         yield shard, *local_values(param)
 
 
-def _global_name(chunk: GPTModel, name: str) -> str:
+def is_expert(name: str) -> bool:
+    """Whether a parameter, by its name, belongs to one of the experts among which a router chooses."""
+    return ".local_experts." in name
+
+
+def _global_name(chunk: GPTModel, name: str, expert_rank: int) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+        layer = chunk.decoder.layers[int(parts[2])]
+        parts[2] = str(layer.layer_number - 1)
         rest = ".".join(parts[3:])
+        if rest.startswith("mlp.experts."):
+            first = expert_rank * layer.mlp.num_local_experts
+            if stacked := _GROUPED.fullmatch(rest):  # Transformer Engine's experts of a rank
+                rest = f"mlp.experts.local_experts.{first + int(stacked[2])}.{stacked[1]}.weight"
+            else:
+                parts[6] = str(first + int(parts[6]))
+                rest = ".".join(parts[3:])
         return ".".join([*parts[:3], _TRANSFORMER_ENGINE_NAMES.get(rest, rest)])
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"

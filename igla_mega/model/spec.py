@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Moe
+from igla_mega.model.experts import use_experts
 from igla_mega.ops.ring_attention import Kept, ring_attention
 
 
@@ -145,14 +147,18 @@ def use_transformer_engine(kernels: str, device: torch.device) -> bool:
     return present and kernels in ("te", "auto")
 
 
-def block_spec(config: TransformerConfig, virtual_stage: int | None, transformer_engine: bool):
+def block_spec(config: TransformerConfig, virtual_stage: int | None, transformer_engine: bool, moe: Moe | None = None):
     """The decoder's layers of one pipeline chunk and the norm behind the last of them."""
+    num_experts = moe.num_experts if moe is not None else None
     if transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts, moe_grouped_gemm=moe is not None)
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+    if moe is not None:
+        grouped = not transformer_engine and config.bf16 and torch.cuda.is_available()
+        use_experts(layer, moe, grouped=grouped)
     # Also between Transformer Engine's projections: its context parallelism sums in bf16 and keeps every hop's keys.
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)

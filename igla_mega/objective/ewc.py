@@ -221,7 +221,7 @@ def weights_digest(mesh: Mesh, slots: Iterable[Slot]) -> str:
     """A digest of a model's weights, bit for bit, the same in every layout."""
     own: dict[str, int] = {}
     for slot in slots:
-        if slot.shard.is_first_copy and (not slot.replicated or mesh.data_context.rank == 0):
+        if slot.shard.is_first_copy and (not slot.replicated or mesh.replicas(expert=slot.shard.expert).rank == 0):
             for offset, piece in slot.shard.rectangles(slot.values["master"], slot.start):
                 bits = int(_place_weighted(piece, offset, slot.shard.shape)) % (1 << 64)
                 own[slot.shard.name] = (own.get(slot.shard.name, 0) + bits) % (1 << 64)
@@ -249,6 +249,7 @@ def _by_weight(slots: Sequence[Slot], mesh: Mesh) -> list[tuple[float, list[int]
     """Slots by what they count for in a sum over all ranks, so that each parameter counts once."""
     groups: dict[float, list[int]] = {}
     for i, slot in enumerate(slots):
-        share = 0.0 if not slot.shard.is_first_copy else 1.0 / mesh.data_context.size if slot.replicated else 1.0
+        copies = mesh.replicas(expert=slot.shard.expert).size if slot.replicated else 1
+        share = 1.0 / copies if slot.shard.is_first_copy else 0.0
         groups.setdefault(share, []).append(i)
     return sorted(groups.items())

@@ -40,12 +40,11 @@ CLAIMS: dict[str, Claim] = {
     "moe_8x7b": Claim(7, 256, "a100-80gb", (8 * WEEK, 12 * WEEK), 500_000, "8-12 weeks"),
     "continual_7b": Claim(8, 64, "a100-80gb", (2 * WEEK, 3 * WEEK), 30_000, "2-3 weeks a phase", phases=3),
 }
-_FORMER_NAMES = {"lora": "lora_7b", "qlora": "qlora_7b", "dpo": "dpo_7b", "sft_dpo": "sft_dpo_7b"}
 
 
 def claim_of(recipe_name: str) -> Claim | None:
     """The card's claim about a packaged recipe; None for a recipe of the user's own."""
-    return CLAIMS.get(_FORMER_NAMES.get(recipe_name, recipe_name))
+    return CLAIMS.get(recipe_name)
 
 
 def implied_utilization(claim: Claim, total_flops: float, peak_flops: float) -> tuple[float, float]:

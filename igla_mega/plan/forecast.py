@@ -15,6 +15,7 @@ from igla_mega.plan.hardware import GIB, TABLE, Hardware
 from igla_mega.plan.layout import Layout
 from igla_mega.plan.memory import Memory
 from igla_mega.plan.search import Candidate, Search, best, name_of, search, weigh
+from igla_mega.plan.stages import parts_of
 from igla_mega.plan.time import Clock, StepTime, model_flops_per_token
 
 EXAMPLES, EXAMPLE_TOKENS = 52_002, 512
@@ -222,7 +223,7 @@ def _pieces(
                 whole = whole.model_copy(
                     update={"training": whole.training.model_copy(update={"sequence_length": length})}
                 )
-        whole, notes = base_model.with_base(_own_training(whole), models, scale)
+        whole, notes = base_model.with_base(parts_of(whole)[0], models, scale)
         assumed += notes
         first = first or whole
         kind = "sft" if stage.sft is not None else "dpo" if stage.dpo is not None else f"stage {number + 1}"
@@ -244,21 +245,6 @@ def _pieces(
             )
 
 
-def _own_training(stage: Recipe) -> Recipe:
-    """The stage with what `sft` or `dpo` says of its training."""
-    own = stage.sft or stage.dpo
-    if own is None:
-        return stage
-    said = {
-        key: getattr(own, key) for key in ("learning_rate", "batch_size", "epochs") if getattr(own, key) is not None
-    }
-    if "epochs" in said:
-        said["total_steps"] = None
-    if "batch_size" in said:
-        said["gradient_accumulation"] = None
-    return stage.model_copy(update={"training": stage.training.model_copy(update=said)})
-
-
 def _steps(recipe: Recipe, samples: int | None, assumed: list[str]):
     training = recipe.training
     if training.total_steps is not None:
@@ -275,7 +261,7 @@ def _steps(recipe: Recipe, samples: int | None, assumed: list[str]):
             f"{rows:,} preference pairs an epoch (UltraFeedback's number); --samples says how many there are."
         )
     else:
-        packed = getattr(recipe.sft, "packing", True) if recipe.sft is not None else True
+        packed = recipe.data.packing
         rows = -(-EXAMPLES * EXAMPLE_TOKENS // length) if packed else EXAMPLES
         assumed.append(
             f"{EXAMPLES:,} examples an epoch (Alpaca's number) of {EXAMPLE_TOKENS} tokens"

@@ -19,6 +19,7 @@ CONTEXT_TOKENS, GPUS_OF_A_NODE = 16384, 8
 class Layout:
     """A layout of ranks: tensor x pipeline x context x data = world size. All sizes are numbers of ranks but for:
 
+    expert x expert_tensor: of the tensor, context and data axes' ranks those that together hold a layer's experts;
     virtual_pipeline: model chunks a pipeline rank; micro_batch_size, global_batch: samples, which are sequences, or
     pairs of them (rows_per_sample 2); num_microbatches: a step and data-parallel rank; sequence_length: tokens;
     recompute: what the backward pass computes again; notes: decisions to say aloud.
@@ -41,6 +42,7 @@ class Layout:
     rows_per_sample: int = 1
     context_schedule: str = "auto"
     notes: tuple[str, ...] = field(default=())
+    expert_tensor: int = 1
 
     @property
     def padded_length(self) -> int:
@@ -97,7 +99,9 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
 
     sequence_parallel = where.sequence_parallel
     if sequence_parallel == "auto":
-        sequence_parallel = device == "cuda" and tensor > 1 and length // context % tensor == 0
+        # Ranks that share a token would each send it to its experts.
+        wanted = device == "cuda" or recipe.moe is not None
+        sequence_parallel = wanted and tensor > 1 and length // context % tensor == 0
     elif sequence_parallel and tensor == 1:
         sequence_parallel = False
         notes.append("sequence_parallel: one tensor-parallel rank has no peers to split the sequence with; it is off.")
@@ -119,7 +123,8 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
         virtual_pipeline=where.virtual_pipeline,
         context=context,
         context_schedule=where.context_schedule,
-        expert=_choose_expert(recipe, data, device),
+        expert=_choose_expert(recipe, tensor * context, data),
+        expert_tensor=where.expert_tensor_parallel,
         data=data,
         sequence_parallel=sequence_parallel,
         strategy=strategy,
@@ -130,7 +135,7 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
         sequence_length=length,
         rows_per_sample=_rows_per_sample(recipe),
         recompute=where.gradient_checkpointing or "none",
-        notes=tuple(notes),
+        notes=(*notes, *rules.warnings(recipe)),
     )
 
 
@@ -161,26 +166,41 @@ def _choose_context(recipe: Recipe, length: int, world_size: int, device: str) -
 
 def _choose_tensor(recipe: Recipe, ranks: int, tokens: int, device: str) -> int:
     model = recipe.model
-    if device == "cuda" or model is None:
-        return 1
+    if device == "cuda" or model is None or recipe.moe is not None:
+        return 1  # experts are what the ranks share
     splits = math.gcd(model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
     if recipe.distributed.sequence_parallel is True:
         splits = math.gcd(splits, tokens)
     return math.gcd(splits, ranks)
 
 
-def _choose_expert(recipe: Recipe, data: int, device: str) -> int:
-    wanted = recipe.distributed.expert_parallel
+def _choose_expert(recipe: Recipe, peers: int, data: int) -> int:
+    """Return the ranks that share the experts; by choice as many as a node has, for their tokens cross in every layer.
+
+    Args:
+        peers: ranks of the tensor and context axes together.
+    """
+    wanted, split = recipe.distributed.expert_parallel, recipe.distributed.expert_tensor_parallel
+    ranks = peers * data
+    if ranks % split:
+        raise ConfigError(
+            f"distributed.expert_tensor_parallel: {split} does not divide the {ranks} ranks of the tensor, context and "
+            f"data axes. Use {near_divisors(ranks, split)}."
+        )
     if wanted != "auto":
-        if data % wanted:
+        if ranks % (wanted * split):
+            axes = "data-parallel ranks" if peers == 1 else "ranks of the tensor, context and data axes"
+            also = f" x expert_tensor_parallel {split}" if split > 1 else ""
             raise ConfigError(
-                f"distributed.expert_parallel: {wanted} does not divide the {data} data-parallel ranks. "
-                f"Use {near_divisors(data, wanted)}."
+                f"distributed.expert_parallel: {wanted}{also} does not divide the {ranks} {axes}. "
+                f"Use {near_divisors(ranks // split, wanted)}."
             )
         return wanted
-    if recipe.moe is None or device == "cpu" or recipe.distributed.strategy == "FSDP":
+    ewc = recipe.memory is not None and recipe.memory.ewc_lambda > 0
+    if recipe.moe is None or (ewc and recipe.distributed.strategy == "FSDP"):
         return 1
-    return math.gcd(recipe.moe.num_experts, data)
+    shared = math.gcd(recipe.moe.num_experts, ranks // split)
+    return max(size for size in range(1, min(shared, GPUS_OF_A_NODE) + 1) if shared % size == 0)
 
 
 def _batch(recipe: Recipe, length: int, data: int, pipeline: int, context: int, device: str) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def of_stage(recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> 
     peak = activations.peak(recipe, layout, stage, device)
     dpo = recipe.dpo
     reference = 0
-    if dpo is not None and getattr(dpo, "reference", "auto") == "model" and not dpo.reference_free:
+    if dpo is not None and dpo.reference == "model" and not dpo.reference_free:
         whole = replace(layout, strategy="DDP")
         reference = parameters.held(recipe, whole, stage, device=device).elements * (
             4 if recipe.distributed.precision == "FP32" else 2

@@ -87,7 +87,9 @@ def parameters_of(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Paramet
 
 def _kind(recipe: Recipe, layout: Layout) -> "_Kind":
     assert recipe.model is not None, "resolved before"
-    return _Kind(recipe.model, recipe.moe, recipe.lora, recipe.quantization, layout.tensor, layout.expert)
+    return _Kind(
+        recipe.model, recipe.moe, recipe.lora, recipe.quantization, layout.tensor, layout.expert, layout.expert_tensor
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class _Kind:
     quantization: Quantization | None
     tensor: int
     expert: int
+    expert_tensor: int
+
+    def replicas(self, parameter: Parameter, data_context: int) -> int:
+        """Ranks that hold the same part of a parameter, of so many on the data and context axes."""
+        shared = self.expert * self.expert_tensor
+        return data_context * self.tensor // shared if parameter.expert else data_context
 
 
 @lru_cache(maxsize=256)
@@ -133,21 +141,28 @@ def _layer(kind: _Kind) -> Iterator[Parameter]:
         return
     yield Parameter("router", (moe.num_experts, hidden), trained)
     for _ in range(moe.num_experts // kind.expert):
-        yield Parameter("expert_fc1", (2 * width, hidden), trained, expert=kind.expert > 1)
-        yield Parameter("expert_fc2", (hidden, width), trained, expert=kind.expert > 1)
+        own = width // kind.expert_tensor
+        yield from _linear(kind, "expert_fc1", hidden, {"gate_proj": own, "up_proj": own}, expert=True)
+        yield from _linear(kind, "expert_fc2", own, {"down_proj": hidden}, expert=True)
+    if moe.shared_intermediate_size:
+        own = moe.shared_intermediate_size // tensor
+        yield from _linear(kind, "shared_fc1", hidden, {"gate_proj": own, "up_proj": own})
+        yield from _linear(kind, "shared_fc2", own, {"down_proj": hidden})
 
 
-def _linear(kind: _Kind, name: str, inputs: int, projections: dict[str, int]) -> Iterator[Parameter]:
+def _linear(
+    kind: _Kind, name: str, inputs: int, projections: dict[str, int], *, expert: bool = False
+) -> Iterator[Parameter]:
     """A frozen or trained projection and its adapters, as one tensor-parallel rank holds them."""
     lora = kind.lora
     codes = tuple(rows * inputs for rows in projections.values()) if kind.quantization is not None else ()
-    yield Parameter(name, (sum(projections.values()), inputs), lora is None, codes=codes)
+    yield Parameter(name, (sum(projections.values()), inputs), lora is None, expert=expert, codes=codes)
     for target, rows in projections.items():
         if lora is not None and target in lora.target_modules:
-            yield Parameter(f"{name}.lora_A", (lora.rank, inputs))
-            yield Parameter(f"{name}.lora_B", (rows, lora.rank))
-            if getattr(lora, "use_dora", False):
-                yield Parameter(f"{name}.lora_magnitude", (rows,))
+            yield Parameter(f"{name}.lora_A", (lora.rank, inputs), expert=expert)
+            yield Parameter(f"{name}.lora_B", (rows, lora.rank), expert=expert)
+            if lora.use_dora:
+                yield Parameter(f"{name}.lora_magnitude", (rows,), expert=expert)
 
 
 @dataclass(frozen=True)
@@ -227,8 +242,9 @@ def _held(kind: _Kind, chunks: tuple[Chunk, ...], spread: _Spread) -> Held:
     replicas, value = spread.replicas, spread.value_bytes
     weights = sum(_coded_bytes(kind.quantization, parameter) for parameter in coded if kind.quantization is not None)
     if spread.sharded:
-        weights += sum(4 * rows_of_rank(parameter, replicas, spread.data_rank) for parameter in plain)
-        updated = sum(rows_of_rank(parameter, replicas, spread.data_rank) for parameter in trained)
+        rows = {p: rows_of_rank(p, n := kind.replicas(p, replicas), spread.data_rank % n) for p in {*plain, *trained}}
+        weights += sum(4 * rows[parameter] for parameter in plain)
+        updated = sum(rows[parameter] for parameter in trained)
         gradients, moments = 4 * updated, 8 * updated
     else:
         shared_out = spread.distributed_optimizer and replicas > 1
@@ -239,7 +255,7 @@ def _held(kind: _Kind, chunks: tuple[Chunk, ...], spread: _Spread) -> Held:
             cut = spread.overlap and spread.stage == 0 and index == 0
             for expert in (False, True):
                 own = [p for p in found if p.trained and p.expert == expert]
-                ranks = replicas * kind.tensor // kind.expert if expert else replicas
+                ranks = kind.replicas(own[0], replicas) if own else 1
                 size = max(40_000_000, 1_000_000 * replicas) if cut else None
                 end, share = buffer(own, ranks, size, shared_out=shared_out, rank=spread.data_rank % ranks)
                 padded, updated = padded + end, updated + share

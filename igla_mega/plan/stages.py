@@ -124,6 +124,7 @@ def parts_of(recipe: Recipe) -> list[Recipe]:
             kind = "sft" if part.sft is not None else "dpo" if part.dpo is not None else "stage"
             changes["name"] = part.name or f"{recipe.name or 'stages'}.{number + 1}.{kind}"
             changes["model"] = part.model or (parts[0].model if parts else None)
+            changes["moe"] = part.moe or (parts[0].moe if parts else None)
             changes["base_model"] = part.base_model or (parts[-1].name if parts else None)
         if (own := part.sft or part.dpo) is not None:
             said = {key: getattr(own, key) for key in ("learning_rate", "batch_size", "epochs")}

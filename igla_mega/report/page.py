@@ -1,6 +1,7 @@
 """A run on one page: `report.html`, with its plots and all that draws them inside the file."""
 
 import html
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,9 @@ from igla_mega.config.schema import Recipe
 
 MAX_POINTS = 2000
 """Points of one line; a longer one is drawn as means over equal stretches of steps."""
+
+MAX_COLUMNS = 400
+"""Columns of a heat map; a longer run is drawn as means over equal stretches of steps."""
 
 Points = tuple[list[float], list[float]]
 """Steps and values."""
@@ -152,9 +156,13 @@ def _figures(
     if matrix := next((e for e in reversed(entries) if e.get("forgetting_matrix")), None):
         note = "nats per token on each domain after each phase; colour: how far it has risen since it was learned"
         yield "Forgetting", note, _matrix_figure(matrix), True
+    yield from _expert_figures(entries)
     plots: list[tuple[str, str, str, float]] = [
         ("learning_rate", "Learning rate", "per step", 1.0),
         ("grad_norm", "Gradient norm", "L2 over all parameters, before clipping", 1.0),
+        ("moe_aux_loss", "Balance of the experts", "the balancing loss, mean over layers; 1 is balanced", 1.0),
+        ("moe_drop_rate", "Dropped visits", "percent of the tokens' visits to experts, mean over layers", 100.0),
+        ("moe_router_entropy", "Entropy of the routers", "nats, mean over layers and tokens", 1.0),
         ("ewc_nats", "What is held", "the penalty of Elastic Weight Consolidation, nats per token", 1.0),
         ("ewc_grad_norm", "Gradient norm of the pull", "L2 over all parameters; the task's is dashed", 1.0),
         ("tokens_per_second", "Throughput", "tokens per second, all ranks together", 1.0),
@@ -170,7 +178,7 @@ def _figures(
                 _add_line(figure, _series(entries, "task_grad_norm"), "the task's", SOURCE_COLORS[0], dash="dash")
             if key == "learning_rate":
                 figure.update_yaxes(exponentformat="e")
-            if key in ("tokens_per_second", "mfu", "memory_bytes"):
+            if key in ("tokens_per_second", "mfu", "memory_bytes", "moe_drop_rate"):
                 figure.update_yaxes(rangemode="tozero")
             figure.update_layout(showlegend=False)
             yield title, note, figure, False
@@ -246,6 +254,62 @@ def _matrix_figure(entry: Mapping[str, Any]) -> go.Figure:
     figure.update_xaxes(title=None, side="top", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_layout(hovermode="closest", margin={"l": 56, "r": 12, "t": 40, "b": 12})
+    return figure
+
+
+def _expert_figures(entries: list[dict]) -> Iterator[tuple[str, str, go.Figure, bool]]:
+    """The load of every expert over the steps, and the two most telling numbers of every layer."""
+    steps = [e for e in entries if _is_number(e.get("step")) and _is_table(e.get("expert_load"))]
+    shape = [len(layer) for layer in steps[-1]["expert_load"]] if steps else []
+    steps = [e for e in steps if [len(layer) for layer in e["expert_load"]] == shape]  # stages may differ
+    if not steps:
+        return
+    loads = [[share * len(layer) for layer in e["expert_load"] for share in layer] for e in steps]
+    names = [f"{layer}.{expert}" for layer, count in enumerate(shape) for expert in range(count)]
+    note = (
+        "visits of every expert (layer.expert) over its fair share, over optimizer steps; blue starves, red is crowded"
+    )
+    figure = _heat(([e["step"] for e in steps], loads), names, 1.0, "x fair", "%{y} at step %{x}: %{z:.2f} x its share")
+    for line in itertools.accumulate(shape[:-1]):
+        figure.add_hline(line - 0.5, line={"color": "#fff", "width": 2})
+    yield "Load of the experts", note, figure, True
+    for key, title, note, middle in (
+        ("max_violation", "Busiest expert", "by how much it exceeds its fair share, each layer over steps", None),
+        ("drop_rate", "Dropped visits by layer", "share of the visits that found no room, each layer over steps", None),
+    ):
+        rows = [(e["step"], e["moe_layers"][key]) for e in steps if key in (e.get("moe_layers") or {})]
+        if rows and any(value for _, values in rows for value in values):
+            points = [step for step, _ in rows], [values for _, values in rows]
+            layers = [f"layer {n}" for n in range(len(shape))]
+            yield title, note, _heat(points, layers, middle, "", "%{y} at step %{x}: %{z:.3f}"), False
+
+
+def _heat(
+    points: tuple[list[float], list[list[float]]], names: list[str], middle: float | None, unit: str, hover: str
+) -> go.Figure:
+    """Values of several things over steps, a row each; of a long run means over equal stretches of steps.
+
+    Args:
+        middle: the value that is neither too little nor too much; None where 0 is best.
+    """
+    steps, values = points
+    size = math.ceil(len(steps) / MAX_COLUMNS)
+    cuts = [slice(at, at + size) for at in range(0, len(steps), size)]
+    columns = [[sum(column) / len(column) for column in zip(*values[cut], strict=True)] for cut in cuts]
+    figure = _figure(max(220, 90 + 13 * len(names)))
+    scale = [[0.0, "#0072b2"], [0.5, "#f4f4f4"], [1.0, "#d55e00"]] if middle else [[0.0, "#f4f4f4"], [1.0, "#d55e00"]]
+    figure.add_heatmap(
+        x=[steps[cut][-1] for cut in cuts],
+        y=names,
+        z=[[round(value, 4) for value in row] for row in zip(*columns, strict=True)],
+        colorscale=scale,
+        zmin=0.0,
+        zmax=2 * middle if middle else None,
+        colorbar={"title": {"text": unit}, "thickness": 12},
+        hovertemplate=f"{hover}<extra></extra>",
+    )
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, dtick=max(1, len(names) // 40))
+    figure.update_layout(hovermode="closest")
     return figure
 
 
@@ -349,6 +413,12 @@ def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[Sequence[flo
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_table(value: object) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(r, list) and all(map(_is_number, r)) for r in value)
+    )
 
 
 def _short(number: float) -> str:

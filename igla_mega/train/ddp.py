@@ -123,9 +123,15 @@ class MegatronAdamW:
         runs = [(param, start, master.numel()) for part in self._parts() for param, master, start in _masters(part)]
         return [param.main_grad.view(-1)[start : start + size] for param, start, size in runs]  # type: ignore
 
+    @property
+    def one_sample(self) -> bool:
+        # Experts see tokens of several ranks: those of two samples could not be told apart.
+        mesh = self.mesh
+        return bool(self.config.num_moe_experts) and mesh.tensor.size * mesh.expert.size * mesh.expert_tensor.size > 1
+
     @contextmanager
     def per_sample(self) -> Iterator[Callable[[list[Tensor]], None]]:
-        config, alone = self.config, self.mesh.data_context.size == 1
+        config, alone = self.config, self.one_sample or self.mesh.data_context.size == 1
         saved = config.finalize_model_grads_func, config.no_sync_func
 
         def add(sums: list[Tensor]) -> None:
@@ -147,9 +153,11 @@ class MegatronAdamW:
 
     def _finish_sample(self, *_, **__) -> None:
         """Complete the sums of one sample's gradient: over its tokens' ranks, and over tied weights."""
-        if self.mesh.context.size > 1:
-            for buffer in self._buffers():
-                dist.all_reduce(buffer, group=self.mesh.context.group)
+        for chunk in self.chunks if self.one_sample or self.mesh.context.size > 1 else ():
+            for expert, buffers in ((False, chunk.buffers), (True, chunk.expert_parallel_buffers)):
+                axis = self.mesh.replicas(expert=expert) if self.one_sample else self.mesh.context
+                for buffer in buffers:  # type: ignore[union-attr]
+                    dist.all_reduce(buffer.grad_data, group=axis.group)
         _allreduce_non_tensor_model_parallel_grads(list(self.chunks), self.config, self.mesh.tensor.group)
         _allreduce_word_embedding_grads(list(self.chunks), self.config)
 
@@ -164,7 +172,8 @@ class MegatronAdamW:
             chunk.finish_grad_sync()  # type: ignore[operator]
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers]  # type: ignore
+        buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in self.chunks]  # type: ignore
+        return [buffer.grad_data for own in buffers for buffer in own]
 
     def slots(self) -> Iterator[Slot]:
         shard_of = {param: shard for shard, param in named_shards(self.chunks, self.shards)}

@@ -1,9 +1,10 @@
 """The diagonal Fisher information of a model, per token, estimated on the shards that the optimizer keeps.
 
 One sequence is one squared gradient: its sums (over its tokens' ranks, tied weights) are completed first, then it is
-squared, and only squares are summed over samples. Labels drawn from the model make it the Fisher information; labels
-of the data make it the empirical one, which differs wherever the model does not predict its data (Kunstner et al. 2019,
-arXiv:1905.12558).
+squared, and only squares are summed over samples. An expert's gradient is that of the tokens routed to it, and is
+divided by the number of all tokens, as every parameter's: a rarely visited expert has a small Fisher. Labels drawn from
+the model make it the Fisher information; labels of the data make it the empirical one, which differs wherever the model
+does not predict its data (Kunstner et al. 2019, arXiv:1905.12558).
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.batches import Batch, Corpus, Share
 from igla_mega.model.build import CausalLM
+from igla_mega.model.router import shared_of
 from igla_mega.objective.ewc import PER_TOKEN, Held, Origin, damped, weights_digest
 from igla_mega.ops.categorical import token_keys
 from igla_mega.train.step import Engine, forward_backward
@@ -91,15 +93,18 @@ def accumulate(
     rows = engine.layout.pipeline if len(engine.chunks) > 1 else 1
     engine = replace(engine, layout=replace(engine.layout, micro_batch_size=1, num_microbatches=rows))
     with _as_estimated(engine.chunks, draw), engine.optimizer.per_sample() as add_squares:
+        turns = range(width if engine.optimizer.one_sample else 1)
         for first in range(0, num_samples, width):
-            engine.optimizer.zero_grad()
             sample = next(samples)
-            blanks = ({**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])} for _ in range(rows - 1))
-            loss, targets, *_ = forward_backward(engine, iter([sample, *blanks]), forward_only=False)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"Fisher: the loss of samples {first + 1} to {first + width} is {loss}.")
-            add_squares(sums)
-            num_tokens += targets
+            blank = {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+            for turn in turns:
+                engine.optimizer.zero_grad()
+                own = sample if turn == engine.mesh.data.rank or len(turns) == 1 else blank
+                loss, targets, *_ = forward_backward(engine, iter([own, *[blank] * (rows - 1)]), forward_only=False)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"Fisher: the loss of samples {first + 1} to {first + width} is {loss}.")
+                add_squares(sums)
+                num_tokens += targets
             advance(min(width, num_samples - first))
     engine.optimizer.zero_grad()
     return round(num_tokens)
@@ -122,9 +127,13 @@ def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[Batch]:
 
 @contextmanager
 def _as_estimated(chunks, draw: bool) -> Iterator[None]:
-    """Without dropout, and only that: `eval()` would turn off recomputation too. With labels drawn where asked."""
+    """Without dropout and balancing of experts, and only that: `eval()` would turn off recomputation too. With labels
+    drawn where asked."""
     with ExitStack() as stack:
         for chunk in chunks:
+            if (routers := shared_of(chunk)) is not None:
+                routers.counts = False
+                stack.callback(setattr, routers, "counts", True)
             for module in chunk.modules():
                 if isinstance(module, nn.Dropout):
                     stack.callback(module.train, module.training)

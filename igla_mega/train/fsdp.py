@@ -29,7 +29,8 @@ from igla_mega.train.optimizer import held_step, moments_of, set_num_steps
 def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> GPTModel:
     """Shard every layer, and the rest as one unit, over the data and context ranks; compute in `dtype`.
 
-    What is on the meta device gets memory on `device`, not yet values. Codes of 4 bits stay whole on every rank.
+    What is on the meta device gets memory on `device`, not yet values. Experts are units of their own,
+    over the ranks that hold the same ones; codes of 4 bits stay whole on every rank.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -38,8 +39,14 @@ def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype, device: torch.device) 
         cast_forward_inputs=False,
     )
     device_mesh = DeviceMesh.from_group(mesh.data_context.group, device.type)
+    if routed := [layer.mlp.experts for layer in chunk.decoder.layers if chunk.config.num_moe_experts]:
+        expert_mesh = DeviceMesh.from_group(mesh.expert_data.group, device.type)
+        for experts in routed:
+            fully_shard(experts, mesh=expert_mesh, mp_policy=policy)
+    # No gradient reaches the routers' biases, which every rank moves alike.
+    biases = {param for name, param in chunk.named_parameters() if name.endswith("expert_bias")}
     for module in (*chunk.decoder.layers, chunk):
-        fully_shard(module, mesh=device_mesh, mp_policy=policy)
+        fully_shard(module, mesh=device_mesh, mp_policy=policy, ignored_params=biases)
     for module in chunk.modules():
         if isinstance(module, FSDPModule):
             # Sum, not mean: ranks may hold unequal numbers of targets, so the division comes once, at the end.
@@ -100,11 +107,11 @@ class ShardedAdamW:
         return held_step(ewc, slots, gradients, [self.adam], clip=self._clip, update=self.adam.step)
 
     def _clip(self) -> float:
+        # Of the whole world each rank has a part of its own of the experts, and of the rest where it counts.
         grads = [(_local(param.grad), shard.is_first_copy) for shard, param in self.params]
         norms = torch._foreach_norm([grad for grad, counts in grads if counts], 2.0, dtype=torch.float32)
         squares = torch.stack(norms).double().square().sum()
-        for axis in (self.mesh.data_context, self.mesh.model):
-            dist.all_reduce(squares, group=axis.group)
+        dist.all_reduce(squares)
         grad_norm = squares.sqrt().item()
         if grad_norm > self.max_norm:
             torch._foreach_mul_([grad for grad, _ in grads], self.max_norm / (grad_norm + 1e-6))
@@ -113,6 +120,10 @@ class ShardedAdamW:
     def _gradients(self) -> list[Tensor]:
         """The gradient of each slot, 1-D."""
         return [_local(param.grad).view(-1) for _, param in self.params]
+
+    @property
+    def one_sample(self) -> bool:
+        return False
 
     @contextmanager
     def per_sample(self) -> Iterator[Callable[[list[Tensor]], None]]:

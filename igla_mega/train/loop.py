@@ -3,15 +3,18 @@
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
 
 from igla_mega.checkpoint.store import CheckpointWriter, Progress
+from igla_mega.config.features import Moe
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Dataset, Share
+from igla_mega.data.batches import Corpus, Dataset, Share
+from igla_mega.model.router import Load
 from igla_mega.objective.ewc import Pull
 from igla_mega.plan.stages import Stage
 from igla_mega.train.memory import notes
@@ -22,6 +25,8 @@ from igla_mega.train.step import Engine, StepReport, measure, train_step
 
 RATE_STEPS = 10
 """Steps over which the shown rate is averaged."""
+ALARM_STEPS = 50
+"""Steps for which something must have been in order to be reported again."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
     tokens_per_step = run.share.global_batch * engine.layout.sequence_length * engine.layout.rows_per_sample
     saved_step, recent = progress.step, [time.perf_counter()]
     warmup, warned = recipe.num_warmup_steps(stage.schedule_steps), False
+    alarm = Alarm(recipe.moe) if recipe.moe is not None else None
 
     while progress.step < run.last_step:
         rate = learning_rate(
@@ -95,6 +101,8 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
             trackers.metrics(_metrics(run, progress, report, rate, tokens_per_step, step_seconds))
             length = {"sequence_length": engine.layout.sequence_length} if stage.domain else {}
             trackers.ledger({"step": progress.step, "sources": ledger, **length})
+        for line in alarm.lines(progress.step, report.load) if alarm and report.load else ():
+            display.say(f"step {progress.step}: alarm: {line}")
         if not warned and (warning := _throttled(report, recipe.training.gradient_clip)):
             warned = True
             display.say(f"step {progress.step}: {warning}")
@@ -105,6 +113,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         if not phase_ends and (last or _due(progress.step, recipe.evaluation.every_steps)):
             measured = validate(run)
             log_validation(measured, run, progress, display, trackers)
+            log_reading(run, data_step + 1, progress, display, trackers)
             if progress.before and progress.step == stage.last_step:
                 display.say(comparison(progress.before, measured, recipe.form))
             recent = [time.perf_counter()]
@@ -152,6 +161,23 @@ def log_validation(
     display.say(f"step {progress.step}: validation loss ({unit})  {parts}")
 
 
+def log_reading(
+    run: Run, data_step: int, progress: Progress, display: Display | Silent, trackers: Trackers | None
+) -> None:
+    """Write down and show how far each source of text has been read."""
+    if not isinstance(run.corpus, Corpus):
+        return
+    read = run.corpus.read_until(data_step, run.share.global_batch)
+    if trackers:
+        tokens = {name: count for name, (count, _) in read.items()}
+        epochs = {name: round(passes, 4) for name, (_, passes) in read.items()}
+        trackers.metrics(
+            {"step": progress.step, "stage": run.recipe.name, "read_tokens": tokens, "read_epochs": epochs}
+        )
+    parts = "  ".join(f"{name} {count / 1e6:,.4g}M ({passes:.3g})" for name, (count, passes) in read.items())
+    display.say(f"step {progress.step}: read, tokens (epochs)  {parts}")
+
+
 def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], form: str) -> str:
     """What the stage has changed on held-out data, in a line for each source."""
     lines = []
@@ -191,7 +217,7 @@ def _metrics(
     assert model is not None, "a run has a model by now"
     # Recompute is not counted; half of the attention's square is masked.
     flops_per_token = (
-        6 * model.matmul_parameters()
+        6 * model.matmul_parameters(run.recipe.moe)
         + 6 * model.num_layers * model.num_heads * model.head_size * run.engine.layout.sequence_length
     )
     flops_per_device = flops_per_token * tokens_per_second / run.engine.mesh.world_size
@@ -209,11 +235,65 @@ def _metrics(
         "memory_bytes": peak_memory_bytes(run.device),
         **report.metrics,
         **(_pull_metrics(report.pull) if report.pull else {}),
+        **(_load_metrics(report.load, run.recipe.moe) if report.load and run.recipe.moe else {}),
     }
 
 
 def _pull_metrics(pull: Pull) -> dict[str, float]:
     return {"ewc_nats": pull.nats, "ewc_grad_norm": pull.grad_norm, "task_grad_norm": pull.task_grad_norm}
+
+
+def _load_metrics(load: Load, moe: Moe) -> dict:
+    """What is written of the experts: means over layers (the most, of the violation), and each layer's."""
+    alarms = {
+        "starving": [f"{layer}.{expert}" for layer, expert in load.starving(moe.alarm_load)],
+        "dropping": load.dropping(moe.alarm_drop_rate),
+    }
+    return {
+        "moe_aux_loss": fmean(load.balance),
+        "moe_drop_rate": fmean(load.drop_rate),
+        "moe_router_entropy": fmean(load.entropy),
+        "moe_max_violation": max(load.max_violation),
+        "expert_load": load.visits,
+        "moe_layers": {
+            "aux_loss": load.balance,
+            "drop_rate": load.drop_rate,
+            "router_entropy": load.entropy,
+            "max_violation": load.max_violation,
+        },
+        **({"moe_alarms": alarms} if any(alarms.values()) else {}),
+    }
+
+
+@dataclass
+class Alarm:
+    """Says when experts starve or drop too much; of what goes on, or comes back soon, it says nothing again."""
+
+    moe: Moe
+    _last: dict[object, int] = field(default_factory=dict)
+
+    def lines(self, step: int, load: Load) -> Iterator[str]:
+        """What is new in this step."""
+        moe, fair = self.moe, 1 / self.moe.num_experts
+        if starving := self._new(step, load.starving(moe.alarm_load)):
+            who = ", ".join(f"{e} of layer {n} ({load.visits[n][e]:.2%})" for n, e in starving[:4])
+            more = f" and {len(starving) - 4} more" if len(starving) > 4 else ""
+            yield (
+                f"{'experts starve' if len(starving) > 1 else 'an expert starves'}: {who}{more}; fair is {fair:.1%} of "
+                f"the visits, moe.alarm_load {moe.alarm_load:g}. If it lasts, raise moe.router_aux_loss_coef or set "
+                "moe.bias_update_rate=1e-3."
+            )
+        if dropping := self._new(step, load.dropping(moe.alarm_drop_rate)):
+            who = ", ".join(f"layer {layer} {load.drop_rate[layer]:.1%}" for layer in dropping[:8])
+            yield (
+                f"visits are dropped: {who}; moe.alarm_drop_rate {moe.alarm_drop_rate:g}. If it lasts, raise "
+                "training.expert_capacity_factor or moe.router_aux_loss_coef."
+            )
+
+    def _new(self, step: int, found: list) -> list:
+        new = [one for one in found if step - self._last.get(one, -ALARM_STEPS) >= ALARM_STEPS]
+        self._last.update(dict.fromkeys(found, step))
+        return new
 
 
 def _due(step: int, every: int) -> bool:

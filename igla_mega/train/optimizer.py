@@ -32,6 +32,10 @@ class Optimizer(Protocol):
     def loaded(self, num_steps: int) -> None:
         """Take up values that were written into the slots, as after `num_steps` updates."""
 
+    @property
+    def one_sample(self) -> bool:
+        """Whether `per_sample` wants a sample on one data-parallel rank at a time, and blank ones on the others."""
+
     def per_sample(self) -> AbstractContextManager[Callable[[list[Tensor]], None]]:
         """For backward passes over one sample a data-parallel rank, whose gradients are squared before they are summed.
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import nn
+from torch import Tensor, nn
 
 from igla_mega.model.lora import Switch, seed_dropout
+from igla_mega.model.router import Load, MicroBatch, bias_slots, collect, move_biases, shared_of
 from igla_mega.model.shards import Slot
 from igla_mega.objective import language
 from igla_mega.objective.ewc import Ewc, Pull
@@ -54,7 +55,9 @@ class Engine:
     def slots(self) -> Iterator[Slot]:
         """Walk over all that a checkpoint keeps of this rank."""
         slots = self.optimizer.slots()
-        return self.ewc.with_state(slots) if self.ewc else slots
+        yield from self.ewc.with_state(slots) if self.ewc else slots
+        if self.adapters is None:
+            yield from bias_slots(self.chunks, self.mesh)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class StepReport:
     """Of Elastic Weight Consolidation, while there is something to hold."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The objective's own, means over the global batch."""
+    load: Load | None = None
+    """Of a mixture of experts: what each had to do."""
 
 
 def train_step(engine: Engine, batches: Iterator[Batch], *, step: int, seed: int, learning_rate: float) -> StepReport:
@@ -84,7 +89,8 @@ def train_step(engine: Engine, batches: Iterator[Batch], *, step: int, seed: int
         batches = engine.objective.completed(engine, batches)
     if engine.adapters:
         batches = _keyed(batches, engine, step, seed)
-    loss, *metrics = means(forward_backward(engine, batches, forward_only=False))
+    sums = forward_backward(engine, batches, forward_only=False)
+    loss, *metrics = means(sums)
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss}; stopped before the update, nothing is lost.\n"
@@ -92,7 +98,10 @@ def train_step(engine: Engine, batches: Iterator[Batch], *, step: int, seed: int
         )
     # The pull is added there, to reduced gradients: once a step, not once a rank.
     grad_norm, pull = engine.optimizer.step(learning_rate, engine.ewc)
-    return StepReport(loss, grad_norm, pull, dict(zip(engine.objective.metrics, metrics, strict=True)))
+    load = collect(engine.chunks, sums[1])
+    if load is not None and engine.adapters is None:
+        move_biases(engine.chunks, load)
+    return StepReport(loss, grad_norm, pull, dict(zip(engine.objective.metrics, metrics, strict=True)), load)
 
 
 def evaluate(engine: Engine, batches: Iterator[Batch], num_batches: int) -> float:
@@ -140,7 +149,8 @@ def scheduled(
     layout, several = engine.layout, len(chunks) > 1
     # Each interleaved chunk walks over the same micro-batches by itself.
     iterators = _tee(batches, len(chunks), layout.num_microbatches) if several else [batches]
-    own = [_own_tokens(iterator, engine.mesh.context) for iterator in iterators]
+    told = [_told(iterator, engine, chunk) for iterator, chunk in zip(iterators, chunks, strict=True)]
+    own = [_own_tokens(iterator, engine.mesh.context) for iterator in told]
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=own if several else own[0],
@@ -170,6 +180,29 @@ def _own_tokens(batches: Iterator[Batch], context: Axis) -> Iterator[Batch]:
             tokens = {name: zigzag_shard(batch[name], context.group, 1, pad=True) for name in language.TOKENS}
             batch = {**batch, **tokens}
         yield batch
+
+
+def _told(batches: Iterator[Batch], engine: Engine, chunk: nn.Module) -> Iterator[Batch]:
+    """Whole micro-batches; the routers of a chunk are told of each where its forward pass asks for it."""
+    routers = shared_of(chunk)
+    for batch in batches:
+        if routers is not None:
+            routers.at_hand = _routed(batch["loss_mask"], engine)
+        yield batch
+
+
+def _routed(loss_mask: Tensor, engine: Engine) -> MicroBatch:
+    """What routers need to know of a micro-batch of rows with this mask, fp32 [B, S] of the whole sequences."""
+    length, mesh, layout = loss_mask.size(1), engine.mesh, engine.layout
+    # A row's last target is its last token but one; all behind are padding.
+    places = torch.arange(1, length + 1, device=loss_mask.device)
+    ends = (places * (loss_mask > 0)).amax(1, keepdim=True)
+    real = ((places <= ends + 1) & (ends > 0)).to(torch.int8)
+    real = zigzag_shard(real, mesh.context.group, 1, pad=True).bool().t()
+    if layout.sequence_parallel:
+        real = real.chunk(mesh.tensor.size)[mesh.tensor.rank]
+    pairs = layout.rows_per_sample == 2
+    return MicroBatch(torch.full_like(loss_mask[:, 0], 0.5) if pairs else loss_mask.sum(1), real)
 
 
 def _tee(batches: Iterator[Batch], num_chunks: int, num_microbatches: int) -> list[Iterator[Batch]]:

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from igla_mega.checkpoint import hugging_face, single, store
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Moe
+from igla_mega.config.load import dump
 
 # The same sums in another order: fp32 rounding of logits of a few units.
 TOLERANCE = 1e-5
@@ -270,7 +272,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_together(tmp_path):
     text = refusal(folder, tmp_path / "native")
     assert "has no tensor model.norm.weight [64]." in text
     assert "model.layers.1.mlp.up_proj.weight is [96, 32], config.json makes it [96, 64]." in text
-    assert "holds model.layers.0.self_attn.q_proj.bias, which a Llama does not have." in text
+    assert "holds model.layers.0.self_attn.q_proj.bias, which such a model does not have." in text
 
 
 @pytest.mark.parametrize(
@@ -372,3 +374,93 @@ def test_a_model_too_large_for_memory_is_known_beforehand(tmp_path, monkeypatch)
         memory = type("Memory", (), {"available": available})
         monkeypatch.setattr(hugging_face.psutil, "virtual_memory", lambda memory=memory: memory)
         assert hugging_face.fits_in_memory(tmp_path / "native") is fits
+
+
+# --- mixtures of experts ---
+
+SPARSE = {"kind": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+
+
+def mixtral_there_and_back(folder):
+    """Import `hf`, export it again as `back`; largest differences of the logits."""
+    checkpoint, back = folder / "native", folder / "back"
+    hugging_face.import_folder(folder / "hf", checkpoint, say=print)
+    difference = hugging_face.logit_difference(checkpoint, folder / "hf")
+    hugging_face.export_folder(checkpoint, back, say=print)
+    return difference, hugging_face.logit_difference(checkpoint, back)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "num_experts_per_tok": 1}, {"dtype": "bfloat16"}])
+def test_a_mixtral_folder_goes_there_and_back_bit_for_bit(changes, tmp_path):
+    write_folder(tmp_path / "hf", **{**SPARSE, **changes})
+    differences = ranks.run(1, mixtral_there_and_back, tmp_path)[0]
+    assert max(differences) < TOLERANCE
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    recipe = single.read_recipe(tmp_path / "native")
+    assert recipe.moe.num_experts == 4 and recipe.moe.router_aux_loss_coef == 0.001
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)
+
+
+def test_a_mixtral_with_what_we_do_not_have_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "hf", **SPARSE)
+    change_config(folder, router_jitter_noise=0.1, sliding_window=32)
+    said = refusal(folder, tmp_path / "native")
+    assert "router_jitter_noise: 0.1 is not supported" in said and "sliding_window: 32" in said
+    change_config(folder, router_jitter_noise=0.0, sliding_window=None, num_local_experts=5)
+    assert "has no tensor model.layers.0.block_sparse_moe.experts.4.w1.weight" in refusal(folder, tmp_path / "native")
+
+
+def losses_on_random_tokens(checkpoints):
+    found = []
+    for checkpoint in checkpoints:
+        model, recipe = single.load_single(checkpoint)
+        tokens = torch.randint(0, recipe.model.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))
+        mask, positions = torch.ones(4, 32), torch.arange(32).expand(4, 32)
+        with torch.no_grad():
+            found.append(
+                float(model(tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=mask)) / mask.sum()
+            )
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_upcycled_model_computes_what_the_dense_one_does(dtype, tmp_path):
+    write_folder(tmp_path / "hf", dtype=dtype)
+    hugging_face.import_folder(tmp_path / "hf", tmp_path / "dense", say=print)
+    moe = Moe(num_experts=8)
+    recipe = hugging_face.import_folder(tmp_path / "hf", tmp_path / "sparse", say=print, upcycle=moe)
+    assert recipe.moe == moe and store.damage(tmp_path / "sparse") is None
+    dense, sparse = ranks.run(1, losses_on_random_tokens, [tmp_path / "dense", tmp_path / "sparse"])[0]
+    assert abs(dense - sparse) < TOLERANCE
+    assert ranks.run(1, hugging_face.logit_difference, tmp_path / "sparse", tmp_path / "hf")[0] < TOLERANCE
+
+
+def test_experts_are_not_upcycled_again(tmp_path):
+    write_folder(tmp_path / "hf", **SPARSE)
+    with pytest.raises(ConfigError, match="has 4 experts already"):
+        hugging_face.import_folder(tmp_path / "hf", tmp_path / "native", say=print, upcycle=Moe(num_experts=8))
+
+
+def save_initial(recipe, folder):
+    built, _ = tiny.engine(recipe)
+    writer = store.CheckpointWriter(folder, built.mesh, store.Retention(1), asynchronous=False)
+    writer.save(built.slots(), store.Progress(step=1), dump(recipe))
+
+
+def test_what_a_mixtral_does_not_have_is_not_exported(tmp_path):
+    moe = {"num_experts": 4, "shared_intermediate_size": 32, "bias_update_rate": 0.01, "pre_softmax": True}
+    ranks.run(1, save_initial, tiny.recipe(moe=moe), tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        hugging_face.export_folder(store.step_dir(tmp_path, 1), tmp_path / "hf", say=print)
+    said = str(refused.value)
+    assert all(f"moe.{key}" in said for key in ("shared_intermediate_size", "bias_update_rate", "pre_softmax"))
+    assert len(ranks.run(1, losses_on_random_tokens, [store.step_dir(tmp_path, 1)])[0]) == 1, "but evaluated"
+
+
+def test_a_scaled_sum_of_experts_is_exported_in_their_last_matrices(tmp_path):
+    ranks.run(1, save_initial, tiny.recipe(moe={"num_experts": 4, "scaling_factor": 2.5}), tmp_path)
+    checkpoint = store.step_dir(tmp_path, 1)
+    hugging_face.export_folder(checkpoint, tmp_path / "hf", say=print)
+    assert ranks.run(1, hugging_face.logit_difference, checkpoint, tmp_path / "hf")[0] < TOLERANCE

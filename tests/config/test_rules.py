@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from igla_mega.config import rules
+from igla_mega.config import features, rules
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
 from igla_mega.config.schema import Recipe
@@ -184,6 +185,37 @@ def test_a_sound_recipe_has_no_breach():
             "distributed.expert_parallel: 3 does not divide moe.num_experts 8. Use 2 or 4.",
         ),
         (
+            {"distributed": {"expert_tensor_parallel": 2}},
+            "distributed.expert_tensor_parallel: 2 without `moe:`; there are no experts. Use 1.",
+        ),
+        (
+            {**MOE, "distributed": {"expert_tensor_parallel": 3}},
+            "distributed.expert_tensor_parallel: 3 does not divide model.intermediate_size 688. Use 2 or 4.",
+        ),
+        (
+            {"moe": {"num_experts": 8, "pad_to_capacity": True, "capacity_over": "rank"}},
+            "moe.pad_to_capacity: true without training.expert_capacity_factor, which is what to fill up to.",
+        ),
+        (
+            {"moe": {"num_experts": 8, "pad_to_capacity": True}, "training": {"expert_capacity_factor": 2}},
+            "moe.pad_to_capacity: true with moe.capacity_over sequence, by which ranks' shares vary. "
+            "Use moe.capacity_over=rank, or leave padding out.",
+        ),
+        (
+            {**MOE, "distributed": {"tensor_parallel": 2, "sequence_parallel": False}},
+            "distributed.sequence_parallel: false with `moe:` and tensor_parallel 2, whose ranks would each send the "
+            "same tokens to the experts. Use true or auto.",
+        ),
+        (
+            {
+                **MOE,
+                "koshey": {"ewc_enabled": True, "ewc_lambda": 1.0},
+                "distributed": {"strategy": "FSDP", "expert_parallel": 2},
+            },
+            "distributed.expert_parallel: 2 with strategy FSDP, `moe:` and EWC, whose Fisher is not proved there. "
+            "Use 1, or strategy DDP.",
+        ),
+        (
             {"quantization": {"bits": 4}},
             "quantization: given without `lora:`; quantized weights are frozen and nothing would train. Add `lora:`.",
         ),
@@ -315,7 +347,7 @@ def test_check_raises_all_breaches_in_one_error():
         ({"lora": {"rank": 4, "alpha": 8}, "koshey": {"ewc_enabled": True}}, ["lora"]),
         ({"dpo": {}, "data": {"format": "preference_pairs"}}, []),
         ({"sft": {}}, []),
-        ({**MOE, "distributed": {"expert_parallel": 2}}, ["moe", "distributed.expert_parallel"]),
+        ({**MOE, "distributed": {"expert_parallel": 2}}, []),
         ({"koshey": {"ring_attention": True}}, []),
         ({"koshey": {"dynamic_batching": True}}, ["koshey.dynamic_batching"]),
         ({"distributed": {"context_parallel": 2}}, []),
@@ -339,3 +371,34 @@ def test_a_sentence_on_what_is_not_built_says_the_way_out():
 
 def test_continued_pretraining_is_built():
     assert rules.not_yet(Recipe.model_validate(TUNE)) == []
+
+
+def test_deepep_is_refused_where_there_is_no_gpu_and_only_there():
+    recipe = Recipe.model_validate(merge(SMALL, {"moe": {"num_experts": 8, "dispatcher": "flex"}}))
+    assert rules.breaches(recipe, 2, "cuda") == rules.breaches(recipe) == []
+    [breach] = rules.breaches(recipe, 2, "cpu")
+    assert breach.startswith("moe.dispatcher: flex") and "Use alltoall or allgather" in breach
+
+
+@pytest.mark.parametrize(
+    ("factor", "length", "rate"), [(0.1, 8192, 0.9), (0.5, 8192, 0.5), (1.0, 256, 0.043), (1.25, 8192, 0.0)]
+)
+def test_the_expected_drop_rate_is_that_of_a_fair_lottery(factor, length, rate):
+    moe = features.Moe(num_experts=8)
+    assert rules.expected_drop_rate(moe, factor, length) == pytest.approx(rate, abs=2e-3)
+    draws = np.random.default_rng(0).binomial(length, 0.25, 20000)
+    dropped = np.clip(draws - np.ceil(length * 0.25 * factor), 0, None).mean() / (length * 0.25)
+    assert dropped == pytest.approx(rate, abs=2e-3)
+
+
+def test_a_capacity_that_drops_most_tokens_is_remarked_on_with_the_rate():
+    def said(factor):
+        return rules.warnings(
+            Recipe.model_validate(merge(SMALL, {**MOE, "training": {"expert_capacity_factor": factor}}))
+        )
+
+    [line] = said(0.125)
+    assert line.startswith("training.expert_capacity_factor: 0.125 drops about 87% of the tokens' visits")
+    [line] = rules.warnings(Recipe.model_validate(merge(SMALL, {"moe": {"num_experts": 8, "num_experts_per_tok": 1}})))
+    assert line.startswith("moe.num_experts_per_tok: 1 gives the one expert a weight of 1") and "pre_softmax" in line
+    assert said(1.25) == [] and rules.warnings(Recipe.model_validate(SMALL)) == []

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from igla_mega import parallel
+from igla_mega.config.features import Moe
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Model
 from igla_mega.model import build
@@ -17,12 +18,12 @@ from igla_mega.plan.layout import choose_layout
 TP, PP, FSDP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"strategy": "FSDP"}
 
 
-def built_on_meta(model: Model):
+def built_on_meta(model: Model, moe: Moe | None = None):
     layout = choose_layout(tiny.recipe(), 1, "cpu")
     parallel.build(layout, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = build.transformer_config(model, layout, dtype=torch.bfloat16, device=torch.device("cpu"))
-    [chunk] = build.build_chunks(config, model)
+    config = build.transformer_config(model, layout, dtype=torch.bfloat16, device=torch.device("cpu"), moe=moe)
+    [chunk] = build.build_chunks(config, model, moe=moe)
     grown_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     params = dict(chunk.named_parameters())
     assert all(param.is_meta and param.dtype == torch.bfloat16 for param in params.values())
@@ -34,6 +35,17 @@ def test_recipe_1_on_the_meta_device_has_the_parameters_of_the_formula_and_takes
     [(num_parameters, grown_bytes, _)] = ranks.run(1, built_on_meta, model)
     assert num_parameters == model.num_parameters() == 5_933_109_248
     assert grown_bytes < 200e6
+
+
+def test_recipe_7_on_the_meta_device_has_the_parameters_of_the_formula_and_takes_no_memory():
+    recipe = load_recipe("moe_8x7b")
+    assert recipe.model is not None
+    [(num_parameters, grown_bytes, _)] = ranks.run(1, built_on_meta, recipe.model, recipe.moe)
+    assert num_parameters == recipe.model.num_parameters(recipe.moe) == 46_702_792_704
+    assert grown_bytes < 200e6
+    shared = recipe.moe.model_copy(update={"shared_intermediate_size": 2048})
+    small = recipe.model.model_copy(update={"num_layers": 2})
+    assert ranks.run(1, built_on_meta, small, shared)[0][0] == small.num_parameters(shared)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import pytest
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
 from igla_mega.config.schema import Recipe
-from igla_mega.plan.layout import Layout, choose_layout
+from igla_mega.plan.layout import Layout, choose_layout, lay_out
 
 SMALL = {
     "model": {
@@ -98,7 +98,20 @@ def test_a_batch_in_tokens_or_sequences_or_accumulated_ones(training, sizes):
 def test_experts_spread_over_gpus():
     moe = {"num_experts": 8, "num_experts_per_tok": 2}
     assert layout(4, "cuda", moe=moe).expert == 4
-    assert layout(4, moe=moe).expert == 1
+    on_cpu = layout(4, moe=moe)
+    assert (on_cpu.tensor, on_cpu.data, on_cpu.expert) == (1, 4, 4)
+    many = Recipe.model_validate(merge(SMALL, {"moe": {"num_experts": 64}}))
+    assert lay_out(many, 64, "cuda").expert == 8, "as many as a node has"
+
+
+def test_experts_spread_over_tensor_and_context_ranks_too():
+    moe = {"num_experts": 8, "num_experts_per_tok": 2}
+    folded = layout(4, moe=moe, distributed={"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 4})
+    assert (folded.data, folded.expert, folded.sequence_parallel) == (1, 4, True)
+    split = layout(4, moe=moe, distributed={"expert_tensor_parallel": 2})
+    assert (split.expert, split.expert_tensor) == (2, 2)
+    said = refusal(2, moe=moe, distributed={"tensor_parallel": 2, "expert_parallel": 4})
+    assert "expert_parallel: 4 does not divide the 2 ranks of the tensor, context and data axes. Use 2." in said
 
 
 def test_a_base_model_without_a_known_length_asks_for_it():

@@ -132,3 +132,32 @@ def test_the_page_is_written_without_torch():
     subprocess.run(
         [sys.executable, "-c", "import sys, igla_mega.report.page; sys.exit('torch' in sys.modules)"], check=True
     )
+
+
+def test_the_load_of_experts_is_drawn_over_steps_with_what_each_layer_drops(run_dir):
+    lines = []
+    for step in range(1, 1001):
+        busy = 0.5 + 0.4 * step / 1000
+        lines.append(
+            {
+                **train_entry(step),
+                "moe_aux_loss": 1.1, "moe_drop_rate": 0.02, "moe_router_entropy": 0.6, "moe_max_violation": busy,
+                "expert_load": [[busy, 1 - busy], [0.5, 0.5]],
+                "moe_layers": {"drop_rate": [0.03, 0.01], "max_violation": [2 * busy - 1, 0.0]},
+            }
+        )  # fmt: skip
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run_dir).read_text()
+    for title in ("Load of the experts", "Busiest expert", "Dropped visits by layer", "Balance of the experts"):
+        assert f"<h2>{title}</h2>" in page
+    [rows] = re.findall(r'"y":(\["0\.0","0\.1","1\.0","1\.1"\])', page)
+    assert json.loads(rows) == ["0.0", "0.1", "1.0", "1.1"]
+    heat = re.search(r'"z":(\[\[.*?\]\]),', page)
+    values = json.loads(heat[1])
+    assert len(values) == 4 and len(values[0]) <= 400, "means over stretches of steps"
+    assert values[0][-1] == pytest.approx(1.8, abs=0.01) and values[1][-1] == pytest.approx(0.2, abs=0.01)
+    assert values[2][0] == 1.0
+
+
+def test_a_dense_run_has_no_page_of_experts(run_dir):
+    assert "Load of the experts" not in write_report(run_dir).read_text()

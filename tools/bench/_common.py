@@ -19,6 +19,7 @@ VOCAB = 32000
 MODELS = {
     "A": {"rows": 8, "sequence": 256, "hidden_size": 256, "num_layers": 4, "intermediate_size": 688},
     "B": {"rows": 4, "sequence": 512, "hidden_size": 512, "num_layers": 8, "intermediate_size": 1376},
+    "M": {"rows": 8, "sequence": 256, "hidden_size": 256, "num_layers": 4, "intermediate_size": 688},
     "laptop": {
         "rows": 16,
         "sequence": 256,

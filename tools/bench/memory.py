@@ -101,10 +101,10 @@ def measure(distributed: dict, model: dict) -> dict:
     import torch.distributed as dist
 
     from igla_mega import host, parallel
+    from igla_mega.assemble import build_engine
     from igla_mega.config.schema import Recipe
     from igla_mega.plan import activations, parameters
     from igla_mega.plan.layout import choose_layout
-    from igla_mega.run import build_engine
     from igla_mega.train.step import train_step
 
     sizes = {**MODEL, **model}

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Recipe 7, eight experts, two visited by a token; arguments go to `igla-mega train`:
+#   laptop      examples/moe_8x7b.sh --scale laptop           (experts over two ranks; then a dense model beside it)
+#   clusters    srun --nodes 32 examples/moe_8x7b.sh --run /data/runs/moe_8x7b
+# At laptop scale the last lines compare it with a dense model that has as many parameters to a token, on as many tokens.
+set -euo pipefail
+here="$(dirname "${BASH_SOURCE[0]}")"
+PATH="${here}/../.venv/bin:${PATH}"
+
+if [[ " $* " != *" --scale laptop "* ]]; then
+  exec "${here}/launch.sh" moe_8x7b "$@"
+fi
+runs=runs/moe_8x7b-laptop
+IGLA_CPU_RANKS=2 "${here}/launch.sh" moe_8x7b --run "${runs}/experts" "$@"
+echo "=== a dense model of as many parameters to a token"
+IGLA_CPU_RANKS=2 "${here}/launch.sh" moe_8x7b --run "${runs}/dense" "$@" --set moe=null \
+  --set training.expert_capacity_factor=null --set model.intermediate_size=347
+for run in experts dense; do
+  echo "=== ${run}"
+  igla-mega eval "${runs}/${run}"
+done
