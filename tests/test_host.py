@@ -1,11 +1,15 @@
 """megatron-core without CUDA: what is changed, when, and that each patch is still needed by the pinned version."""
 
+import datetime
+import multiprocessing
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 
 from igla_mega import host
 
@@ -133,7 +137,35 @@ def random_state_is_set() -> bool:
     return torch.equal(torch.rand(4), drawn)
 
 
+def gathered(rank: int, folder: str, answers) -> None:
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    timeout = datetime.timedelta(seconds=20)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    own = torch.full((rank + 1, 1), float(rank))
+    try:
+        whole = mappings._gather_along_first_dim(own, dist.group.WORLD, [1, 2])
+        summed = mappings._reduce_scatter_along_first_dim(whole, dist.group.WORLD, [1, 2])
+        answers.put(whole.flatten().tolist() == [0.0, 1.0, 1.0] and torch.equal(summed, 2 * own))
+    except RuntimeError:
+        answers.put(False)
+
+
+def uneven_parts_are_gathered() -> bool:
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks_of_two = [fork.Process(target=gathered, args=(rank, folder, answers)) for rank in range(2)]
+        for process in ranks_of_two:
+            process.start()
+        for process in ranks_of_two:
+            process.join()
+    return answers.get() and answers.get()
+
+
 WORKS = {
+    "_gather_unevenly_on_host": uneven_parts_are_gathered,
     "_define_te_general_gemm": router_gates_without_transformer_engine,
     "_make_split_sizes_numpy": split_sizes_become_numpy,
     "_set_cuda_rng_state_on_host": random_state_is_set,
