@@ -252,11 +252,17 @@ class Corpus:
         """Samples in one pass over each source's training part."""
         return {name: windows.per_epoch for name, windows in self._train.items()}
 
-    def read_until(self, step: int, global_batch: int) -> dict[str, tuple[int, float]]:
-        """What the steps before this one have read of each source: tokens, and passes over its training part."""
-        drawn = self.blend.consumed(step * global_batch)
-        windows = self.windows_per_epoch()
-        return {name: (n * self.sequence_length, n / windows[name]) for name, n in drawn.items() if n}
+    def read_until(self, step: int, global_batch: int) -> dict[str, tuple[int, float | None]]:
+        """What the steps before this one have read of each source: tokens, and passes over its training part.
+
+        Passes are None for a source that a changed mix no longer draws from.
+        """
+        drawn, windows = self.blend.consumed(step * global_batch), self.windows_per_epoch()
+        return {
+            name: (n * self.sequence_length, n / windows[name] if name in windows else None)
+            for name, n in drawn.items()
+            if n
+        }
 
     def validation_names(self) -> list[str]:
         """Sources that have a validation part."""

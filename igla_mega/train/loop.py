@@ -170,12 +170,14 @@ def log_reading(
     read = run.corpus.read_until(data_step, run.share.global_batch)
     if trackers:
         tokens = {name: count for name, (count, _) in read.items()}
-        epochs = {name: round(passes, 4) for name, (_, passes) in read.items()}
-        trackers.metrics(
-            {"step": progress.step, "stage": run.recipe.name, "read_tokens": tokens, "read_epochs": epochs}
-        )
-    parts = "  ".join(f"{name} {count / 1e6:,.4g}M ({passes:.3g})" for name, (count, passes) in read.items())
-    display.say(f"step {progress.step}: read, tokens (epochs)  {parts}")
+        epochs = {name: round(passes, 4) for name, (_, passes) in read.items() if passes is not None}
+        entry = {"step": progress.step, "stage": run.recipe.name}
+        trackers.metrics({**entry, "read_tokens": tokens, "read_epochs": epochs})
+    parts = [
+        f"{name} {count / 1e6:,.4g}M" + (f" ({passes:.3g})" if passes is not None else "")
+        for name, (count, passes) in read.items()
+    ]
+    display.say(f"step {progress.step}: read, tokens (epochs)  {'  '.join(parts)}")
 
 
 def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], form: str) -> str:
