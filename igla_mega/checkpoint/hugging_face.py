@@ -34,6 +34,7 @@ from igla_mega.config.schema import Model, Recipe
 from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.model.build import drawn
 from igla_mega.model.shards import is_expert
+from igla_mega.plan import base_model
 
 Say = Callable[[str], None]
 
@@ -70,19 +71,7 @@ _EMBEDDING = ("embedding.word_embeddings.weight", (("model.embed_tokens.weight",
 _FINAL_NORM = ("decoder.final_layernorm.weight", (("model.norm.weight", "h"),))
 _OUTPUT = ("output_layer.weight", (("lm_head.weight", "vh"),))
 
-_SIZES = {  # of `config.json`, and of the recipe's `model` section
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position",
-    "rms_norm_eps": "norm_epsilon",
-    "initializer_range": "init_std",
-    "tie_word_embeddings": "tie_embeddings",
-}
+_SIZES = {**base_model.SIZES, "rms_norm_eps": "norm_epsilon", "initializer_range": "init_std"}
 _EXPERTS = {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "num_experts_per_tok",

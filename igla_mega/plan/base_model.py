@@ -14,7 +14,7 @@ ASSUMED_RECIPE = "pretrain_7b"
 ASSUMED_ROW = 2048
 """Tokens of a row of fine-tuning whose recipe names none, while its base is not there to tell its longest."""
 
-_HUGGING_FACE = {
+SIZES = {  # of a Hugging Face folder's `config.json`, and of the recipe's `model` section
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
@@ -67,7 +67,7 @@ def _shape(folder: Path) -> Model:
     try:
         if config.is_file():
             content = json.loads(config.read_text())
-            return Model(**{ours: content[theirs] for theirs, ours in _HUGGING_FACE.items() if content.get(theirs)})
+            return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)})
         content = yaml.safe_load((folder / "recipe.yaml").read_text())
         return Model(**content["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:

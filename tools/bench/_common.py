@@ -215,6 +215,39 @@ def engine_and_step(
     return engine, lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=3e-4).loss
 
 
+def transformers_sizes(model: str) -> dict:
+    """What a config of transformers' Llama or Mixtral says of a model of `MODELS`."""
+    sizes = MODELS[model]
+    return {
+        "hidden_size": sizes["hidden_size"],
+        "num_hidden_layers": sizes["num_layers"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": sizes["sequence"],
+        "use_cache": False,
+    }
+
+
+def transformers_step(network, tokens, labels) -> Callable[[], float]:
+    """The function that takes a step of a network of transformers, with torch's default AdamW, clipping to 1."""
+    import torch
+
+    trained = [param for param in network.parameters() if param.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=3e-4)
+
+    def step() -> float:
+        adam.zero_grad()
+        loss = network(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        return loss.item()
+
+    return step
+
+
 def random_tokens(num_rows: int, length: int, vocab_size: int = VOCAB):
     """[num_rows, length] int64, the same whenever it is asked for."""
     import torch

@@ -12,8 +12,6 @@ from typing import Any
 
 from _common import (
     MODELS,
-    NUM_HEADS,
-    NUM_KV_HEADS,
     VOCAB,
     Variant,
     engine_and_step,
@@ -21,6 +19,8 @@ from _common import (
     random_tokens,
     ratio,
     text,
+    transformers_sizes,
+    transformers_step,
     write,
 )
 
@@ -37,36 +37,16 @@ def hugging_face(keep: bool) -> Callable[[], float]:
     if keep:
         host.keep_freed_memory()
     torch.manual_seed(1)
-    sizes = dict(MODELS["M"])
-    tokens = random_tokens(sizes.pop("rows"), sizes["sequence"])
-    mixtral = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=sizes["hidden_size"],
-            num_hidden_layers=sizes["num_layers"],
-            intermediate_size=sizes["intermediate_size"],
-            num_attention_heads=NUM_HEADS,
-            num_key_value_heads=NUM_KV_HEADS,
-            vocab_size=VOCAB,
-            max_position_embeddings=sizes["sequence"],
-            sliding_window=None,
-            num_local_experts=MOE["num_experts"],
-            num_experts_per_tok=MOE["num_experts_per_tok"],
-            router_aux_loss_coef=MOE["router_aux_loss_coef"],
-            output_router_logits=True,  # which adds the balancing loss
-            use_cache=False,
-        )
+    tokens = random_tokens(MODELS["M"]["rows"], MODELS["M"]["sequence"])
+    config = MixtralConfig(
+        **transformers_sizes("M"),
+        sliding_window=None,
+        num_local_experts=MOE["num_experts"],
+        num_experts_per_tok=MOE["num_experts_per_tok"],
+        router_aux_loss_coef=MOE["router_aux_loss_coef"],
+        output_router_logits=True,  # which adds the balancing loss
     )
-    adam = torch.optim.AdamW(mixtral.parameters(), lr=3e-4)
-
-    def step() -> float:
-        adam.zero_grad()
-        loss = mixtral(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(mixtral.parameters(), 1.0)
-        adam.step()
-        return loss.item()
-
-    return step
+    return transformers_step(MixtralForCausalLM(config), tokens, tokens)
 
 
 def ours(precision: str, forced: bool) -> Callable[[], float]:

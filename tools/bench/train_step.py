@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 from _common import (
     MODELS,
-    NUM_HEADS,
-    NUM_KV_HEADS,
     VOCAB,
     Variant,
     engine_step,
@@ -18,6 +16,8 @@ from _common import (
     random_tokens,
     ratio,
     text,
+    transformers_sizes,
+    transformers_step,
     write,
 )
 
@@ -32,32 +32,9 @@ def hugging_face(model: str, keep: bool) -> Callable[[], float]:
     if keep:
         host.keep_freed_memory()
     torch.manual_seed(1)
-    sizes = dict(MODELS[model])
-    tokens = random_tokens(sizes.pop("rows"), sizes["sequence"])
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=sizes["hidden_size"],
-            num_hidden_layers=sizes["num_layers"],
-            intermediate_size=sizes["intermediate_size"],
-            num_attention_heads=NUM_HEADS,
-            num_key_value_heads=NUM_KV_HEADS,
-            vocab_size=VOCAB,
-            max_position_embeddings=sizes["sequence"],
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
-    adam = torch.optim.AdamW(llama.parameters(), lr=3e-4)
-
-    def step() -> float:
-        adam.zero_grad()
-        loss = llama(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-        adam.step()
-        return loss.item()
-
-    return step
+    tokens = random_tokens(MODELS[model]["rows"], MODELS[model]["sequence"])
+    llama = LlamaForCausalLM(LlamaConfig(**transformers_sizes(model), tie_word_embeddings=False))
+    return transformers_step(llama, tokens, tokens)
 
 
 def ours(model: str, precision: str) -> Callable[[], float]:

@@ -9,15 +9,14 @@ from collections.abc import Callable
 
 from _common import (
     MODELS,
-    NUM_HEADS,
-    NUM_KV_HEADS,
-    VOCAB,
     Variant,
     engine_and_step,
     paired,
     random_tokens,
     ratio,
     text,
+    transformers_sizes,
+    transformers_step,
     write,
 )
 
@@ -47,40 +46,15 @@ def peft_step(model: str) -> Callable[[], float]:
 
     host.keep_freed_memory()
     torch.manual_seed(1)
-    sizes = dict(MODELS[model])
-    tokens = random_tokens(sizes.pop("rows"), sizes["sequence"])
+    length = MODELS[model]["sequence"]
+    tokens = random_tokens(MODELS[model]["rows"], length)
     labels = tokens.clone()
-    labels[:, : round((1 - TARGET_SHARE) * sizes["sequence"])] = -100
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=sizes["hidden_size"],
-            num_hidden_layers=sizes["num_layers"],
-            intermediate_size=sizes["intermediate_size"],
-            num_attention_heads=NUM_HEADS,
-            num_key_value_heads=NUM_KV_HEADS,
-            vocab_size=VOCAB,
-            max_position_embeddings=sizes["sequence"],
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
+    labels[:, : round((1 - TARGET_SHARE) * length)] = -100
+    llama = LlamaForCausalLM(LlamaConfig(**transformers_sizes(model), tie_word_embeddings=False))
     section = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
     )
-    adapted = peft.get_peft_model(llama, section)
-    adapted.train()
-    trained = [param for param in adapted.parameters() if param.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=3e-4)
-
-    def step() -> float:
-        adam.zero_grad()
-        loss = adapted(input_ids=tokens, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        adam.step()
-        return loss.item()
-
-    return step
+    return transformers_step(peft.get_peft_model(llama, section).train(), tokens, labels)
 
 
 def main() -> None:
