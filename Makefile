@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench gpu-check wheelhouse clean
+.PHONY: setup demo chaos test lint docs fuzz audit pins bench gpu-check wheelhouse clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -13,6 +13,14 @@ CONSTRAIN := export PIP_CONSTRAINT="$${PIP_CONSTRAINT:-} $$PWD/.venv/constraints
 # Asked only where the configured index has no CPU build.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PYTHONUNBUFFERED := 1
+BEGUN := $(shell date +%s)
+# A wheelhouse is for the Python that it was made for, beside a CUDA torch: there nothing else is asked for packages.
+ifneq ($(wildcard wheelhouse/python),)
+ifeq ($(shell $(PYTHON) -c 'import sys, torch; print(*sys.version_info[:2], sep=".") if torch.version.cuda else None' 2>/dev/null),$(shell cat wheelhouse/python))
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := $(CURDIR)/wheelhouse
+endif
+endif
 
 setup: $(READY)
 
@@ -38,9 +46,16 @@ $(READY): pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 demo: $(READY)
 	@.venv/bin/python tools/demo.py
 
+# A hundred kills over real runs, about 25 minutes on two cores: make chaos KILLS=20 SEED=7
+KILLS ?= 100
+SEED ?= 0
+chaos: $(READY)
+	@.venv/bin/python tools/chaos.py --kills $(KILLS) --seed $(SEED)
+
+TEST_WORKERS ?= 2
 test: $(READY)
-	@.venv/bin/python -m pytest -q -m "not slow and not gpu"
-	@.venv/bin/python -m pytest -q -m "slow and not gpu"
+	@.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu"
+	@.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "slow and not gpu"
 
 lint: $(READY)
 	@echo "ruff, mypy, shellcheck, hadolint"
@@ -49,23 +64,45 @@ lint: $(READY)
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/shellcheck .ci/run examples/*.sh examples/slurm/*.sbatch
 	@.venv/bin/hadolint docker/Dockerfile
+	@$(MAKE) --no-print-directory docs
+
+# build/docs/index.html; a link that leads nowhere is an error.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
+# Seconds: FUZZ_SECONDS. atheris (guided by coverage) is taken where it installs.
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)
+	@$(PIP) install atheris 2>/dev/null || echo "atheris does not install here: hypothesis alone"
+	@.venv/bin/python tools/fuzz.py $(FUZZ_SECONDS)
+
+# Known vulnerabilities of what is installed; needs PyPI itself, and fails where it cannot be asked. See docs/dependencies.md.
+audit: $(READY)
+	@$(PIP) install pip-audit
+	@$(PIP) freeze --exclude-editable | sed 's/+cpu$$//' > .venv/audit.txt
+	@.venv/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement .venv/audit.txt
+
+# What .ci/run installs: .venv as it is, for its Python.
+pins: $(READY)
+	@version=$$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	{ echo "# Written by make pins: what .ci/run installs on this Python; torch is in constraints-cpu.txt."; \
+	  $(PIP) freeze --all --exclude-editable | grep -v '^\(torch\|pip\)==' | sed -E "s/^([^=]+)/\L\1/; s/^([^=]*)_/\1-/; s/^([^=]*)_/\1-/; s/$$/; python_version == \"$$version\"/"; \
+	} > constraints-ci.txt
 
 bench: $(READY)
 	@for program in tools/bench/[a-z]*.py; do echo "== $$program"; .venv/bin/python "$$program"; done
 
-# Parts by themselves: make gpu-check PARTS="build tests"
+# Parts by themselves: make gpu-check PARTS="build tests". What `make` has taken so far counts to its nine minutes.
+gpu-check: EXTRAS = gpu-check
 gpu-check: $(READY)
-	@.venv/bin/python tools/gpu_check.py $(PARTS)
+	@.venv/bin/python tools/gpu_check.py --begun $(BEGUN) $(PARTS)
 
-# For a machine without a network: there, PIP_NO_INDEX=1 PIP_FIND_LINKS=$$PWD/wheelhouse make setup. Torch is left out.
+# For a machine without a network: carry the folder there, and `make gpu-check` installs from it. Torch is left out, and
+# what HAVE (a `pip freeze` of that machine) names.
 WHEELHOUSE_PYTHON ?= 3.12
 WHEELHOUSE_PLATFORM ?= x86_64
 wheelhouse: $(READY)
-	@echo "wheels of every dependency for Python $(WHEELHOUSE_PYTHON) into wheelhouse/"
-	@$(PIP) freeze --all --exclude-editable | grep -v '^\(torch\|pip\)==' > .venv/wheelhouse.txt
-	@$(PIP) download --no-deps --only-binary=:all: --dest wheelhouse --python-version $(WHEELHOUSE_PYTHON) \
-	  $(foreach glibc,2_34 2_28 2_27 2_24 2_17 2_5 2014,--platform $(if $(filter 2014,$(glibc)),manylinux2014,manylinux_$(glibc))_$(WHEELHOUSE_PLATFORM)) \
-	  --requirement .venv/wheelhouse.txt
+	@.venv/bin/python tools/wheelhouse.py --python $(WHEELHOUSE_PYTHON) --platform $(WHEELHOUSE_PLATFORM) $(if $(HAVE),--have $(HAVE))
 
 clean:
 	@rm -rf .venv build dist wheelhouse igla_mega/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -39,6 +39,8 @@ except ImportError:
 # The oldest torch whose stable ABI the ops use: one library serves 2.11 and every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020B000000000000"
 OPS = ["cross_entropy", "merge_partials", "accumulate", "fisher", "ewc_penalty"]
+# On CUDA torch.compile makes these.
+HOST_OPS = ["pointwise"]
 
 
 def build_cuda() -> bool:
@@ -63,7 +65,7 @@ def architecture_flags() -> list[str]:
 def op_extension():
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", STABLE_ABI, *architecture_flags()]
     options = {"name": "igla_mega._C", "include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
-    sources = [f"csrc/{op}.cpp" for op in OPS]
+    sources = [f"csrc/{op}.cpp" for op in OPS + HOST_OPS]
     if not build_cuda():
         return CppExtension(sources=sources, extra_compile_args={"cxx": cxx}, **options)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Recipe 7, eight experts, two visited by a token; arguments go to `igla-mega train`:
 #   laptop      examples/moe_8x7b.sh --scale laptop           (experts over two ranks; then a dense model beside it)
-#   clusters    srun --nodes 32 examples/moe_8x7b.sh --run /data/runs/moe_8x7b
+#   clusters    sbatch --nodes 32 examples/slurm/train.sbatch moe_8x7b
 # At laptop scale the last lines compare it with a dense model that has as many parameters to a token, on as many tokens.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"

@@ -16,7 +16,7 @@ from igla_mega.data.preprocess import source_prefixes
 from igla_mega.data.samples import sample_prefixes
 from igla_mega.model import build, lora
 from igla_mega.model.shards import Shards, local_runs, named_shards, shards_of
-from igla_mega.model.spec import use_transformer_engine
+from igla_mega.model.spec import fp8_settings, graph_settings, use_transformer_engine
 from igla_mega.parallel import Mesh
 from igla_mega.plan.layout import Layout
 from igla_mega.train import ddp, fsdp
@@ -78,10 +78,14 @@ def _chunks(
     recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, base: Path | None
 ) -> tuple[list[build.CausalLM], Shards, TransformerConfig, lora.Switch | None]:
     """This rank's model chunks without memory for their weights, which of the whole they are, and their adapters."""
-    model, dtype = recipe.model, DTYPES[recipe.distributed.precision]
+    model, where = recipe.model, recipe.distributed
+    dtype = DTYPES[where.precision]
     assert model is not None, "resolved before"
     # Adapters hook into our own layers.
-    transformer_engine = recipe.lora is None and use_transformer_engine(recipe.distributed.kernels, device)
+    transformer_engine = recipe.lora is None and use_transformer_engine(where.kernels, device)
+    more: dict = fp8_settings(where.fp8_recipe, device, transformer_engine) if where.precision == "FP8" else {}
+    if where.cuda_graphs and device.type == "cuda":
+        more |= graph_settings(recipe.training.seed, layout.recompute)
     config = build.transformer_config(
         model,
         layout,
@@ -89,7 +93,9 @@ def _chunks(
         device=device,
         recompute=layout.recompute,
         transformer_engine=transformer_engine,
-        documents=recipe.data.document_mask or (recipe.form == "instructions" and recipe.data.packing),
+        fused=where.fused_layers,
+        attention=where.attention,
+        more=more,
         moe=recipe.moe,
         capacity_factor=recipe.training.expert_capacity_factor,
     )
@@ -100,6 +106,7 @@ def _chunks(
         switch = tuned.attach(chunks, recipe.lora, coded, base, mesh, model.vocab_size, config.params_dtype)
     for chunk in chunks:
         chunk.log_probs = recipe.dpo is not None
+        chunk.loss_chunk = None if where.loss_chunk == "auto" else where.loss_chunk
         chunk.few_targets = recipe.form == "instructions"
     return chunks, shards_of(chunks, mesh, model.vocab_size), config, switch
 
@@ -131,8 +138,14 @@ def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int
     The weights the modules compute with are read by themselves: with a distributed optimizer this rank's masters
     are only part of them.
     """
-    group = engine.mesh.host_group
     pairs = tuned.trained(engine.chunks, shards) if engine.adapters else named_shards(engine.chunks, shards)
+    if store.is_local(checkpoint):
+        slots = list(engine.slots())
+        store.load_slots(checkpoint, slots, None, kinds=None if with_moments else ("master",))
+        store.spread_masters(pairs, slots, engine.mesh)
+        engine.optimizer.loaded(num_updates)
+        return
+    group = engine.mesh.host_group
     store.load_weights(checkpoint, pairs, group)
     store.load_slots(checkpoint, engine.slots(), group, kinds=None if with_moments else ("master",))
     engine.optimizer.loaded(num_updates)

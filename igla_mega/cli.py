@@ -1,7 +1,9 @@
 """The command line. Verbs import what they need when they run: `--help`, `check` and `recipes` know no torch."""
 
 import importlib.util
+import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from igla_mega import cluster
 from igla_mega.config.errors import ConfigError
 
 app = typer.Typer(
@@ -31,6 +34,8 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A run, or one 
 def main() -> None:
     """Entry point: a user's mistake is a message and exit code 2, the machine's failure a message and 1."""
     try:
+        cluster.end_with_launcher()
+        cluster.adopt()
         code = app(standalone_mode=False)
     except typer.Abort:
         code = 130
@@ -40,6 +45,8 @@ def main() -> None:
         if os.environ.get("IGLA_TRACEBACK"):
             raise
         code = _fail(error, 1)
+    except MemoryError as error:
+        code = _fail(f"out of memory: a file or a recipe asks for more than this machine has. {error}".rstrip(), 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own, for a wrong option or argument
             raise
@@ -54,6 +61,7 @@ def _fail(error, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # As a rule every rank meets the same mistake, and rank 0 says it: torchrun then ends this one in its sleep.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1.5)
     text = str(error)
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
@@ -78,15 +86,20 @@ def check(
     set_: Set = None,
     nproc: Annotated[int | None, typer.Option(help="Also check the layout for so many ranks.")] = None,
 ) -> None:
-    """Validate a recipe (or a checkpoint folder); print every breach at once."""
-    if (Path(recipe) / "manifest.json").is_file():
-        _quiet_libraries()
-        from igla_mega.checkpoint import store
+    """Validate a recipe, or a run's checkpoints, or one of them; print every breach at once."""
+    if "://" in recipe or (Path(recipe).is_dir() and not Path(f"{recipe}.manifest.json").is_file()):
+        if "://" in recipe:
+            from igla_mega.checkpoint import remote
 
-        reason = store.damage(Path(recipe))
-        if reason:
-            raise ConfigError(reason)
-        print(f"{recipe}: every file has the size and digest it was written with")
+            lines, damages = remote.report(recipe)
+        else:
+            from igla_mega.checkpoint import integrity
+
+            lines, damages = integrity.report(Path(recipe))
+        for line in lines:
+            print(line)
+        if damages:
+            raise ConfigError(*damages, "  Use another checkpoint, or restore this one from a backup.")
         return
     if Path(f"{recipe}.manifest.json").is_file():
         from igla_mega.data.manifest import damage
@@ -103,6 +116,8 @@ def check(
         from igla_mega.plan.layout import choose_layout
 
         choose_layout(loaded, nproc, _device())
+    if absent := rules.not_installed(loaded):
+        raise ConfigError(*absent)
     print(f"{loaded.name}: fine")
     notes = [*rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
     for sentence in notes:
@@ -219,18 +234,37 @@ def train(
     set_: Set = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; resumed when it has a checkpoint.")] = None,
-    stop_after: Annotated[int | None, typer.Option(help="Save and stop at this step, before the last.")] = None,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop at this step, before the last.")] = None,
     models: Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Say at the start what context parallelism costs.")
     ] = False,
+    nnodes: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            envvar="PET_NNODES",
+            help="Machines; the same command on each. MIN:MAX goes on with fewer.",
+        ),
+    ] = "1",
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", envvar="PET_RDZV_ENDPOINT", help="Where they meet; HOST is one of them."),
+    ] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="How often ranks start again after a failure.")] = 0,
 ) -> None:
-    """Run a recipe; under torchrun or Slurm as one rank, else starting torchrun by itself."""
+    """Run a recipe; under torchrun or Slurm as one rank, else starting torchrun by itself.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 finish the step, save and end with code 75 (requeue: the same command goes on); Ctrl-C
+    does so with 130; a second signal ends at once. 76: ended because it was stuck (distributed.hang_seconds). 2: the
+    recipe or the command is wrong. 1: a failure.
+    """
     from igla_mega.config import rules
     from igla_mega.data import laptop
 
+    _end_when_asked()
     loaded = _load(recipe, scale, set_)
-    if refusals := rules.not_yet(loaded):
+    if refusals := [*rules.not_yet(loaded), *rules.not_installed(loaded)]:
         raise ConfigError(*refusals)
     run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -241,14 +275,18 @@ def train(
     if not under_launcher:
         from igla_mega.plan.hardware import num_local_gpus
 
-        nproc = nproc or num_local_gpus() or 1
-        _check_before_launch(loaded, nproc, models)
+        nproc, nodes = nproc or num_local_gpus() or 1, _nodes(nnodes)
+        if nodes[1] > 1 and rendezvous is None:
+            raise ConfigError(
+                f"--rendezvous: {nnodes} nodes need a place to meet.\n  Give HOST:PORT of one of them, say node1:29500."
+            )
+        _check_before_launch(loaded, nproc * nodes[1], models)
         os.environ[_DATA_CHECKED] = "1"
-        if nproc > 1:
+        if nproc > 1 or nodes[1] > 1 or restarts:
             _quiet_libraries()
             from igla_mega.launch import torchrun
 
-            raise typer.Exit(torchrun(nproc))
+            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_id=run.name))
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
         from igla_mega.plan.layout import choose_layout
 
@@ -256,7 +294,7 @@ def train(
     _quiet_libraries()
     from igla_mega import run as engine
 
-    engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose)
+    raise typer.Exit(engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose))
 
 
 @app.command()
@@ -367,15 +405,60 @@ def export(
 def eval_(
     checkpoint: Checkpoint,
     data: Annotated[list[Path] | None, typer.Option(help="Indexed dataset, without .bin; may be repeated.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, in place of the sources.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of the tasks' YAML files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task. Default: all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine, for --tasks. Default: 1.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Print loss and perplexity for each source: the held-out part of the run's own, or whole datasets."""
+    """Print loss and perplexity for each source: the held-out part of the run's own, or whole datasets; or tasks."""
     _quiet_libraries()
-    from igla_mega.evaluate import evaluate
+    if tasks is None:
+        given = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot, "--nproc": nproc}
+        if others := [option for option, value in given.items() if value is not None]:
+            raise ConfigError(f"{', '.join(others)}: only with --tasks, and none are given. Name them.")
+    elif data and (nproc or int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError("--data: is measured in one process. Leave --nproc out, or ask for --tasks alone.")
+    elif (nproc or 1) > 1 and "RANK" not in os.environ:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError("--tasks: lm-evaluation-harness is not installed.\n  pip install 'igla-mega[eval]'")
+        from igla_mega.launch import torchrun
 
-    results = evaluate(checkpoint, {path.name: str(path) for path in data} if data else None)
-    print(f"{'source':16} {'nats/token':>10} {'perplexity':>10} {'tokens':>12}")
-    for name, (loss, perplexity, tokens) in results.items():
-        print(f"{name:16} {loss:10.4f} {perplexity:10.2f} {tokens:12,}")
+        raise typer.Exit(torchrun(nproc or 1))
+    from igla_mega import evaluate as measure
+
+    sources, scores = {}, {}
+    if tasks is not None:
+        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        if not names:
+            raise ConfigError("--tasks: names no task. Give NAME or NAME,NAME.")
+        from igla_mega.config.schema import Tasks
+
+        folder = str(include_path) if include_path else None
+        asked = Tasks(names=names, include_path=folder, limit=limit, num_fewshot=num_fewshot)
+        scores = measure.evaluate_tasks(checkpoint, asked)
+        if os.environ.get("RANK", "0") != "0":
+            return
+    if tasks is None or data:
+        sources = measure.evaluate(checkpoint, {path.name: str(path) for path in data} if data else None)
+    if json_:
+        import json
+
+        named = {
+            name: {"loss": loss, "perplexity": perplexity if math.isfinite(perplexity) else None, "tokens": count}
+            for name, (loss, perplexity, count) in sources.items()
+        }
+        print(json.dumps({"checkpoint": str(checkpoint), "sources": named, "tasks": scores}))
+        return
+    if sources:
+        print(f"{'source':16} {'nats/token':>10} {'perplexity':>10} {'tokens':>12}")
+    for name, (loss, perplexity, count) in sources.items():
+        print(f"{name:16} {loss:10.4f} {perplexity:10.2f} {count:12,}")
+    for name, value in scores.items():
+        print(f"{name:40} {value:10.4f}")
 
 
 @app.command()
@@ -407,26 +490,108 @@ def generate(
 
 
 @app.command()
-def report(run: Path) -> None:
-    """Write RUN/report.html: the run on one page."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    others: Annotated[
+        list[Path] | None, typer.Argument(metavar="[OTHER_RUN...]", help="Runs to set beside it.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(metavar="OTHER_RUN...", help="The same: runs to set beside it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page; it follows the run while that goes on.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="With --serve: the address that answers.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8400,
+) -> None:
+    """Write RUN/report.html: the run on one page, beside others if asked; or serve it, live."""
+    beside = [*(compare or []), *(others or [])]
+    if serve:
+        from igla_mega.report.serve import serve as serve_page
+
+        if out is not None:
+            raise ConfigError("--out: a file is written, or the page is served. Leave out --out or --serve.")
+        serve_page([run, *beside], host, port)
+        return
     from igla_mega.report.page import write_report
 
-    print(write_report(run))
+    print(write_report(run, beside, out))
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is installed, which ops have kernels, and what is lost without the missing."""
+def doctor(
+    list_: Annotated[bool, typer.Option("--list", help="Only say what is there; put no load on the machine.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Half a minute, not seconds: heat and full caches show.")
+    ] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder that the run will write. Default: runs.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", envvar="IGLA_LIMITS", help="What a node must reach; may be repeated."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what is installed and what is lost without the missing, then test this node, or under a launcher all nodes.
+
+    Exit code 1: a node is bad, and named; 2: a wrong option.
+    """
     _quiet_libraries()
+    from igla_mega.plan.hardware import num_local_gpus
+
+    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    gpus = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else num_local_gpus()
+    from igla_mega import nodes
+
+    limits = nodes.parse_limits(limit or [], on_cpu=not gpus)
+    nproc = nproc or gpus or 1
+    if not list_ and not under_launcher and nproc > 1:
+        from igla_mega.launch import torchrun
+
+        raise typer.Exit(torchrun(nproc))
+    import json
+
+    from igla_mega import doctor as installed
+
+    speaks = os.environ.get("RANK", "0") == "0"
+    rows, unfit = installed.rows(), installed.unfit(int(os.environ.get("LOCAL_RANK", 0)) if under_launcher else None)
+    if speaks and not json_:
+        _print_rows(rows)
+    for reason in unfit:
+        print(f"bad: {nodes.node_name()}: {reason}", file=sys.stderr)
+    answer: dict = {"installed": [dict(zip(("what", "state", "use"), row, strict=True)) for row in rows]}
+    answer["unfit"] = unfit
+    bad = bool(unfit)
+    if not list_ and not unfit:
+        reports = nodes.test(nodes.start(), run or Path("runs"), full=full)
+        found = nodes.verdicts(reports, limits)
+        answer |= nodes.as_json(reports, found, limits)
+        bad = bool(found)
+        if speaks and not json_:
+            print(nodes.text(reports, found))
+    if speaks and json_:
+        print(json.dumps(answer, indent=1))
+    raise typer.Exit(1 if bad else 0)
+
+
+def _print_rows(rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from igla_mega.doctor import rows
+    from igla_mega.doctor import COLUMNS
 
-    table = Table("what", "state", "without it")
-    for row in rows():
+    table = Table(*COLUMNS)
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _end_when_asked() -> None:
+    """Until ranks hear signals themselves: a scheduler's ends the command as it would end them, to be started again."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(75))
 
 
 def _load(recipe: str, scale: str | None, overrides: list[str] | None):
@@ -439,6 +604,15 @@ def _device() -> str:
     from igla_mega.plan.hardware import num_local_gpus
 
     return "cuda" if num_local_gpus() else "cpu"
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    """`2` or `1:4`, as least and most."""
+    parts = text.split(":")
+    least, most = (int(part) if part.isdigit() else 0 for part in (parts[0], parts[-1]))
+    if len(parts) > 2 or not 1 <= least <= most:
+        raise ConfigError(f"--nnodes: {text} is neither a number of nodes nor MIN:MAX.\n  Give 2, or 1:4.")
+    return least, most
 
 
 def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:

@@ -1,26 +1,31 @@
-"""Loss and perplexity of a checkpoint on whole data sets, in one process."""
+"""A checkpoint's loss and perplexity on whole data sets, in one process; its scores on tasks, on any ranks."""
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from igla_mega import parallel
-from igla_mega.assemble import open_dataset
-from igla_mega.checkpoint.single import load_single, read_recipe, resolve_checkpoint
+from igla_mega import host, parallel
+from igla_mega.assemble import frozen_chunks, open_dataset
+from igla_mega.checkpoint.single import TOKENIZER, alone, load_single, read_recipe, resolve_checkpoint, tokenizer_of
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Dataset, Share, split_point
+from igla_mega.config.schema import Recipe, Tasks
+from igla_mega.data.batches import Dataset, Share, on_device, split_point
 from igla_mega.data.conversations import Pairs
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.preprocess import source_prefixes
+from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.model.build import CausalLM
 from igla_mega.objective import language
-from igla_mega.train.loop import on_device
+from igla_mega.plan.layout import choose_layout
+from igla_mega.train import evaluation
+from igla_mega.train.step import Engine
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens that go through the model at once."""
@@ -52,7 +57,7 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     parts = {}
     if samples is None:
         parts = _held_out(recipe, vocab_size) if prefixes is None else _whole(prefixes, vocab_size)
-    bf16 = torch.cuda.is_available() and recipe.distributed.precision == "BF16"
+    bf16 = torch.cuda.is_available() and recipe.distributed.precision != "FP32"
 
     results = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -73,6 +78,75 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     finally:
         parallel.stop()
     return results
+
+
+def evaluate_tasks(checkpoint: Path, asked: Tasks) -> dict[str, float]:
+    """Run tasks of lm-evaluation-harness on a checkpoint, on all ranks of this world, each of which calls it.
+
+    Returns:
+        `task/metric` -> value, on the main rank; nothing on the others.
+
+    Raises:
+        ConfigError: no such checkpoint or task, the task's data is not here, or lm-eval is not installed.
+        RuntimeError: a task's own code failed.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    recipe = read_recipe(checkpoint)
+    assert recipe.model is not None, "read_recipe refuses that"
+    path = tokenizer_of(checkpoint, recipe)
+    if path is None:
+        raise ConfigError(
+            f"{checkpoint}: its tokenizer ({recipe.data.tokenizer or 'none given'}) is not there.\n"
+            f"  Copy the Hugging Face tokenizer folder of its training data to {checkpoint / TOKENIZER}."
+        )
+    tokenizer = load_tokenizer(path, recipe.model.vocab_size)
+    device = host.prepare()
+    parallel.start(device, recipe.distributed.timeout_seconds)
+    try:
+        harness = None
+        refusals: list[ConfigError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                harness = evaluation.open_harness(asked, tokenizer, recipe.model.max_position, place="--tasks")
+            except ConfigError as error:
+                refusals = [error]
+        dist.broadcast_object_list(refusals, src=0, group=dist.new_group(backend="gloo"))
+        if (refusal := refusals[0]) is not None:
+            raise refusal
+        with torch.no_grad():
+            values = evaluation.run_tasks(_engine(checkpoint, recipe, device), harness, recipe.training.seed)
+    finally:
+        parallel.stop()
+    if isinstance(values, str):
+        raise RuntimeError(f"--tasks: {values}")
+    return values
+
+
+def _engine(checkpoint: Path, recipe: Recipe, device: torch.device) -> Engine:
+    """What runs forward passes of a checkpoint's model in this world; it has no optimizer and takes no step."""
+    ranks, length = dist.get_world_size(), recipe.sequence_length
+    assert recipe.model is not None and length is not None, "read_recipe refuses that"
+    if ranks == 1:
+        bf16 = device.type == "cuda" and recipe.distributed.precision != "FP32"
+        model, _ = load_single(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
+        layout = replace(alone(recipe.model), micro_batch_size=max(1, BATCH_TOKENS[device.type] // length))
+        layout = replace(layout, sequence_length=length)
+        return Engine(parallel.alone(layout, device, 0), layout, [model], None)  # type: ignore[arg-type]
+    if recipe.lora is not None:
+        raise ConfigError(
+            f"{checkpoint}: holds adapters, which are evaluated in one process.\n"
+            "  Leave --nproc out, or merge them first: `export --merge`, then `import`."
+        )
+    # As it was trained, but for what only training needs.
+    training = recipe.training.model_copy(
+        update={"batch_size": ranks, "gradient_accumulation": None, "total_steps": 1, "epochs": None}
+    )
+    recipe = recipe.model_copy(update={"training": training, "curriculum": None})
+    layout = choose_layout(recipe, ranks, device.type)
+    layout = replace(layout, micro_batch_size=max(1, BATCH_TOKENS[device.type] // length))
+    mesh = parallel.build(layout, recipe.training.seed)
+    chunks = frozen_chunks(recipe, layout, mesh, device, checkpoint)
+    return Engine(mesh, layout, chunks, None)  # type: ignore[arg-type]
 
 
 def perplexity(loss: float) -> float:

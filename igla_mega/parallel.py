@@ -1,12 +1,10 @@
 """Process groups as a value. The only file that touches megatron-core's `parallel_state`."""
 
-import ctypes
 import datetime
 import os
-import signal
-import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -64,12 +62,17 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
-    """Join the default process group: NCCL beside gloo on CUDA, gloo on CPU; alone when not under torchrun."""
+def start(device: torch.device, timeout_seconds: float = 600.0, dumps: Path | None = None) -> None:
+    """Join the default process group: NCCL beside gloo on CUDA, gloo on CPU; alone when not under torchrun.
+
+    Args:
+        dumps: folder for what NCCL recorded of the last collectives, written when one of them times out.
+    """
+    if device.type == "cuda" and dumps is not None:
+        _record_collectives(dumps)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if under_launcher():
-        _end_with_launcher()
         dist.init_process_group(backend, timeout=timeout)
         return
     # A file store needs no free port.
@@ -77,12 +80,21 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
-def _end_with_launcher() -> None:
-    """Have the kernel end this rank when torchrun's process is gone, however it went: no rank trains on alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+def _record_collectives(dumps: Path) -> None:
+    """Switch on torch's flight recorder, under the names of torch 2.9 and those before; what is set by hand stays."""
+    dumps.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        **dict.fromkeys(("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        **dict.fromkeys(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), f"{dumps}/nccl_rank_"),
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def own_store() -> dist.Store:
+    """A connection of its own to what the ranks met at: it may be used from another thread."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def build(layout: Layout, seed: int) -> Mesh:

@@ -2,6 +2,10 @@
 
 import errno
 import fcntl
+import json
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,25 +19,33 @@ import torch.distributed as dist
 from igla_mega import host, ops, parallel
 from igla_mega.assemble import build_engine, frozen_chunks, load_into, num_steps, open_corpus, open_dataset
 from igla_mega.checkpoint import adapters, hugging_face, single, store, tuned
+from igla_mega.checkpoint.local import Local, folder_of
+from igla_mega.checkpoint.remote import Remote
 from igla_mega.checkpoint.single import DTYPES
-from igla_mega.config import load
+from igla_mega.config import json_text, load, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory, Moe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, Share
 from igla_mega.data.blend import recorded_mixes
 from igla_mega.data.conversations import Pairs
+from igla_mega.data.journal import replace_file
 from igla_mega.objective.ewc import Ewc
 from igla_mega.ops.ring_attention import choose_schedule, inner_group_size, ranks_of_a_node
 from igla_mega.parallel import Mesh
 from igla_mega.plan import attention
 from igla_mega.plan.layout import Layout, choose_layout
 from igla_mega.plan.stages import Stage, parts_of, stages_of, weights_of
-from igla_mega.train import loop, memory, preference
+from igla_mega.train import evaluation, loop, memory, preference
 from igla_mega.train.metrics import Trackers
-from igla_mega.train.phases import Learning, next_stage
+from igla_mega.train.phases import Learning, finishes, next_stage
 from igla_mega.train.progress import Display, Silent
+from igla_mega.train.pulse import Pulse, follow_layers
 from igla_mega.train.step import Engine
+from igla_mega.train.watchdog import HANG, guarded
+
+LOCK_SECONDS = 30.0
+"""How long ranks that are started again wait for the run folder of those before them."""
 
 
 def train(
@@ -43,7 +55,7 @@ def train(
     stop_after: int | None = None,
     models: Path | None = None,
     verbose: bool = False,
-) -> None:
+) -> int:
     """Run a recipe on this rank, from where its run folder left off.
 
     Args:
@@ -52,15 +64,40 @@ def train(
         models: folder below which `base_model` is looked up.
         verbose: say at the start what context parallelism costs.
 
+    Returns:
+        The exit code: 0, or what tells a scheduler that the run was asked to stop and goes on (`loop.StopRequest`).
+
     Raises:
         ConfigError: something the user gave does not fit; said before any weight is allocated.
     """
     device = host.prepare()
     if recipe.distributed.keep_freed_memory and device.type == "cpu":
         host.keep_freed_memory()
-    parallel.start(device, recipe.distributed.timeout_seconds)
-    lock = _lock(run_dir) if dist.get_rank() == 0 else None
+    distributed = recipe.distributed
+    parallel.start(device, distributed.timeout_seconds, run_dir / HANG)
+    stop = loop.StopRequest(dist.get_world_size() == 1, device)
+    # First of all: what the watchdog writes there may be another run's.
+    lock = _lock(run_dir, recipe) if dist.get_rank() == 0 else None
     dist.barrier()
+    with guarded(run_dir, distributed.hang_seconds, distributed.timeout_seconds) as pulse:
+        finished = _train(recipe, run_dir, device, stop, pulse, stop_after, models, verbose)
+    parallel.stop()
+    if lock:
+        lock.close()
+    return 0 if finished else stop.exit_code
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    device: torch.device,
+    stop: loop.StopRequest,
+    pulse: Pulse,
+    stop_after: int | None,
+    models: Path | None,
+    verbose: bool,
+) -> bool:
+    """Returns whether all is done, also what follows the last step."""
     parts, base = parts_of(recipe), None
     if parts[0].base_model:
         base, parts[0] = _with_base(parts[0], run_dir, models)
@@ -73,10 +110,9 @@ def train(
     if recipe.distributed.kernels == "require":
         ops.require_kernels(device.type)
     mesh = parallel.build(stages[0].layout, recipe.training.seed)
-    _train_stages(recipe, run_dir, stages, mesh, device, stop_after, base, verbose)
-    parallel.stop()
-    if lock:
-        lock.close()
+    finished = _train_stages(recipe, run_dir, stages, mesh, device, stop, pulse, stop_after, base, verbose)
+    dist.barrier(group=mesh.host_group)  # a launcher ends the others when the first one has ended
+    return finished
 
 
 def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
@@ -122,19 +158,73 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     parallel.stop()
 
 
-def _lock(run_dir: Path) -> IO[str]:
-    """Keep a second run out of the folder; the lock goes with the process, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held while the run lasts)
+def _lock(run_dir: Path, recipe: Recipe) -> IO[str]:
+    """Keep a second run, and another recipe's, out of the folder; the lock goes with the process, however it ends.
+
+    Raises:
+        ConfigError: another process trains in it, or another recipe has; or nothing can be written there.
+    """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (held while the run lasts)
     except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return lock  # a file system without locks
         raise ConfigError(
-            f"{run_dir}: another run is training in this folder.\n  Wait for it, end it, or give another --run."
+            f"{run_dir}: no run can be written there ({error.strerror}).\n  Give another --run, or mend its rights."
         ) from None
+    # A launcher that starts the ranks again may do so before the last ones are gone.
+    patience = LOCK_SECONDS if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else 0
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                break  # a file system without locks
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{run_dir}: another run is training in this folder{_holder(lock)}.\n"
+                    "  Wait for it, end it, or give another --run."
+                ) from None
+            time.sleep(0.2)
+    _refuse_other_recipe(run_dir, recipe)
+    lock.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+    lock.flush()
     return lock
+
+
+def _holder(lock: IO[str]) -> str:
+    """Who wrote into a lock file, in words."""
+    try:
+        lock.seek(0)
+        other = json_text.loads(lock.read())
+        return f": process {other['pid']} on {other['host']}, since {other['since']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return ""
+
+
+def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """What a folder has trained goes on as what it is: a name, what is learned, and which weights train."""
+    if not store.steps_in(run_dir / "checkpoints"):
+        return
+    if not (old := _last_recipe(run_dir)):
+        return  # what matters is checked against the checkpoint
+    new = _flat(yaml_text.parse(load.dump(recipe), "recipe.yaml"))
+    kinds = ("lora", "dpo", "sft", "stages", "curriculum")
+    breaches = []
+    if old.get("name") != new.get("name"):
+        breaches.append(f"recipe `{old.get('name')}` and not `{new.get('name')}`")
+    for kind in kinds:
+        had, has = (any(key.split(".")[0] == kind and tree[key] is not None for key in tree) for tree in (old, new))
+        if had != has:
+            breaches.append(f"{'with' if had else 'without'} `{kind}`")
+    if breaches:
+        raise ConfigError(
+            f"{run_dir}: holds a run of another recipe: {', '.join(breaches)}.\n"
+            f"  Give another --run; or go on with its own, {run_dir / 'recipe.yaml'}."
+        )
 
 
 def _with_base(recipe: Recipe, run_dir: Path, models: Path | None) -> tuple[Path, Recipe]:
@@ -144,6 +234,7 @@ def _with_base(recipe: Recipe, run_dir: Path, models: Path | None) -> tuple[Path
     if dist.get_rank() == 0 and not (checkpoint / store.MANIFEST).is_file():
         hugging_face.import_folder(folder, checkpoint, say=print)
     dist.barrier()
+    store.verify_together(checkpoint, dist.group.WORLD)
     theirs = single.read_recipe(checkpoint)
     return checkpoint, recipe.model_copy(update={"model": theirs.model, "moe": experts_of(theirs, recipe, folder)})
 
@@ -181,20 +272,25 @@ def _train_stages(
     stages: list[Stage],
     mesh: Mesh,
     device: torch.device,
+    stop: loop.StopRequest,
+    pulse: Pulse,
     stop_after: int | None,
     base: Path | None,
     verbose: bool,
-) -> None:
+) -> bool:
     corpora = _open_corpora(stages)
     for corpus in dict.fromkeys(corpora):
         _all_read_the_same(corpus, mesh)
+    prepared = evaluation.prepare(stages, corpora, base, mesh)
     recipe_yaml = load.dump(recipe)
     parts = parts_of(recipe)
     ends = [list(group)[-1].last_step for _, group in groupby(stages, key=lambda stage: stage.part)]
 
     say: Callable[[str], None] = print if mesh.is_main else lambda text: None
     checkpoints = run_dir / "checkpoints"
-    found = store.find(checkpoints, mesh, say)
+    local, remote = _other_folders(recipe, checkpoints, mesh)
+    find = partial(store.find, checkpoints, mesh, say, local=local, remote=remote)
+    found = find()
     progress = found[1] if found else store.Progress()
     _same_batches(progress, stages)
     if isinstance(corpora[0], Corpus) and recipe.stages is None and recipe.curriculum is None and recipe.data.mix:
@@ -212,28 +308,36 @@ def _train_stages(
         mesh,
         store.Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every, frozenset(ends[:-1])),
         asynchronous=recipe.checkpoint.asynchronous,
+        staging_bytes=recipe.checkpoint.staging_memory,
+        local=local,
+        remote=remote,
     )
+    if found and found[0].parent == checkpoints:
+        writer.copy_found(progress.step)
     display: Display | Silent = Silent()
     trackers = None
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for line in _changes(run_dir / "recipe.yaml", recipe_yaml):
+        for line in _changes(run_dir, recipe_yaml):
             say(line)
-        (run_dir / "recipe.yaml").write_text(recipe_yaml)
+        replace_file(run_dir / "recipe.yaml", recipe_yaml.encode())
         trackers = Trackers(run_dir, recipe.logging, resume_step=progress.step, recipe=recipe.model_dump(mode="json"))
         display = Display(last_step, progress.step)
     settled = progress.stage == len(stages) or progress.step < stages[progress.stage].last_step
     nothing_left = progress.step >= last_step and settled
     try:
-        stop = loop.StopRequest(mesh.world_size == 1, device)
         for part, own in enumerate(parts):
             if part:
+                loop.report_saves(writer.wait(), display, trackers)
+                writer.refuse_loss()
                 base = _weights_after(parts[part - 1], base, checkpoints, ends[part - 1], run_dir, mesh)
             if part < number:
                 continue
             first = next(index for index, stage in enumerate(stages) if stage.part == part)
             start, corpus = stages[first], corpora[first]
-            engine, texts = _build_part(own, start, corpus, mesh, device, found, base, progress, run_dir, display)
+            engine, texts, restore = _build_part(
+                own, start, corpus, mesh, device, pulse, found, base, progress, run_dir, display
+            )
             run = loop.Run(
                 recipe=own,
                 recipe_yaml=load.dump(own),
@@ -246,6 +350,7 @@ def _train_stages(
                 last_step=last_step,
                 peak_flops=loop.peak_flops(device, DTYPES[recipe.distributed.precision]),
                 stop=stop,
+                rewind=partial(_rewind, find, start, restore),
                 texts=texts,
             )
             if mesh.is_main:
@@ -254,28 +359,63 @@ def _train_stages(
                     display.say(line)
             if nothing_left:
                 display.say(f"nothing to do: {run_dir} is at step {progress.step} of {total_steps}")
-                return
+                _finish_saves(writer, pulse, display, trackers)
+                return progress.stage == len(stages)
+            if trackers and part == number:
+                words = opening[-1] if found else opening[0]
+                trackers.event("resumed" if progress.step else "started", progress.step, words, ranks=mesh.world_size)
             learning = Learning(
                 own, stages, corpora, engine, partial(_corpus_of, own), base is not None, display, trackers
             )
             if not found:
                 learning.begin(progress)
-            if not _train_part(run, learning, progress, last_step):
+            if not _train_part(run, learning, prepared, progress, last_step):
                 break
             found = None
-            del run, engine, learning  # before the next part's are made
-        writer.wait()
+            del run, engine, learning, restore  # before the next part's are made
+        _finish_saves(writer, pulse, display, trackers)
+        writer.refuse_loss()
+        if trackers and progress.stage == len(stages):
+            trackers.event("finished", progress.step, f"all {total_steps} steps are taken")
+        elif trackers and progress.step == stop_after:
+            trackers.event("stopping", progress.step, f"stopping after step {progress.step}, as --stop-after asked")
     finally:
         display.close()
         if trackers:
             trackers.close()
+    return progress.stage == len(stages)
+
+
+def _finish_saves(
+    writer: store.CheckpointWriter, pulse: Pulse, display: Display | Silent, trackers: Trackers | None
+) -> None:
+    with pulse.doing("saving", patient=True):
+        loop.report_saves(writer.finish(alive=partial(pulse.at, "")), display, trackers)
+
+
+def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local | None, Remote | None]:
+    """Where checkpoints lie besides: on this node's own disk, and in an object store."""
+    asked, where = recipe.checkpoint, None
+    if asked.local_folder is not None:
+        run = f"{checkpoints.parent.name}-{store.run_id(checkpoints, mesh)}"
+        # How state is cut among the ranks follows from these and the sizes of the mesh.
+        layout = json.dumps([recipe.distributed.model_dump(mode="json"), recipe.model and recipe.model.model_dump()])
+        folder = folder_of(asked.local_folder, run)
+        where = Local(folder, mesh, mesh.host_group, layout, asked.local_keep_last)
+    return where, Remote(asked.remote) if asked.remote is not None else None
 
 
 def _corpus_of(recipe: Recipe, mix: Mapping[str, float], sequence_length: int) -> Corpus:
     return open_corpus(recipe, sequence_length, mix)
 
 
-def _train_part(run: loop.Run, learning: Learning, progress: store.Progress, last_step: int) -> bool:
+def _train_part(
+    run: loop.Run,
+    learning: Learning,
+    prepared: Sequence[evaluation.Prepared],
+    progress: store.Progress,
+    last_step: int,
+) -> bool:
     """Train the stages of the part that `run` was built for, from `progress` on.
 
     Returns:
@@ -293,13 +433,19 @@ def _train_part(run: loop.Run, learning: Learning, progress: store.Progress, las
             share=_share(stage.layout, run.engine.mesh),
             stage=stage,
             last_step=min(stage.last_step, last_step),
+            prepared=prepared[index],
         )
         if progress.step == stage.first_step and _is_tuning(stage):
-            progress.before = loop.validate(run)
-            loop.log_validation(progress.before, run, progress, display, trackers)
+            progress.before = evaluation.validate(run)
+            evaluation.log_validation(progress.before, run, progress, display, trackers)
         elif progress.step == stage.first_step:
             progress.before = {}
+        if progress.step == stage.first_step:
+            progress.losses = []
         if not loop.train(run, progress, display, trackers):
+            return False
+        if run.stop.agreed and (finishes(stage) or progress.step < learning.stages[-1].last_step):
+            loop.tell_stopping(run, progress, display, trackers)
             return False
         if learning.finish(index, progress):
             run.save(progress)
@@ -319,18 +465,22 @@ def _build_part(
     corpus: Dataset,
     mesh: Mesh,
     device: torch.device,
+    pulse: Pulse,
     found: tuple[Path, store.Progress] | None,
     base: Path | None,
     progress: store.Progress,
     run_dir: Path,
     display: Display | Silent,
-) -> tuple[Engine, Mapping[str, str]]:
+) -> tuple[Engine, Mapping[str, str], Callable[[Path, store.Progress], None]]:
     """Build the engine of a part with its weights: a checkpoint's, or the base's it starts from.
 
     Returns:
-        The engine, and what its checkpoints say beside the tensors: file name -> text.
+        The engine; what its checkpoints say beside the tensors: file name -> text; and what makes the engine what it
+        was at a checkpoint of the part.
     """
     engine, shards = build_engine(recipe, stage.layout, mesh, device, initialize=not (found or base), base=base)
+    engine = replace(engine, pulse=pulse)
+    follow_layers(pulse, engine.chunks)
     asked = recipe.memory
     if asked is not None and asked.ewc_lambda > 0:
         engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda, asked.coupling))
@@ -351,10 +501,36 @@ def _build_part(
             # Without a base the untrained model is the reference: its weights follow from the seed.
             preference.cache(engine, corpus, _share(stage.layout, mesh), digest, run_dir, display)
         engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine, frozen))
+
+    def restore(checkpoint: Path, at: store.Progress) -> None:
+        with memory.restoring(engine, checkpoint):
+            load_into(engine, shards, checkpoint, _num_updates(at, stage))
+
     if found:
-        with memory.restoring(engine, found[0]):
-            load_into(engine, shards, found[0], progress.step - stage.first_step)
-    return engine, texts
+        restore(found[0], progress)
+    return engine, texts, restore
+
+
+def _num_updates(progress: store.Progress, start: Stage) -> int:
+    """Updates that the optimizer of a part has made: a step whose samples were left out was none."""
+    left_out = sum(start.first_step < step <= progress.step for step in progress.skipped)
+    return progress.step - start.first_step - left_out
+
+
+def _rewind(
+    find: Callable[[], tuple[Path, store.Progress] | None],
+    start: Stage,
+    restore: Callable[[Path, store.Progress], None],
+    progress: store.Progress,
+) -> bool:
+    """Make engine and `progress` what they were at the last checkpoint, where that is of the stage at hand."""
+    found = find()
+    if found is None or found[1].step <= start.first_step or found[1].stage != progress.stage:
+        return False
+    restore(*found)
+    for name, value in vars(found[1]).items():
+        setattr(progress, name, value)
+    return True
 
 
 def _weights_after(recipe: Recipe, base: Path | None, checkpoints: Path, step: int, run_dir: Path, mesh: Mesh) -> Path:
@@ -420,15 +596,21 @@ def _same_batches(progress: store.Progress, stages: Sequence[Stage]) -> None:
         )
 
 
-def _changes(path: Path, recipe_yaml: str) -> list[str]:
+def _changes(run_dir: Path, recipe_yaml: str) -> list[str]:
     """What the recipe says otherwise than the one this run folder was trained with."""
-    if not path.exists():
+    if not (old := _last_recipe(run_dir)):
         return []
-    import yaml
-
-    old, new = (_flat(yaml.safe_load(text)) for text in (path.read_text(), recipe_yaml))
+    new = _flat(yaml_text.parse(recipe_yaml, "recipe.yaml"))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: was {old.get(key)}, is {new.get(key)} from here on" for key in keys]
+
+
+def _last_recipe(run_dir: Path) -> dict:
+    """What a folder was last trained with; empty where that cannot be read."""
+    try:
+        return _flat(yaml_text.parse((run_dir / "recipe.yaml").read_text(), "recipe.yaml"))
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

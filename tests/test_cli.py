@@ -4,6 +4,7 @@ Whatever the mistake: one message that names the place and the way out, exit cod
 traceback, within seconds, no process left behind.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -377,16 +378,21 @@ def test_two_ranks_on_the_laptop_corpus_stopped_and_resumed_equal_the_unbroken_r
     assert digests(tmp_path / "broken", 8) == digests(tmp_path / "unbroken", 8)
 
 
-def start_long_run(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
-    """Start a run of many steps and return when it has taken a few."""
+def start_run(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
+    """Start a run of many steps."""
     changes = ("--set", "training.total_steps=100000", "--set", "checkpoint.every_steps=0")
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "igla_mega", "train", recipe, *changes, "--run", run, "--nproc", str(nproc)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_long_run(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
+    """Start a run of many steps and return when it has taken a few."""
+    process = start_run(recipe, run, nproc)
     deadline = time.monotonic() + LIMIT_SECONDS
     while not (run / "metrics.jsonl").exists() or len(metrics_lines(run)) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
@@ -444,6 +450,18 @@ def test_when_the_launcher_is_killed_no_rank_trains_on(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_when_the_launcher_is_killed_before_its_ranks_have_imported_anything_none_goes_on(recipe, tmp_path):
+    process = start_run(recipe, tmp_path / "run", 2)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not (family := psutil.Process(process.pid).children(recursive=True)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    ended(process, family, within_seconds=10)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
 def test_when_one_rank_meets_an_id_out_of_range_the_command_names_it_and_every_rank_ends(recipe, tmp_path):
     # In the middle of the file, beyond what opening it looks at: the rank that draws the sample finds it.
     tokens = np.random.default_rng(3).integers(0, VOCAB, 320_000)
@@ -453,3 +471,19 @@ def test_when_one_rank_meets_an_id_out_of_range_the_command_names_it_and_every_r
     changes = ("--set", "training.total_steps=2000", "--set", "distributed.tensor_parallel=1")
     said = refused("train", recipe, *changes, "--nproc", 2, "--run", tmp_path / "run")
     assert "words.bin: token 9" in said and "id 4000" in said and f"vocab_size {VOCAB}" in said
+
+
+def test_check_lists_the_checkpoints_of_a_run_and_names_the_damaged_file(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    for step in (10, 20):
+        folder = root / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "a.distcp").write_bytes(b"weights")
+        entry = {"bytes": 7, "blake2b": hashlib.blake2b(b"weights", digest_size=16).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {"a.distcp": entry}}))
+    done = igla("check", tmp_path / "run")
+    assert done.returncode == 0 and done.stdout.count("every file has the size and digest") == 2
+    (root / "step_00000020" / "a.distcp").write_bytes(b"Weights")
+    said = refused("check", tmp_path / "run")
+    assert "step_00000020: a.distcp does not have the digest" in said
+    assert "holds no checkpoint" in refused("check", tmp_path)

@@ -19,6 +19,27 @@ def test_every_row_is_three_texts_and_what_is_missing_says_what_is_lost():
     assert len({what for what, _, _ in found}) == len(found)
 
 
+def test_what_is_there_says_what_uses_it():
+    assert row("megatron-core")[2] == "everything that trains"
+    names = {what for what, *_ in doctor.rows()}
+    assert {"apex", "transformer-engine", "flash-attn", "nvidia-dali"} <= names
+    assert all(row(name)[2] for name in names & {package[0] for package in doctor._PACKAGES})
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch sees GPUs")
+def test_gpus_of_the_driver_that_torch_does_not_see_make_a_node_unfit(monkeypatch):
+    monkeypatch.setattr(doctor, "num_local_gpus", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "the driver shows 3 GPUs" in doctor.unfit()[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.unfit() == []
+
+
+def test_a_node_without_megatron_core_is_unfit(monkeypatch):
+    monkeypatch.setattr(doctor, "_is_there", lambda module: module != "megatron.core")
+    assert "pip install megatron-core" in doctor.unfit()[0]
+
+
 def test_versions_are_those_that_are_installed():
     assert row("torch")[1] == torch.__version__
     assert row("megatron-core")[1] == importlib.metadata.version("megatron-core")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -455,7 +456,13 @@ def test_recipe_7_runs_at_laptop_scale_is_resumed_measured_drawn_and_exported(tm
         assert all(abs(sum(layer) - 1) < 1e-9 for layer in entry["expert_load"])
         assert entry["moe_aux_loss"] == pytest.approx(sum(entry["moe_layers"]["aux_loss"]) / 4)
     assert igla("report", "run", cwd=tmp_path).returncode == 0
-    assert "<h2>Load of the experts</h2>" in (tmp_path / "run" / "report.html").read_text()
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "run" / "report.html").read_text(), re.DOTALL)[1]
+    assert {heat["key"]: heat["shape"] for heat in json.loads(data)["runs"][0]["rest"]["heats"]}["expert_load"] == [
+        8,
+        8,
+        8,
+        8,
+    ]
     done = igla("export", "run", "hf", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.rsplit(" ", 1)[1]) < TOLERANCE

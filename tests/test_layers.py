@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "igla_mega"
 LAYERS = {
     "config": 0, "recipes": 0, "_helpers": 0, "plan": 1, "ops": 1, "parallel": 2, "host": 2, "model": 3, "data": 3,
     "checkpoint": 4, "objective": 4, "train": 5, "report": 5, "assemble": 6, "launch": 6, "generate": 6,
-    "doctor": 6, "evaluate": 7, "run": 7, "cli": 8, "__main__": 9,
+    "cluster": 1, "doctor": 6, "nodes": 6, "evaluate": 7, "run": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
@@ -45,7 +45,9 @@ def test_torch_is_imported_from_layer_two_up_and_in_ops():
     } <= MAY_IMPORT_TORCH
 
 
-@pytest.mark.parametrize("module", ["cli", "config.load", "config.rules", "plan.layout", "data.preprocess"])
+@pytest.mark.parametrize(
+    "module", ["cli", "config.load", "config.rules", "plan.layout", "data.preprocess", "checkpoint.integrity"]
+)
 def test_what_must_start_fast_imports_no_torch(module):
     subprocess.run(
         [sys.executable, "-c", f"import sys, igla_mega.{module}; sys.exit('torch' in sys.modules)"],

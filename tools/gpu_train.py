@@ -1,61 +1,146 @@
-"""A training step of recipe 1's model (5.93B) on one GPU, beside what the plan says of its time and its memory.
+"""A training step of recipe 1's model (5.93B) on one GPU, beside the plan of it, and beside its peers.
 
-bf16 with fp32 main weights: about 110 GiB before activations, so an H200 or more.
+    python tools/gpu_train.py CASE [--out FILE] [--tiny]
+
+CASE is a number of tokens a row (4096, 8192); `shard`, one of eight context-parallel ranks of 131,072 tokens;
+`transformers` or `transformers-compiled`, the same model there; or `lora`, `qlora`, `lora-peft`, `qlora-peft`: the
+adapters of recipes 3 and 4 on a quarter of the layers. All compute in bf16; what trains has fp32 main weights: about
+110 GiB of the 5.93B before activations. Where a case does not fit, it is taken again with the next stronger
+recomputation. Model FLOP count causal attention once, a frozen weight's products four of six. --tiny tries the program
+on any machine.
 """
 
+import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).parent / "bench"))
+
 from igla_mega import host, parallel
 from igla_mega.assemble import build_engine
+from igla_mega.checkpoint import store
 from igla_mega.config.load import load_recipe
+from igla_mega.config.schema import Recipe
 from igla_mega.plan import calibration, hardware, search
+from igla_mega.plan.layout import Layout, choose_layout
+from igla_mega.plan.memory import of_stage
 from igla_mega.plan.search import fixed_sizes
 from igla_mega.plan.time import model_flops_per_token
 from igla_mega.train.step import train_step
 
-STEPS, MICRO_BATCHES = 5, 4
+STEPS = 5
+TOKENS_OF_A_STEP = 32768
+STRONGER = {"none": "selective", "selective": "full"}
+SHARD_TOKENS, SHARD_RANKS = 131072, 8
+TINY = ["model.hidden_size=128", "model.num_heads=4", "model.num_kv_heads=2", "model.intermediate_size=256",
+        "model.num_layers=4", "model.vocab_size=512", "model.max_position=16384"]  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def measure(length: int) -> dict:
-    """Seconds of a step and most bytes allocated, measured and planned.
-
-    Args:
-        length: tokens of a row.
-    """
-    device = host.prepare()
-    entry = hardware.of_cuda_name(torch.cuda.get_device_name())
-    if entry is None:
-        raise SystemExit(f"{torch.cuda.get_device_name()} is not in the hardware table.")
-    rows = MICRO_BATCHES * (8192 // length)
-    recipe = load_recipe(
+def shape(length: int, tiny: bool, *more: str) -> Recipe:
+    """Recipe 1 at rows of `length` tokens, on one device."""
+    rows = max(1, (256 if tiny else TOKENS_OF_A_STEP) // length)
+    return load_recipe(
         "pretrain_7b",
         overrides=[
+            *(TINY if tiny else ["model.max_position=131072"]),
             f"training.sequence_length={length}",
             f"training.batch_size={rows}",
             "distributed.strategy=DDP",
             "distributed.gradient_checkpointing=null",
+            *more,
         ],
     )
+
+
+def timed(step: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of steps after the first, which allocates and compiles."""
+    seconds = []
+    for _ in range(STEPS + 1):
+        _finish(device)
+        started = time.perf_counter()
+        step()
+        _finish(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def table_entry(device: torch.device) -> hardware.Hardware:
+    """The hardware table's entry of this device."""
+    if device.type == "cpu":
+        return hardware.cpu()
+    entry = hardware.of_cuda_name(torch.cuda.get_device_name())
+    if entry is None:
+        raise SystemExit(f"{torch.cuda.get_device_name()} is not in the hardware table (igla_mega/plan/hardware.py).")
+    return entry
+
+
+def report(recipe: Recipe, seconds: list[float], tokens: int, device: torch.device) -> dict[str, Any]:
+    """What is said of every case."""
+    length, entry = recipe.sequence_length, table_entry(device)
+    assert length is not None
+    rate = tokens / statistics.median(seconds)
+    return {
+        "step_seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "tokens_per_second": rate,
+        "mfu": rate * model_flops_per_token(recipe, length) / entry.bf16_flops,
+        "allocated_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+    }
+
+
+def ours(recipe: Recipe, device: torch.device, base: Path | None = None) -> dict[str, Any]:
+    """A step of this engine, in the fastest layout that the plan says fits and that does fit, beside that plan."""
+    entry = table_entry(device)
     used, _ = calibration.of(entry, "BF16")
-    planned = search.search(recipe, 1, entry, used.rates).winner
-    where = recipe.distributed.model_copy(update=fixed_sizes(planned.layout))
-    recipe = recipe.model_copy(update={"distributed": where})
-    if not torch.distributed.is_initialized():
-        parallel.start(device)
-    mesh = parallel.build(planned.layout, 1) if not _built else _built[0]
-    _built[:] = [mesh]
-    engine, _ = build_engine(recipe, planned.layout, mesh, device)
-    size = planned.layout.micro_batch_size
+    layout, failed = search.search(recipe, 1, entry, used.rates).winner.layout, []
+    while True:
+        try:
+            seconds = _steps(recipe, layout, device, base)
+            break
+        except torch.OutOfMemoryError:
+            failed.append(layout.recompute)
+            if layout.recompute not in STRONGER:
+                raise
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        layout = replace(layout, recompute=STRONGER[layout.recompute])
+    tokens = layout.global_batch * layout.sequence_length
+    needs, planned = of_stage(recipe, layout, 0, entry), search.Clock(recipe, layout, entry, used.rates).step()
+    return {
+        "layout": search.name_of(layout),
+        "did_not_fit": failed,
+        **report(recipe, seconds, tokens, device),
+        "planned_tokens_per_second": tokens / planned.seconds,
+        "planned_bytes": needs.total - needs.slack - needs.reserved,
+        "calibration": str(used.path) if used.path else None,
+    }
+
+
+def _steps(recipe: Recipe, layout: Layout, device: torch.device, base: Path | None) -> list[float]:
+    fixed = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update=fixed_sizes(layout))})
+    engine, _ = build_engine(fixed, layout, parallel_mesh(layout, device), device, base=base)
+    assert recipe.model is not None
+    size, length, vocabulary = layout.micro_batch_size, layout.sequence_length, recipe.model.vocab_size
 
     def batches() -> Iterator[dict]:
-        for _ in range(planned.layout.num_microbatches):
-            tokens = torch.randint(0, 32000, (size, length + 1), device=device)
+        for _ in range(layout.num_microbatches):
+            tokens = torch.randint(0, vocabulary, (size, length + 1), device=device)
             yield {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
@@ -63,41 +148,208 @@ def measure(length: int) -> dict:
                 "position_ids": torch.arange(length, device=device).expand(size, length),
             }
 
-    seconds = []
-    for step in range(STEPS):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        train_step(engine, batches(), step=step, seed=1, learning_rate=1e-4)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    taken = statistics.median(seconds[1:])
-    tokens_per_second = rows * length / taken
-    allocated = torch.cuda.max_memory_allocated()
-    needs = planned.memory
-    found = {
-        "sequence_length": length,
-        "layout": search.name_of(planned.layout),
-        "step_seconds": taken,
-        "all_seconds": seconds,
-        "tokens_per_second": tokens_per_second,
-        "planned_tokens_per_second": 1 / planned.seconds_per_token if planned.step else None,
-        "mfu": tokens_per_second * model_flops_per_token(recipe, length) / entry.bf16_flops,
-        "allocated_bytes": allocated,
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "planned_bytes": needs.total - needs.slack - needs.reserved,
-        "calibration": str(used.path) if used.path else None,
+    return timed(lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=1e-4), device)
+
+
+_meshes: list = []
+
+
+def parallel_mesh(layout: Layout, device: torch.device):
+    """The mesh, which a process builds once."""
+    if not _meshes:
+        parallel.start(device)
+        _meshes.append(parallel.build(layout, 1))
+    return _meshes[0]
+
+
+def shard(tiny: bool, device: torch.device) -> dict[str, Any]:
+    """One of eight ranks that share 131,072 tokens, put together: a step of as many tokens as it holds, whose attention
+    within them is replaced by the eighth part of all ranks' blocks of the ring. Its messages are not in it."""
+    import ring_replay
+
+    total = 1024 if tiny else SHARD_TOKENS
+    own = total // SHARD_RANKS
+    recipe = shape(own, tiny, f"training.batch_size={1 if tiny else 2}", "distributed.gradient_checkpointing=full")
+    model, found = recipe.model, ours(recipe, device)
+    assert model is not None
+    heads, dtype = (model.num_heads, model.num_kv_heads, model.head_size), torch.bfloat16
+
+    def least(tokens: int, call: Callable) -> float:
+        q, k, v, grad = ring_replay.inputs(tokens, *heads, dtype, device.type)
+        call(q, k, v, grad)
+        return min(ring_replay.seconds(lambda: call(q, k, v, grad), device.type) for _ in range(3))
+
+    # Recomputed as a whole, a layer's attention within its tokens runs forward twice; the ring keeps its result.
+    within = least(own, ring_replay.whole) + least(own, lambda q, k, v, grad: ring_replay.whole(q, k, v, None))
+    ring = least(total, lambda *tensors: ring_replay.replay(*tensors, SHARD_RANKS)) / SHARD_RANKS
+    rows = recipe.training.batch_size
+    seconds = found["step_seconds"] + int(rows) * model.num_layers * (ring - within)
+    rate = int(rows) * own / seconds
+    flops = model_flops_per_token(recipe, total)
+    return {
+        "tokens": total,
+        "ranks": SHARD_RANKS,
+        "step_seconds": seconds,
+        "tokens_per_second_per_gpu": rate,
+        "mfu": rate * flops / table_entry(device).bf16_flops,
+        "attention_seconds_within": within,
+        "attention_seconds_of_the_ring": ring,
+        "step_of_its_tokens_alone": found,
     }
+
+
+def llama(recipe: Recipe, device: torch.device, dtype: torch.dtype):
+    """The recipe's model in transformers, of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = recipe.model
+    assert model is not None
+    sizes: dict[str, Any] = dict(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_position,
+        tie_word_embeddings=model.tie_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    config = LlamaConfig(**sizes)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return LlamaForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def peer_steps(recipe: Recipe, network, device: torch.device) -> dict[str, Any]:
+    """A step of a network of transformers: bf16 by autocast, torch's fused AdamW, clipping to 1."""
+    trained = [param for param in network.parameters() if param.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    length, rows = recipe.sequence_length, int(recipe.training.batch_size)
+    assert length is not None and recipe.model is not None
+    tokens = torch.randint(0, recipe.model.vocab_size, (rows, length), device=device)
+
+    def step() -> None:
+        adam.zero_grad()
+        for row in tokens.split(1):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = network(input_ids=row, labels=row).loss / rows
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+
+    return report(recipe, timed(step, device), rows * length, device)
+
+
+def transformers(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, Any]:
+    """Recipe 1's model there, recomputing its layers where it does not fit otherwise."""
+    for recompute in (False, True):
+        network = llama(recipe, device, torch.float32)
+        if recompute:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            found = peer_steps(recipe, torch.compile(network) if compiled else network, device)
+            return {"recompute": recompute, "compiled": compiled, **found}
+        except torch.OutOfMemoryError:
+            del network
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    raise SystemExit("transformers: does not fit, with its layers recomputed either")
+
+
+def tuned(tiny: bool, *, coded: bool) -> Recipe:
+    """Recipe 3's adapters (recipe 4's, on codes of 4 bits) on a quarter of recipe 1's layers."""
+    lora = {"rank": 64, "alpha": 128, "dropout": 0.05, "target_modules": PROJECTIONS}
+    more = ["base_model=random", f"lora={json.dumps(lora)}", f"model.num_layers={2 if tiny else 8}"]
+    if coded:
+        more.append('quantization={"bits": 4}')
+    return shape(64 if tiny else 2048, tiny, *more)
+
+
+def adapters(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """A step of this engine's adapters."""
+    with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
+        base = saved_base(recipe, device, Path(folder, "base")) if recipe.quantization is not None else None
+        return ours(recipe, device, base)
+
+
+def saved_base(recipe: Recipe, device: torch.device, folder: Path) -> Path:
+    """A checkpoint of random weights, to be coded in 4 bits."""
+    plain = recipe.model_copy(update={"lora": None, "quantization": None})
+    layout = choose_layout(plain, 1, device.type)
+    mesh = parallel_mesh(layout, device)
+    engine, _ = build_engine(plain, layout, mesh, device)
+    slots = [slot._replace(values={"master": slot.values["master"]}) for slot in engine.slots()]
+    store.save_folder(folder, slots, {}, mesh)
+    return folder
+
+
+def peft_adapters(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The same by PEFT on transformers, and on bitsandbytes' layers where the base is coded."""
+    import peft
+
+    network = llama(recipe, device, torch.bfloat16)
+    if recipe.quantization is not None:
+        import bitsandbytes
+
+        for layer in network.model.layers:
+            for parent in (layer.self_attn, layer.mlp):
+                for name, linear in list(parent.named_children()):
+                    if not isinstance(linear, torch.nn.Linear):
+                        continue
+                    coded = bitsandbytes.nn.Linear4bit(
+                        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
+                        quant_type="nf4", compress_statistics=True,
+                    )  # fmt: skip
+                    coded.weight = bitsandbytes.nn.Params4bit(
+                        linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                    )
+                    setattr(parent, name, coded.to(device))
+    lora = recipe.lora
+    assert lora is not None
+    section = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=PROJECTIONS,
+        task_type="CAUSAL_LM",
+    )
+    network = peft.get_peft_model(network, section)  # which keeps the adapters in fp32
+    return peer_steps(recipe, network.train(), device)
+
+
+def run(case: str, tiny: bool) -> dict[str, Any]:
+    """Measure a case."""
+    device = host.prepare()
+    if case.isdigit():
+        return ours(shape(int(case), tiny), device)
+    if case == "shard":
+        return shard(tiny, device)
+    if case.startswith("transformers"):
+        return transformers(shape(64 if tiny else 4096, tiny), device, case.endswith("compiled"))
+    recipe = tuned(tiny, coded=case.startswith("q"))
+    return peft_adapters(recipe, device) if case.endswith("peft") else adapters(recipe, device)
+
+
+CASES = ["4096", "8192", "shard", "transformers", "transformers-compiled", "lora", "qlora", "lora-peft", "qlora-peft"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=[*CASES, "64"], metavar="CASE")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    found = run(args.case, args.tiny)
     print(json.dumps(found, indent=1))
-    del engine
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return found
-
-
-_built: list = []
-"""The mesh, which one process builds once."""
+    if args.out:
+        args.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:] or ["4096", "8192"]:
-        measure(int(argument))
+    main()

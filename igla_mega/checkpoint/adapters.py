@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igla_mega.checkpoint import store
-from igla_mega.checkpoint.hugging_face import Weight, appearing, weights_of
-from igla_mega.checkpoint.pieces import Pieces, Reader
+from igla_mega.checkpoint.hugging_face import Weight, appearing, refuse_repeated_names, weights_of
+from igla_mega.checkpoint.pieces import Pieces, Reader, load
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Lora, Moe
 from igla_mega.config.schema import Model
@@ -99,6 +100,7 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
     settings = _settings(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
+        refuse_repeated_names(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"{folder / WEIGHTS}: cannot be read ({error}).\n  Save the adapter as safetensors."
@@ -120,7 +122,7 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
             use_rslora=settings.get("use_rslora", False),
             use_dora=settings.get("use_dora", False),
         )
-    except (KeyError, ValidationError) as error:
+    except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(f"{folder / CONFIG}: {error}.\n  Save the adapter again.") from None
     shapes = shapes_of(model, lora)
     for name, shape in shapes.items():
@@ -138,7 +140,7 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json_text.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Give a folder that PEFT saved.") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
@@ -196,7 +198,7 @@ def _whole(reader: Reader, name: str) -> Tensor:
     entry: Any = reader.read_metadata().state_dict_metadata[name]
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     pieces = Pieces.of(entry.size, [((0,) * len(entry.size), tensor)])
-    dcp.load({name: pieces}, storage_reader=reader, no_dist=True)
+    load({name: pieces}, reader)
     return tensor
 
 
@@ -272,7 +274,15 @@ def read_base(checkpoint: Path) -> dict[str, Any] | None:
         None for a checkpoint of a whole model.
     """
     file = checkpoint / BASE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        note = json_text.loads(file.read_bytes())
+        if not all(isinstance(note[key], str) for key in ("checkpoint", "digest")):
+            raise ValueError("`checkpoint` and `digest` are not both texts")
+        return {"base_model": None, **note}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: does not name a base ({error}).\n  Use another checkpoint.") from None
 
 
 def digest_of_checkpoint(base: Path, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from igla_mega.checkpoint import single, store
-from igla_mega.checkpoint.pieces import Pieces, Reader
-from igla_mega.config import rules
+from igla_mega.checkpoint.pieces import Pieces, Reader, load
+from igla_mega.config import json_text, rules
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.load import dump
@@ -209,8 +210,16 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
         }
     )
     rules.check(recipe)
-    weights = weights_of(model, moe)
     folder = _open(hf_dir)
+    # Before anything is made for each layer that config.json claims.
+    least = model.num_layers * (moe.num_experts if moe is not None else 1)
+    if least > len(folder):
+        raise ConfigError(
+            f"{hf_dir}: config.json makes it {model.num_layers} layers"
+            f"{f' of {moe.num_experts} experts' if moe is not None else ''}, but it holds {len(folder)} tensors.\n"
+            "  Download the folder again."
+        )
+    weights = weights_of(model, moe)
     _same_tensors(folder, weights, model, hf_dir)
 
     with appearing(checkpoint) as temporary:
@@ -328,7 +337,8 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
         dtype = _common_type(folder[name].dtype for name in weight.parts)
         params[weight.native].copy_(params[weight.native].to(dtype))
     device = next(ours.parameters()).device
-    theirs = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).to(device).eval()
+    safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    theirs = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, **safe).to(device).eval()
     length = min(num_tokens, recipe.model.max_position)
     generator = torch.Generator().manual_seed(recipe.training.seed)
     tokens = torch.randint(0, recipe.model.vocab_size, (1, length), generator=generator).to(device)
@@ -391,8 +401,26 @@ def _header(file: Path) -> Iterator[tuple[str, _Stored]]:
                 view = tensors.get_slice(name)
                 # A type that is none of ours is refused where the tensor is wanted; int8 stands for all of them.
                 yield name, _Stored(file, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), torch.int8))
+        refuse_repeated_names(file)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file}: not a whole safetensors file ({error}).\n  Download it again.") from None
+
+
+def refuse_repeated_names(file: Path) -> None:
+    """Refuse a header, which the library has found whole, that has a name twice: other readers may take the other one.
+
+    Raises:
+        ConfigError: it has.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if repeated:
+            raise ConfigError(f"{file}: has {repeated[0]} twice.\n  Download it again.")
+        return dict(pairs)
+
+    with open(file, "rb") as stream:
+        json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=once)
 
 
 def _same_tensors(folder: dict[str, _Stored], weights: list[Weight], model: Model, hf_dir: Path) -> None:
@@ -467,7 +495,7 @@ def _exported_type(native: str, wanted: str | None, stored: dict[str, torch.dtyp
     if wanted is not None:
         return getattr(torch, wanted)
     trained = any(name.startswith("optimizer.") for name in stored)
-    return torch.bfloat16 if trained and recipe.distributed.precision == "BF16" else stored[native]
+    return torch.bfloat16 if trained and recipe.distributed.precision != "FP32" else stored[native]
 
 
 def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
@@ -494,7 +522,7 @@ def _read_split(
     for w in weights:
         whole = torch.empty(w.shape, dtype=stored[w.native])
         state = {w.native: Pieces.of(w.shape, [((0,) * len(w.shape), whole)])}
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, reader)
         if scaling != 1.0 and is_expert(w.native) and w.native.endswith("linear_fc2.weight"):
             whole = whole.float() * scaling
         yield from zip(w.parts, w.split(whole.to(types[w.native])), strict=True)
@@ -522,11 +550,16 @@ def _model(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
         ConfigError: every trait that this model does not have.
     """
     kind = config.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ConfigError(
             f"{path}: model_type: {kind} is not a Llama.\n  Models of type {' and '.join(_DEFAULTS)} can be imported."
         )
     given = {**_DEFAULTS[kind], **config}
+    if wrong := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(given.get(key) or {}, dict)]:
+        raise ConfigError(f"{path}: {wrong[0]}: not a JSON object.\n  Download the folder again.")
+    for key in ("sliding_window", "max_position_embeddings"):
+        if not isinstance(given.get(key) or 0, int | float):
+            raise ConfigError(f"{path}: {key}: {given[key]!r} is not a number.\n  Download the folder again.")
     rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
     breaches = [f"{path}: {key}: not given." for key in _REQUIRED if given.get(key) is None]
     biases = ("attention_bias", "mlp_bias")
@@ -644,7 +677,7 @@ def appearing(final: Path) -> Iterator[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file.\n  Give a Hugging Face folder: config.json and safetensors."

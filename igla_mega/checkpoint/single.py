@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from igla_mega import host, parallel
-from igla_mega.checkpoint import store
+from igla_mega.checkpoint import integrity, remote, store
+from igla_mega.checkpoint.pieces import Reader
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Model, Recipe
@@ -13,7 +14,7 @@ from igla_mega.model.build import CausalLM, build_chunks, materialize, transform
 from igla_mega.model.shards import named_shards, shards_of
 from igla_mega.plan.layout import Layout
 
-DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32, "FP8": torch.bfloat16}
 TOKENIZER = "tokenizer"
 """Folder in an imported checkpoint with the tokenizer it came with."""
 
@@ -22,20 +23,26 @@ def resolve_checkpoint(path: Path) -> Path:
     """The step folder that a path on the command line means.
 
     Args:
-        path: a step folder, or a run folder or its `checkpoints` folder, whose newest is meant.
+        path: a step folder, or a run folder or its `checkpoints` folder, whose newest is meant; or the address of
+            such a folder in an object store, which is copied once.
 
     Raises:
         ConfigError: there is none, or it is damaged.
     """
+    if remote.is_address(path):
+        return remote.copied(remote.address_of(path))
     if not path.is_dir():
         raise ConfigError(
             f"{path}: no such folder.\n  Give a checkpoint (step_00000100), or the run folder it lies in."
         )
     if not (path / store.MANIFEST).exists():
         path = _newest(path)
-    reason = store.damage(path)
-    if reason is not None:
-        raise ConfigError(f"{reason}.\n  Use another checkpoint, or restore this one from a backup.")
+    if store.is_local(path):
+        raise ConfigError(
+            f"{path}: one rank's part of a checkpoint that a node keeps for itself, good for a resume alone.\n"
+            "  Use one below the run's checkpoints folder."
+        )
+    integrity.verify(path)
     return path
 
 
@@ -59,7 +66,24 @@ def read_recipe(checkpoint: Path) -> Recipe:
     recipe = load_recipe(checkpoint / "recipe.yaml")
     if recipe.model is None:
         raise ConfigError(f"{checkpoint / 'recipe.yaml'}: model: not given.\n  Use a checkpoint that `train` wrote.")
+    if (checkpoint / ".metadata").is_file():
+        _hold_to_tensors(recipe, checkpoint)
     return recipe
+
+
+def _hold_to_tensors(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse a recipe of more than the checkpoint holds, before anything is made as large as it says."""
+    model = recipe.model
+    assert model is not None, "the caller refuses that"
+    shapes = {name: shape for name, shape in Reader(checkpoint).shapes().items() if not name.startswith("optimizer.")}
+    held = sum(shape.numel() for shape in shapes.values())
+    told = model.num_parameters(recipe.moe)
+    # Twice: what is beyond that is no other way of counting.
+    if model.num_layers > len(shapes) or (recipe.lora is None and told > 2 * held):
+        raise ConfigError(
+            f"{checkpoint}: its recipe.yaml makes it a model of {model.num_layers:,} layers and {told:,} parameters,"
+            f" but it holds {len(shapes):,} tensors of {held:,} numbers.\n  Use another checkpoint."
+        )
 
 
 def tokenizer_of(checkpoint: Path, recipe: Recipe) -> Path | None:
@@ -109,7 +133,7 @@ def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tupl
     model = recipe.model
     assert model is not None, "read_recipe refuses that"
     device = host.prepare()
-    layout = _alone(model)
+    layout = alone(model)
     mesh = parallel.alone(layout, device, recipe.training.seed)
     config = transformer_config(model, layout, dtype=dtype, device=device, moe=recipe.moe)
     chunks = build_chunks(config, model, moe=recipe.moe)
@@ -129,7 +153,8 @@ def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tupl
     return chunks[0].eval(), recipe
 
 
-def _alone(model: Model) -> Layout:
+def alone(model: Model) -> Layout:
+    """The layout of a process that runs a whole model by itself, a sequence at a time."""
     return Layout(
         tensor=1,
         pipeline=1,

@@ -29,8 +29,10 @@ def dotted(place: Place) -> str:
 
 def of_schema(error: ValidationError) -> list[str]:
     """Return a line for each thing that the schema refuses in a recipe's content."""
-    # A default that needs a broken key is a consequence, not a mistake.
-    return [_line(detail) for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+    # A default that needs a broken key is a consequence, not a mistake; so is a list left empty by broken entries.
+    details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+    within = {detail["loc"][:-1] for detail in details}
+    return [_line(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in within]
 
 
 def without(content: Any, places: list[Place]) -> Any:

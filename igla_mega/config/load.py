@@ -16,6 +16,7 @@ from igla_mega.config.schema import Recipe
 from igla_mega.config.tiers import preset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+_MOST_PARENTS = 32
 
 
 def packaged() -> dict[str, str]:
@@ -96,6 +97,8 @@ def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
     if path.resolve() in seen:
         circle = " -> ".join(recipe.name for recipe in [*seen, path])
         raise ConfigError(f"{path}: extends itself: {circle}. Remove one `extends:`.")
+    if len(seen) >= _MOST_PARENTS:
+        raise ConfigError(f"{seen[0]}: extends a line of more than {_MOST_PARENTS} recipes. Shorten it.")
     content = yaml_text.read_mapping(path)
     parent = content.pop("extends", None)
     if parent is None:

@@ -8,10 +8,15 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, W
 from pydantic_core import PydanticCustomError
 
 BATCH_FORMS = "a number of sequences (`128`) or of tokens (`512K tokens`, `4M tokens`; K is 2^10, M is 2^20)"
+BYTE_FORMS = "a size (`8 GiB`, `512 MiB`) or a number of bytes"
 TOKEN_FORMS = "a number of tokens: `140B`, `1.5T`, `200K` (K, M, B, T are powers of 1000) or a whole number"
 
+MOST = 2**63 - 1
+"""Of anything that is counted: beyond it, arithmetic in floats would overflow."""
 _BATCH = re.compile(r"(\d+(?:\.\d+)?) ?([KM]?) tokens", re.IGNORECASE)
 _BATCH_UNIT = {"": 1, "K": 2**10, "M": 2**20}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])i?B?)?", re.IGNORECASE)
+_BYTES_UNIT = {None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?) ?([KMBT]?)(?: tokens)?", re.IGNORECASE)
 _TOKENS_UNIT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -38,12 +43,28 @@ def tokens(written: int | float | str) -> int:
     return int(written)
 
 
+def num_bytes(written: int | float | str) -> int:
+    """Return the bytes that a size names: `8 GiB` is 2^33."""
+    if isinstance(written, str):
+        match = _BYTES.fullmatch(written.strip())
+        if match is None:
+            raise ValueError(f"{written!r} is not {BYTE_FORMS}")
+        return round(float(match[1]) * _BYTES_UNIT[match[2].upper() if match[2] else None])
+    if int(written) != written or written < 0:
+        raise ValueError(f"{written!r} is not a whole number")
+    return int(written)
+
+
 def tokens_text(count: int) -> str | int:
     """Write a data size back in its largest unit, without loss: 140000000000 is `140B`."""
     for unit, size in reversed(_TOKENS_UNIT.items()):
         if unit and size <= count and tokens(text := f"{count / size:.6g}{unit}") == count:
             return text
     return count
+
+
+def _upper(written: Any) -> Any:
+    return written.upper() if isinstance(written, str) else written
 
 
 def is_not(forms: str) -> WrapValidator:
@@ -72,22 +93,22 @@ def _positive_batch(value: Any) -> int | str:
         size = amount = int(value)
         if amount != float(value):
             raise ValueError("not whole")
-    if amount < 1:
-        raise ValueError("empty")
+    if not 1 <= amount <= MOST:
+        raise ValueError("empty, or more than can be counted")
     return size
 
 
 def _positive_tokens(value: Any) -> int:
     count = tokens(value)
-    if count < 1:
-        raise ValueError("none")
+    if not 1 <= count <= MOST:
+        raise ValueError("none, or more than can be counted")
     return count
 
 
 _RECOMPUTE_WORDS = {True: "full", False: "none"}
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+Count = Annotated[int, Field(ge=1, le=MOST), BeforeValidator(_no_bool)]
 """A whole number of at least 1."""
-Whole = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
+Whole = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(_no_bool)]
 """A whole number of at least 0."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 """A finite number above 0."""
@@ -95,6 +116,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator
 """A finite number of at least 0."""
 Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(_no_bool)]
 """A share, 0 to 1."""
+Percent = Annotated[float, Field(ge=0, le=100), BeforeValidator(_no_bool)]
+"""A share in percent, 0 to 100."""
 BelowOne = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
 """A share, 0 to below 1."""
 CountOrAuto = Annotated[Count | Literal["auto"], is_not("a whole number of at least 1, or `auto`")]
@@ -125,6 +148,21 @@ Tokens = Annotated[
     ),
 ]
 """`140B`, read as 1.4e11 tokens, written back as `140B`."""
+Bytes = Annotated[
+    int,
+    BeforeValidator(num_bytes),
+    BeforeValidator(_no_bool),
+    is_not(BYTE_FORMS),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)? ?([KkMmGgTt]i?[Bb]?)?$"},
+            ]
+        }
+    ),
+]
+"""`8 GiB`, read as 2^33 bytes."""
 Recompute = Annotated[
     Literal["none", "selective", "full"],
     BeforeValidator(lambda value: _RECOMPUTE_WORDS[value] if isinstance(value, bool) else value),
@@ -146,3 +184,6 @@ def least_rope_theta(max_position: int) -> float:
 def usual_rope_theta(max_position: int) -> float:
     """The base that a model of this context is given when its recipe names none."""
     return 1e4 if max_position <= 8192 else 10.0 ** math.ceil(math.log10(least_rope_theta(max_position)))
+
+
+Precision = Annotated[Literal["BF16", "FP32", "FP8"], BeforeValidator(_upper)]

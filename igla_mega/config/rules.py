@@ -1,7 +1,9 @@
 """What must hold between the keys of a recipe: one function a rule, each yielding its breaches in finished words."""
 
 import difflib
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator
 
 from igla_mega.config.errors import ConfigError
@@ -40,13 +42,18 @@ def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu")
             if i and stage.model is None and stage.base_model is None:
                 stage = stage.model_copy(update={"base_model": "the stage before"})
             found += [f"stages.{i}.{breach}" for breach in breaches(stage, world_size, device)]
+            if stage.distributed.cuda_graphs and len(recipe.stages) > 1:
+                found.append(
+                    f"stages.{i}.distributed.cuda_graphs: true beside other stages, whose layers are recorded only "
+                    "once a process. Set cuda_graphs=false."
+                )
             for key in ("stages", "curriculum"):
                 if getattr(stage, key) is not None:
                     found.append(f"stages.{i}.{key}: a stage has no stages of its own. Make each a stage.")
         return found
     found = [breach for rule in RULES for breach in rule(recipe)]
     if world_size is not None:
-        found += [*world_fits_layout(recipe, world_size), *device_has_dispatcher(recipe, device)]
+        found += [*world_fits_layout(recipe, world_size), *device_has_kernels(recipe, device)]
     return found
 
 
@@ -193,6 +200,35 @@ def learning_rate_falls(recipe: Recipe) -> Iterator[str]:
         yield (
             f"training.min_lr: {training.min_lr:g} is above training.learning_rate {training.learning_rate:g}. "
             f"Use at most {training.learning_rate:g}; a tenth of it is usual."
+        )
+
+
+def local_checkpoints_say_where_and_when(recipe: Recipe) -> Iterator[str]:
+    asked = recipe.checkpoint
+    if asked.local_every_steps and asked.local_folder is None:
+        yield "checkpoint.local_folder: missing, and checkpoint.local_every_steps is given. Name a folder of each node."
+    if asked.local_folder is None:
+        return
+    if not asked.local_every_steps:
+        yield "checkpoint.local_every_steps: missing, and checkpoint.local_folder is given. Say how often."
+    elif 0 < asked.every_steps <= asked.local_every_steps:
+        yield (
+            f"checkpoint.local_every_steps: {asked.local_every_steps} is not below checkpoint.every_steps "
+            f"{asked.every_steps}. Use at most {max(1, asked.every_steps // 2)}, or leave both local keys out."
+        )
+    for name in re.findall(r"\{(\w*)\}", re.sub(r"\$\{\w+\}", "", asked.local_folder)):
+        if name not in ("node", "host"):
+            yield f"checkpoint.local_folder: {{{name}}} stands for nothing. Use {{node}} or {{host}}."
+
+
+def checkpoint_folders_are_named(recipe: Recipe) -> Iterator[str]:
+    asked = recipe.checkpoint
+    if asked.local_folder is not None and not asked.local_folder.strip():
+        yield "checkpoint.local_folder: empty. Name a folder of each node, or set it to null."
+    if asked.remote is not None and not re.fullmatch(r"\w[\w.+-]*://\S.*", asked.remote):
+        yield (
+            f"checkpoint.remote: {asked.remote!r} is no address. Give one with its kind, such as s3://bucket/run or "
+            "file:///backup/run, or set it to null."
         )
 
 
@@ -430,6 +466,7 @@ def tensor_parallel_divides_model(recipe: Recipe) -> Iterator[str]:
 
 def pipeline_divides_layers(recipe: Recipe) -> Iterator[str]:
     pipeline, chunks = recipe.distributed.pipeline_parallel, recipe.distributed.virtual_pipeline
+    chunks = 1 if chunks == "auto" else chunks
     if chunks > 1 and pipeline in ("auto", 1):
         yield (
             f"distributed.virtual_pipeline: {chunks} needs distributed.pipeline_parallel above 1, which is {pipeline}. "
@@ -495,6 +532,92 @@ def fsdp_is_proved(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def evaluation_has_what_it_reads(recipe: Recipe) -> Iterator[str]:
+    evaluation, length = recipe.evaluation, recipe.sequence_length
+    if (needle := evaluation.needle) is not None:
+        if recipe.form != "text":
+            yield (
+                f"evaluation.needle: hides a fact in held-out text, and this recipe learns {recipe.form}. "
+                "Leave it out, or ask for evaluation.tasks or evaluation.prompts."
+            )
+        if recipe.data.validation_fraction == 0:
+            yield (
+                "evaluation.needle: hides a fact in held-out text, and data.validation_fraction 0 holds none out. "
+                "Set data.validation_fraction=0.01, or leave it out."
+            )
+        for tokens in needle.lengths or ():
+            if length is not None and tokens > length:
+                yield (
+                    f"evaluation.needle.lengths: {tokens} is longer than training.sequence_length {length}. "
+                    f"Use at most {length}."
+                )
+    for text in evaluation.prompts:
+        if not text.strip():
+            yield f"evaluation.prompts: {text!r} is no text to continue. Write one, or remove it."
+    tasks = evaluation.tasks
+    if tasks is not None and (twice := {name for name in tasks.names if tasks.names.count(name) > 1}):
+        yield f"evaluation.tasks.names: {', '.join(sorted(twice))} is there twice. Remove one."
+
+
+def fp8_has_its_kernels(recipe: Recipe) -> Iterator[str]:
+    where, model = recipe.distributed, recipe.model
+    if where.precision != "FP8":
+        return
+    if where.kernels not in ("auto", "te"):
+        yield (
+            f"distributed.precision: FP8 is Transformer Engine's, and distributed.kernels is {where.kernels}. "
+            "Use kernels te or auto, or precision BF16."
+        )
+    if where.strategy == "FSDP":
+        yield "distributed.precision: FP8 with strategy FSDP is not proved. Use strategy DDP, or precision BF16."
+    if recipe.moe is not None:
+        yield "distributed.precision: FP8 beside `moe:`, whose experts get any number of tokens. Use precision BF16."
+    if recipe.lora is not None:
+        yield "distributed.precision: FP8 beside `lora:`, whose layers are ours. Use precision BF16."
+    if model is None:
+        return
+    unit = 32 if where.fp8_recipe == "mxfp8" else 16
+    tensor = 1 if where.tensor_parallel == "auto" else where.tensor_parallel
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.intermediate_size": model.intermediate_size,
+        "training.sequence_length": recipe.sequence_length or unit,
+    }
+    for key, size in sizes.items():
+        split = 1 if key == "training.sequence_length" else tensor
+        if size % (unit * split):
+            by = f" x distributed.tensor_parallel {split}" if split > 1 else ""
+            yield (
+                f"{key}: {size} is no multiple of {unit}{by}, which distributed.fp8_recipe {where.fp8_recipe} needs. "
+                f"Use {near_multiples(unit * split, size)}, or precision BF16."
+            )
+
+
+_OTHER_LENGTHS = ("needle", "tasks", "prompts")
+
+
+def layers_can_be_recorded(recipe: Recipe) -> Iterator[str]:
+    where = recipe.distributed
+    if not where.cuda_graphs:
+        return
+    sizes = {key: getattr(where, key) for key in ("pipeline_parallel", "context_parallel")}
+    lengths = {phase.sequence_length for phase in recipe.curriculum.phases} if recipe.curriculum else set()
+    against = {
+        "strategy FSDP": where.strategy == "FSDP",
+        "gradient_checkpointing full": where.gradient_checkpointing == "full",
+        **{f"{key} {size}": size not in ("auto", 1) for key, size in sizes.items()},
+        "`moe:`, whose experts' tokens are counted on the host": recipe.moe is not None,
+        "`lora:`": recipe.lora is not None,
+        "`dpo:`": recipe.dpo is not None,
+        "packed documents": recipe.data.document_mask or (recipe.form == "instructions" and recipe.data.packing),
+        "phases of several sequence lengths": len(lengths) > 1,
+        "the Fisher pass, whose rows go one by one": recipe.memory is not None,
+        **{f"evaluation.{key}, of other lengths": getattr(recipe.evaluation, key) for key in _OTHER_LENGTHS},
+    }
+    for what in (what for what, there in against.items() if there):
+        yield f"distributed.cuda_graphs: true with {what}: such layers cannot be recorded. Set cuda_graphs=false."
+
+
 RULES: list[Rule] = [
     has_a_model,
     heads_fit_hidden_size,
@@ -505,6 +628,8 @@ RULES: list[Rule] = [
     length_of_run_is_said_once,
     warmup_is_said_once,
     learning_rate_falls,
+    local_checkpoints_say_where_and_when,
+    checkpoint_folders_are_named,
     mix_has_sources,
     experts_add_up,
     experts_fit_the_rest,
@@ -516,6 +641,9 @@ RULES: list[Rule] = [
     sequence_divides_among_ranks,
     heads_divide_among_context_ranks,
     fsdp_is_proved,
+    evaluation_has_what_it_reads,
+    fp8_has_its_kernels,
+    layers_can_be_recorded,
 ]
 
 
@@ -538,8 +666,10 @@ def world_fits_layout(recipe: Recipe, world_size: int) -> Iterator[str]:
         )
 
 
-def device_has_dispatcher(recipe: Recipe, device: str) -> Iterator[str]:
-    """Yield a breach when the experts' tokens would travel by what only GPUs have."""
+def device_has_kernels(recipe: Recipe, device: str) -> Iterator[str]:
+    """Yield a breach when products, or the experts' tokens on their way, need what only GPUs have."""
+    if recipe.distributed.precision == "FP8" and device == "cpu":
+        yield "distributed.precision: FP8 needs a GPU of the Ada or Hopper kind or later. Use BF16 or FP32 on a CPU."
     if recipe.moe is not None and recipe.moe.dispatcher == "flex" and device == "cpu":
         yield "moe.dispatcher: flex is DeepEP's, which runs on NVLink and InfiniBand alone. Use alltoall or allgather."
 
@@ -553,6 +683,17 @@ def not_yet(recipe: Recipe) -> list[str]:
     for i, stage in enumerate(recipe.stages or ()):
         sentences += [f"stages.{i}.{sentence}" for sentence in not_yet(stage)]
     return sentences
+
+
+def not_installed(recipe: Recipe) -> list[str]:
+    """Return a sentence for each package that a recipe's run needs and that is not here."""
+    asks = any(part.evaluation.tasks is not None for part in (recipe, *(recipe.stages or ())))
+    if not asks or importlib.util.find_spec("lm_eval") is not None:
+        return []
+    return [
+        "evaluation.tasks: lm-evaluation-harness is not installed. Run `pip install 'igla-mega[eval]'`, or leave "
+        "evaluation.tasks out."
+    ]
 
 
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:

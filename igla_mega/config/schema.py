@@ -24,11 +24,14 @@ from igla_mega.config.quantities import (
     BatchSize,
     BelowOne,
     BoolOrAuto,
+    Bytes,
     Count,
     CountOrAuto,
     Fraction,
     NonNegative,
+    Percent,
     Positive,
+    Precision,
     RecomputeOrUnset,
     Tokens,
     Whole,
@@ -44,7 +47,7 @@ class Model(Section):
 
     hidden_size: Count
     """Width of the residual stream, in channels. At least 1."""
-    num_layers: Count
+    num_layers: Annotated[Count, Field(le=10_000)]
     """Transformer layers. At least 1."""
     num_heads: Count
     """Query heads. At least 1."""
@@ -135,6 +138,20 @@ class Training(Section):
     expert_capacity_factor: Positive | None = None
     """Tokens an expert takes in training, as a multiple of its fair share (`moe.capacity_over`); the least probable
     beyond are dropped. Above 0; unset, none are dropped."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """What is done about a step whose loss or gradient is not finite, and is not either when run again: stop before
+    the update; leave the step's samples out; or do so after going back to the last checkpoint."""
+    on_spike: Literal["ignore", "warn", "stop", "skip", "rewind"] = "warn"
+    """The same about a loss out of all proportion to those before it (`spike_deviations`)."""
+    spike_deviations: Positive = 10.0
+    """Distance above the median of the last losses at which a loss is a spike, in standard deviations (1.4826 x the
+    median distance from the median; at least 1 % of the median). Above 0."""
+    spike_window: Count = 100
+    """How many last losses that is taken over, in steps of the stage; half as many must be known. At least 1."""
+    rewind_skips: Literal["bad_step", "since_checkpoint"] = "bad_step"
+    """Whose samples `rewind` leaves out: the bad step's, or those of all steps since the checkpoint."""
+    bad_steps_in_a_row: Count = 10
+    """Steps left out one after another at which the run stops all the same. At least 1."""
 
     @property
     def batch_tokens(self) -> int | None:
@@ -153,6 +170,8 @@ class Optimizer(Section):
     """Decay of the mean of squared gradients, per step. 0 to below 1."""
     epsilon: Positive = 1e-8
     """Added to the root of the second moment. Above 0."""
+    fused: bool = True
+    """Updates all weights in one pass over memory. Gain: not yet measured."""
 
 
 class Scheduler(Section):
@@ -169,8 +188,12 @@ class Distributed(Section):
 
     strategy: Literal["FSDP", "DDP"] = "DDP"
     """What data-parallel ranks do with the weights: FSDP shards them, DDP keeps them whole."""
-    precision: Literal["BF16", "FP32"] = "BF16"
-    """Type of activations and products; main weights and gradients are fp32 in both."""
+    precision: Precision = "BF16"
+    """Type of activations and products; main weights and gradients are fp32 in all. FP8: the products of the layers in
+    8 bits by Transformer Engine, the rest in bf16. Gain of FP8: not yet measured."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 scales its numbers: by the tensor's largest now, or by those of steps before (delayed; they are not in
+    checkpoints, so that a resumed run differs in rounding), by blocks, or by 32 values (mxfp8, from Blackwell on)."""
     gradient_checkpointing: RecomputeOrUnset = None
     """Computes activations again in the backward pass: none, selective (the feed-forward network), full (true: whole
     layers). Unset, on a GPU the least that fits, on a CPU none."""
@@ -178,8 +201,8 @@ class Distributed(Section):
     """Ranks that each matrix is split over. At least 1."""
     pipeline_parallel: CountOrAuto = "auto"
     """Ranks that the layers are split over. At least 1."""
-    virtual_pipeline: Count = 1
-    """Model chunks a pipeline rank, for the interleaved schedule. At least 1."""
+    virtual_pipeline: CountOrAuto = "auto"
+    """Model chunks a pipeline rank, for the interleaved schedule. At least 1; `auto` is 1 on a CPU."""
     context_parallel: CountOrAuto = "auto"
     """Ranks that each sequence is split over. At least 1; `auto` is 1 without `koshey.ring_attention`."""
     context_schedule: Literal["auto", "p2p", "allgather", "a2a", "a2a+p2p"] = "auto"
@@ -198,14 +221,31 @@ class Distributed(Section):
     distributed_optimizer: bool = True
     """Shards the optimizer's state over data-parallel ranks (DDP)."""
     overlap_communication: bool = True
-    """Reduces gradients while the backward pass still runs."""
+    """On GPUs, sums gradients while the backward pass still runs, and with `distributed_optimizer` gathers weights
+    while the forward pass does. Gain: not yet measured."""
+    attention: Literal["auto", "flash", "cudnn"] = "auto"
+    """On GPUs, whose kernel attends over a rank's own tokens; auto is torch's choice. Gain: not yet measured."""
+    cuda_graphs: bool = False
+    """On GPUs, replays each layer as one recorded graph instead of launching its kernels. Gain: not yet measured."""
+    loss_chunk: CountOrAuto = "auto"
+    """Tokens whose logits exist at once. At least 1; `auto` is 256 on a CPU, 4096 on a GPU. Gain: not yet
+    measured."""
     kernels: Literal["auto", "te", "local", "require"] = "auto"
     """Whose layers: Transformer Engine's (te), ours (local), those that are there (auto), ours with all native ops
     (require)."""
+    fused_layers: bool = True
+    """One kernel each for norms, SwiGLU and rotary positions. Gain: not yet measured."""
     keep_freed_memory: bool = False
     """Keeps freed memory in the process instead of returning its pages (CPU, glibc): faster steps."""
     timeout_seconds: Count = 600
     """Seconds a rank waits for its peers before the run ends. At least 1."""
+    hang_seconds: Whole = 60
+    """Seconds without any progress of any rank after which a run is ended, naming the rank that is stuck; a start, a
+    save and the first step have `timeout_seconds`. At least 0; 0 disables."""
+    straggler_every: Whole = 50
+    """Steps between comparisons of the ranks' own times, waiting for others left out. At least 0; 0 disables."""
+    straggler_factor: Positive = 1.5
+    """Multiple of the ranks' median beyond which one is named. Above 0."""
 
 
 class NearDuplicates(Section):
@@ -308,15 +348,68 @@ class Checkpoint(Section):
     """Checkpoints whose step is a multiple of this are kept for good, in steps. At least 1; unset, none."""
     asynchronous: bool = True
     """Writes while training goes on."""
+    staging_memory: Bytes | None = None
+    """Most that the copy of what is being written takes of a rank's host memory: a size (`8 GiB`) or bytes. Steps wait
+    while what is beyond it is written. Unset, no bound: the rank's whole part is copied."""
+    local_folder: str | None = None
+    """Folder on each node's own disk for checkpoints that a resume on the same nodes takes: `{node}`, `{host}` and
+    environment variables stand for their values. Unset, none."""
+    local_every_steps: Whole = 0
+    """Steps between checkpoints in `local_folder`. At least 0; 0 for none."""
+    local_keep_last: Count = 1
+    """Newest checkpoints that are kept in `local_folder`. At least 1."""
+    remote: str | None = None
+    """Address of a folder in an object store, such as `s3://bucket/run`, to which whole checkpoints are copied, and
+    from which a run folder without one resumes. Unset, none."""
+
+
+class Needle(Section):
+    """A fact hidden in held-out text, and asked for at its end: can the model use its context?"""
+
+    every_steps: Whole = 1000
+    """Steps between searches. At least 0; 0 searches only at the end."""
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    """Contexts, in tokens. At least 1 each; unset, a quarter, a half and all of the sequence length."""
+    depths: Annotated[tuple[Percent, ...], Field(min_length=1)] = (0, 25, 50, 75, 100)
+    """How far behind the context's beginning the fact stands, in percent. 0 to 100."""
+    num_samples: Count = 8
+    """Contexts of each length and depth. At least 1."""
+
+
+class Tasks(Section):
+    """Tasks of lm-evaluation-harness (the extra `eval`), on data that is here: nothing is downloaded."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tasks, groups or tags. At least one."""
+    every_steps: Whole = 1000
+    """Steps between evaluations. At least 0; 0 evaluates only at the end."""
+    limit: Count | None = 200
+    """Examples of each task. At least 1; null takes all."""
+    include_path: str | None = None
+    """Folder of the tasks' YAML files; unset, the harness's own tasks."""
+    num_fewshot: Whole | None = None
+    """Examples put before each question. At least 0; unset, as the task says."""
 
 
 class Evaluation(Section):
-    """Loss on held-out data."""
+    """What is measured while the run trains, and at its end: loss on held-out data, and what else is asked for."""
 
     every_steps: Whole = 1000
-    """Steps between evaluations. At least 0; 0 evaluates only at the end."""
+    """Steps between evaluations of the loss. At least 0; 0 evaluates only at the end."""
     num_batches: Count = 16
     """Global batches an evaluation. At least 1."""
+    needle: Needle | None = None
+    """Needle in a haystack, for long context."""
+    tasks: Tasks | None = None
+    """Tasks of lm-evaluation-harness."""
+    prompts: tuple[str, ...] = ()
+    """Texts that are continued, into `samples.jsonl`."""
+    prompts_every_steps: Whole = 1000
+    """Steps between the continuations. At least 0; 0 continues only at the end."""
+    prompts_tokens: Count = 32
+    """New tokens of each, at most; each costs a forward pass. At least 1."""
+    prompts_temperature: NonNegative = 0.7
+    """Divides the logits before a token is drawn. At least 0; 0 takes the likeliest."""
 
 
 class Logging(Section):

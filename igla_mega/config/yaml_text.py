@@ -10,6 +10,9 @@ from igla_mega.config.errors import ConfigError
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+MOST_NODES, DEEPEST, LONGEST_NUMBER = 100_000, 64, 400
+"""Of a file: values, what its aliases stand for counted each time; levels; digits. No recipe comes near them."""
+
 
 class _Loader(_SafeLoader):
     """Safe loader with the core schema's scalars; refuses a key written twice."""
@@ -43,11 +46,39 @@ for _tag, _pattern, _first in [
 ]:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
-# YAML 1.1 reads 010 as eight; 1.2 as ten.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10),
-)
+
+def _whole_number(loader: Any, node: yaml.ScalarNode) -> int:
+    written = loader.construct_scalar(node)
+    if len(written) > LONGEST_NUMBER:
+        raise ConfigError(f"line {node.start_mark.line + 1}: a number of {len(written)} digits.")
+    # YAML 1.1 reads 010 as eight; 1.2 as ten.
+    return int(written, 0 if written[:2] in ("0o", "0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _refuse_bombs(text: str) -> None:
+    """Refuse what grows when it is read: aliases of aliases, and nesting, whose cost is its depth squared or more."""
+    sizes: dict[str | None, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    count = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        if count > MOST_NODES or len(open_nodes) > DEEPEST:
+            what = f"more than {MOST_NODES:,} values" if count > MOST_NODES else f"nested deeper than {DEEPEST} levels"
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise ConfigError(f"line {line}: {what}. Is this a recipe?")
 
 
 def parse(text: str, place: str) -> Any:
@@ -60,6 +91,7 @@ def parse(text: str, place: str) -> Any:
         ConfigError: broken syntax, a repeated key, a tag that is not plain data; each with its line.
     """
     try:
+        _refuse_bombs(text)
         loader = _Loader(text)
         documents = []
         while loader.check_node():
@@ -74,9 +106,10 @@ def parse(text: str, place: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         tab = "\t" in text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else False
         hint = " Indent with spaces, not tabs." if tab else " Check the indentation and the colons near there."
-        raise ConfigError(f"{place}{line}: not valid YAML: {error.problem}.{hint}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: not valid YAML: {error}.") from None
+        raise ConfigError(f"{place}{line}: not valid YAML: {str(error.problem)[:200]}.{hint}") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # What PyYAML's constructors raise for a tag on the wrong kind of value, beside its own errors.
+        raise ConfigError(f"{place}: not valid YAML: {str(error)[:200]}.") from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -268,6 +268,10 @@ class Corpus:
         """Sources that have a validation part."""
         return [name for name, (first, end) in self._validation.items() if end - first >= 2]
 
+    def held_out(self, name: str) -> tuple[int, int]:
+        """Where the validation part of a source lies in its stream: the first token, and the one behind the last."""
+        return self._validation[name]
+
     def num_validation_samples(self, name: str) -> int:
         first, end = self._validation[name]
         return max((end - first - 1) // self.sequence_length, 1)
@@ -357,6 +361,16 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     tensor = torch.empty(array.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
     tensor.numpy()[:] = array
     return tensor
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches' tensors where the model is."""
+    if device.type == "cpu":
+        return batches
+    return (
+        {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        for batch in batches
+    )
 
 
 def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:

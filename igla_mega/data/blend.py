@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.journal import replace_file
 
@@ -121,7 +122,7 @@ def recorded_mixes(
         ConfigError: the file is damaged.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        entries = json_text.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         mixes = [(int(e["first_sample"]), dict(e["mix"])) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or begin another --run.") from None

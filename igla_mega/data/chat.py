@@ -13,8 +13,12 @@ refused. Tokens are those of the whole rendered text; one that straddles the beg
 """
 
 import datetime
+import functools
+import inspect
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +28,7 @@ import numpy as np
 from jinja2 import ext, nodes, sandbox
 from jinja2.parser import Parser
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.tokenizer import Tokenizer
 
@@ -39,6 +44,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
 """For tokenizers with no special tokens of turns: plain headers, and the end-of-document token behind an answer."""
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Sample(NamedTuple):
@@ -57,12 +65,23 @@ class ChatTemplate:
     source: str
     compiled: jinja2.Template
     special_tokens: Mapping[str, str]
+    environment: "_Sandbox"
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation."""
-        return self.compiled.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special_tokens
-        )
+        """The text of a conversation.
+
+        Raises:
+            jinja2.TemplateError: the template refuses it, fails on it, or takes more than a template needs.
+        """
+        try:
+            self.environment.turns = 0
+            return self.compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special_tokens
+            )
+        except jinja2.TemplateError:
+            raise
+        except Exception as error:  # a template is a program, which fails in any way
+            raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def load_template(tokenizer: str | Path, given: str | Path | None = None) -> ChatTemplate:
@@ -78,12 +97,13 @@ def load_template(tokenizer: str | Path, given: str | Path | None = None) -> Cha
     settings = _settings(folder / "tokenizer_config.json")
     place, source = (str(given), _given(given)) if given is not None else _found(folder, settings)
     try:
-        compiled = _environment().from_string(source)
-    except jinja2.TemplateError as error:
+        environment = _environment()
+        compiled = environment.from_string(source)
+    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{place}: not a chat template ({error}).\n  Give one that Jinja can read.") from None
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: _text(settings.get(name)) for name in names if settings.get(name) is not None}
-    return ChatTemplate(source, compiled, tokens)
+    return ChatTemplate(source, compiled, tokens, environment)
 
 
 def _given(given: str | Path) -> str:
@@ -91,9 +111,9 @@ def _given(given: str | Path) -> str:
         return PLAIN_TEMPLATE
     try:
         return Path(given).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"data.chat_template: {given} cannot be read ({error.strerror}).\n  Give a Jinja file, or `plain`."
+            f"data.chat_template: {given} cannot be read ({error}).\n  Give a Jinja file, or `plain`."
         ) from None
 
 
@@ -101,7 +121,7 @@ def _found(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
     """Where a folder's template lies, and the template: a file of its own, else in the tokenizer's settings."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return str(file), file.read_text(encoding="utf-8")
+        return str(file), _given(file)
     place, template = f"{folder / 'tokenizer_config.json'}: chat_template", settings.get("chat_template")
     if template is None and (folder / "chat_template.json").is_file():
         place = f"{folder / 'chat_template.json'}: chat_template"
@@ -122,7 +142,7 @@ def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_text.loads(file.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error}).\n  Save the tokenizer again.") from None
     return content if isinstance(content, dict) else {}
@@ -132,7 +152,7 @@ def _text(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
-def _environment() -> jinja2.Environment:
+def _environment() -> "_Sandbox":
     """What transformers renders chat templates with, so that a template means here what it means there."""
 
     def raise_exception(message: str) -> None:
@@ -141,13 +161,97 @@ def _environment() -> jinja2.Environment:
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
+
+
+_MOST_TURNS, _MOST_SIZE = 1_000_000, 1 << 24
+"""Of one rendering: passes of loops and calls; of one value: characters, elements, bits. No template comes near."""
+
+
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox keeps a template from files and code; this one also from taking all time and memory.
+
+    Loops, calls and values are bounded as they are met. It is no wall: a list of lists of itself can still be large.
+    """
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    turns = 0
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.filters = {name: self._guarded(filter_) for name, filter_ in self.filters.items()}
+        self.filters |= {"_looped": self._looped, "_small": self._small}
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        self._before(getattr(inspect.unwrap(obj), "__self__", None), *args, *kwargs.values())
+        return self._small(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [_size(value) for value in (left, right)]
+        if operator == "**" or (operator == "*" and not isinstance(left, int | float)):
+            sizes[0] = max(sizes[0], 1) * (right if isinstance(right, int) else sizes[1])
+        elif operator == "*" and isinstance(left, int):
+            sizes[0] = left * sizes[1] if hasattr(right, "__len__") else sum(sizes)
+        elif operator == "%" and isinstance(left, str):
+            self._before(left, *(right if isinstance(right, tuple) else (right,)))
+        if max(sizes) > _MOST_SIZE:
+            raise jinja2.exceptions.SecurityError(f"a value of more than {_MOST_SIZE:,} characters, elements or bits")
+        return self._small(super().call_binop(context, operator, left, right))
+
+    def _guarded(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(filter_)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self._before(*args, *kwargs.values())
+            return self._small(filter_(*args, **kwargs))
+
+        return guarded
+
+    def _before(self, *values: Any) -> None:
+        """Count a call, and refuse widths and counts that only make a value large, also in a format."""
+        self._spend(1)
+        for value in values:
+            told = [value] if isinstance(value, int) else []
+            if isinstance(value, str) and ("%" in value or "{" in value):
+                told = [int(number) for number in re.findall(r"\d{6,18}", value)]
+            if any(abs(number) > _MOST_SIZE for number in told):
+                raise jinja2.exceptions.SecurityError(f"a width or count of more than {_MOST_SIZE:,}")
+
+    def _looped(self, value: Any) -> Any:
+        """What a loop goes through."""
+        items = value if hasattr(value, "__len__") else list(itertools.islice(value, _MOST_TURNS + 1))
+        self._spend(1 + len(items))
+        return items
+
+    def _small(self, value: Any) -> Any:
+        if _size(value) > _MOST_SIZE:
+            raise jinja2.exceptions.SecurityError(f"a value of more than {_MOST_SIZE:,} characters, elements or bits")
+        return value
+
+    def _spend(self, turns: int) -> None:
+        self.turns += turns
+        if self.turns > _MOST_TURNS:
+            raise jinja2.exceptions.SecurityError(f"more than {_MOST_TURNS:,} turns of loops and calls")
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "_looped", [], [], None, None, lineno=loop.lineno)
+        for block in list(tree.find_all(nodes.AssignBlock)):
+            block.filter = nodes.Filter(block.filter, "_small", [], [], None, None, lineno=block.lineno)
+        for joined in list(tree.find_all(nodes.Concat)):
+            parts = nodes.Concat(joined.nodes, lineno=joined.lineno)
+            joined.nodes = [nodes.Filter(parts, "_small", [], [], None, None, lineno=joined.lineno)]
+        return tree
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if hasattr(value, "__len__") else 0
 
 
 class _Generation(ext.Extension):
@@ -184,7 +288,7 @@ def json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 place = f"{file}:{number}"
                 try:
-                    entry = json.loads(line)
+                    entry = json_text.loads(line)
                 except ValueError as error:
                     raise ConfigError(f"{place}: not JSON ({error}).\n  Mend or remove the line.") from None
                 if not isinstance(entry, dict):
@@ -209,6 +313,7 @@ def conversation_of(entry: Mapping[str, Any], place: str) -> list[Message] | tup
         if isinstance(prompt, list) and isinstance(completion, list):
             return checked([*prompt, *completion], place)
         if isinstance(prompt, str) and isinstance(completion, str) and completion:
+            refuse_surrogates(prompt + completion, place)
             return prompt, completion
         raise ConfigError(
             f"{place}: prompt and completion: neither two texts nor two lists of messages.\n  Mend or remove the line."
@@ -238,6 +343,7 @@ def checked(messages: Any, place: str, *, answered: bool = True) -> list[Message
         turn = f"{place}: turn {number}"
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ConfigError(f'{turn}: not a {{"role": ..., "content": text}}.\n  Mend or remove the line.')
+        refuse_surrogates(message["content"], turn)
         role = message.get("role")
         if role not in ROLES:
             raise ConfigError(f"{turn}: role {role!r} is not one of {', '.join(ROLES)}.\n  Mend or remove the line.")
@@ -248,6 +354,12 @@ def checked(messages: Any, place: str, *, answered: bool = True) -> list[Message
     if answered and not any(message["role"] == "assistant" for message in messages):
         raise ConfigError(f"{place}: no turn by the assistant, so there is nothing to learn.\n  Remove the line.")
     return messages
+
+
+def refuse_surrogates(text: str, place: str) -> None:
+    """JSON can spell half of a character, which no tokenizer takes."""
+    if not text.isascii() and _SURROGATE.search(text):
+        raise ConfigError(f"{place}: half of a surrogate pair: not Unicode.\n  Mend or remove the line.")
 
 
 def tokenize(
@@ -304,10 +416,11 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
         spans = list(_answer_spans(messages, template, text, place))
     except jinja2.TemplateError as error:
         raise ConfigError(f"{place}: the chat template refuses it: {error}.\n  Mend or remove the line.") from None
+    specials = special_ids(tokenizer)
     encoding = tokenizer.engine.encode(text, add_special_tokens=False)
     tokens = np.array(encoding.ids, dtype=np.int64)
     begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    special = np.isin(tokens, special_ids(tokenizer))
+    special = np.isin(tokens, specials)
     targets = np.zeros(len(tokens), dtype=bool)
     for begin, body_end, end in spans:
         inside = (begins >= begin) & (ends <= end) & (ends > begins)
@@ -325,6 +438,11 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
 
 def special_ids(tokenizer: Tokenizer) -> np.ndarray:
     """Ids of the tokens that text cannot spell by its characters, int64."""
+    if not hasattr(tokenizer.engine, "get_added_tokens_decoder"):
+        raise ConfigError(
+            f"data.tokenizer: {tokenizer.path} does not tell which characters its tokens are of, so turns cannot be"
+            " told apart.\n  Save it as a tokenizer.json."
+        )
     added = tokenizer.engine.get_added_tokens_decoder()
     return np.array([number for number, token in added.items() if token.special], dtype=np.int64)
 

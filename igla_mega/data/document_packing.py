@@ -122,7 +122,7 @@ class PackedRows:
             with Lock(path, patience_seconds=_PATIENCE_SECONDS):
                 if not path.is_file():
                     _make_plan(path, reader, num_documents, sequence_length)
-        plan = np.load(path, mmap_mode="r")
+        plan = _opened(path)
         self._starts, self._lengths, rows = plan[0], plan[1], plan[2]
         self.per_epoch = int(rows[-1]) + 1
         self._rows = rows
@@ -134,6 +134,16 @@ class PackedRows:
         row = int(feistel_permutation(np.array([place]), self.per_epoch, keys[:-1])[0])
         first, stop = np.searchsorted(self._rows, [row, row + 1])
         return [(int(self._starts[i]), int(self._lengths[i])) for i in range(first, stop)]
+
+
+def _opened(path: Path) -> np.ndarray:
+    try:
+        plan = np.load(path, mmap_mode="r", allow_pickle=False)
+        if plan.ndim != 2 or len(plan) != 3 or plan.shape[1] < 1 or plan.dtype != np.int64:
+            raise ValueError(f"{plan.dtype} {list(plan.shape)}")
+    except (ValueError, EOFError) as error:
+        raise ConfigError(f"{path}: not a plan of rows ({error}).\n  Remove it: it is made again.") from None
+    return plan
 
 
 def plan_path(reader: IndexedReader, num_documents: int, sequence_length: int) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.formats import Block
 from igla_mega.data.journal import replace_file
@@ -35,7 +36,7 @@ class Duplicates:
         self._folder = folder
         if folder is not None:
             self._unwanted = np.memmap(folder / "unwanted", dtype=bool, mode="r")
-            self._files, self._offsets, self._firsts = np.load(folder / "blocks.npy")
+            self._files, self._offsets, self._firsts = np.load(folder / "blocks.npy", allow_pickle=False)
 
     @classmethod
     def find(
@@ -63,10 +64,10 @@ class Duplicates:
         folder = Path(f"{prefix}.duplicates")
         done = folder / "found.json"
         try:
-            known = json.loads(done.read_text(encoding="utf-8"))
+            known = json_text.loads(done.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             known = {}
-        if known.get("job") != job:
+        if not isinstance(known, dict) or known.get("job") != job or not isinstance(known.get("found"), dict):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             if progress:

@@ -35,6 +35,9 @@ PACKED = (".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (*KINDS, *(kind + packed for kind, form in KINDS.items() if form != ROWS for packed in PACKED))
 _ROWS_AT_ONCE = 256
 _PACKED_CHUNK = 1 << 16
+_LARGE_BYTES = 1 << 24
+"""A packed file of at least this may ask for gigabytes of window, as `zstd --long=31` does; a smaller one cannot need
+them."""
 
 OnError = Literal["stop", "skip", "quarantine"]
 
@@ -432,29 +435,74 @@ class _Chunks:
                     if stream.tell() >= self.given.size:
                         return
                     continue
-                unpacker = _unpacker(packing)
+                unpacker = _UNPACKERS[packing](self.given.size >= _LARGE_BYTES)
             elif not chunk:
                 raise Damaged(f"cut short: the {packing} data ends before its end mark")
             try:
-                piece = unpacker.decompress(chunk)
+                yield from unpacker.pieces(chunk)
             except Exception as error:  # each library has its own
                 raise Damaged(f"damaged {packing} data ({error})") from None
-            if piece:
-                yield piece
             if unpacker.eof:
                 any_member, rest, unpacker = True, unpacker.unused_data, None
 
 
-def _unpacker(packing: str | None) -> Any:
-    if packing == ".gz":
-        return zlib.decompressobj(wbits=31)
-    if packing == ".bz2":
-        return bz2.BZ2Decompressor()
-    if packing == ".xz":
-        return lzma.LZMADecompressor()
-    import zstandard
+class _Bounded:
+    """An unpacker whose pieces are small, however much a chunk unpacks to."""
 
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    def __init__(self, unpacker: Any):
+        self._unpacker = unpacker
+
+    @property
+    def eof(self) -> bool:
+        return self._unpacker.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._unpacker.unused_data
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        while True:
+            piece = self._unpacker.decompress(chunk, BLOCK_BYTES)
+            if piece:
+                yield piece
+            chunk = getattr(self._unpacker, "unconsumed_tail", b"")
+            # zlib hands back what it did not take, the others keep it.
+            if self.eof or (len(piece) < BLOCK_BYTES and not chunk):
+                return
+
+
+class _Zstandard(_Bounded):
+    """Its unpacker takes no bound: 2 KiB at a time, which become 64 MiB at most."""
+
+    _STEP = 1 << 11
+
+    def __init__(self, large: bool):
+        import zstandard
+
+        # 128 MiB is what zstd itself allows unless told otherwise.
+        window = 1 << 31 if large else 1 << 27
+        super().__init__(zstandard.ZstdDecompressor(max_window_size=window).decompressobj())
+        self._behind = b""
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._unpacker.unused_data + self._behind
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        for begin in range(0, len(chunk), self._STEP):
+            if piece := self._unpacker.decompress(chunk[begin : begin + self._STEP]):
+                yield piece
+            if self.eof:
+                self._behind = chunk[begin + self._STEP :]
+                return
+
+
+_UNPACKERS: dict[str | None, Callable[[bool], _Bounded]] = {
+    ".gz": lambda large: _Bounded(zlib.decompressobj(wbits=31)),
+    ".bz2": lambda large: _Bounded(bz2.BZ2Decompressor()),
+    ".xz": lambda large: _Bounded(lzma.LZMADecompressor(memlimit=(1 << 33 if large else 1 << 28))),
+    ".zst": _Zstandard,
+}
 
 
 def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str | None) -> Iterator[Block]:
@@ -474,11 +522,12 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
 
     try:
         file = parquet.ParquetFile(given.path, pre_buffer=False, buffer_size=BLOCK_BYTES)
-    except (pyarrow.ArrowException, OSError) as error:
+        schema = file.schema_arrow
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         yield block(f"not a Parquet file, or cut short ({_first_line(error)})")
         return
     with file:
-        columns = _columns(given.path, file.schema_arrow, text_key, language_key)
+        columns = _columns(given.path, schema, text_key, language_key)
         size = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -499,9 +548,11 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
                     if size >= BLOCK_BYTES or row == file.metadata.num_rows:
                         yield block()
                         size, first = 0, row
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
                 yield block(f"damaged Parquet data ({_first_line(error)})")
                 return
+        if row != file.metadata.num_rows:
+            yield block(f"damaged Parquet data ({row} rows where it says {file.metadata.num_rows})")
 
 
 def _columns(path: str, schema: Any, text_key: str, language_key: str | None) -> list[str]:
@@ -513,6 +564,8 @@ def _columns(path: str, schema: Any, text_key: str, language_key: str | None) ->
             f"{path}: no column `{text_key}` (there are: {', '.join(schema.names[:8]) or 'none'}).\n"
             "  Name the column of the text: data.text_key (--json-keys)."
         )
+    if twice := [name for name in (text_key, language_key) if schema.names.count(name) > 1]:
+        raise ConfigError(f"{path}: several columns `{twice[0]}`.\n  Name another: data.text_key (--json-keys).")
     held = schema.field(text_key).type
     held = held.value_type if types.is_dictionary(held) else held
     if not (types.is_string(held) or types.is_large_string(held)):
@@ -600,7 +653,7 @@ def _of_records(block: Block, language_key: str | None) -> Texts:
         if text:
             read.texts.append(text)
             if language_key is not None:
-                read.languages.append(language)
+                read.languages.append(language if isinstance(language, str) else None)
         elif block.kind != TEXT or not isinstance(block.data, bytes | bytearray):
             empty += 1
     return read._replace(empty=empty)

@@ -7,7 +7,6 @@ numbers (d x int64, the first is 0), and in multimodal sets modes (n x int8), wh
 
 import contextlib
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.journal import Lock
 
@@ -179,7 +179,10 @@ def part_prefixes(prefix: str | Path) -> list[str]:
     if not path.is_file():
         return [str(prefix)]
     try:
-        parts = [str(path.parent / part) for part in json.loads(path.read_text(encoding="utf-8"))["parts"]]
+        named = json_text.loads(path.read_bytes())["parts"]
+        if not isinstance(named, list) or not all(isinstance(part, str) for part in named):
+            raise TypeError("`parts` is not a list of names")
+        parts = [str(path.parent / part) for part in named]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a list of datasets ({error}).\n  Run `igla-mega merge` again.") from None
     if not parts:
@@ -215,10 +218,17 @@ class _Part:
     def document_starts(self, first: int, stop: int) -> np.ndarray:
         """Offsets in the stream at which documents [first, stop) begin, int64."""
         sequences = self._borders[first:stop]
+        if not _rises(sequences, len(self._offsets)):
+            raise self._damaged(f"the borders of documents {first} to {stop - 1} do not rise")
         inside = sequences < len(self._offsets)
         starts = np.full(len(sequences), self.num_tokens, dtype=np.int64)
         starts[inside] = self._offsets[sequences[inside]] // self.dtype.itemsize
+        if not _rises(starts, self.num_tokens):
+            raise self._damaged(f"the offsets of documents {first} to {stop - 1} do not rise")
         return starts
+
+    def _damaged(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.prefix}.idx: {what}: damaged.\n  {_AGAIN}")
 
     def document_of(self, token: int) -> int:
         sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
@@ -273,7 +283,7 @@ class _Part:
         for k in np.unique(np.linspace(0, last, min(last + 1, 1024)).astype(np.int64)).tolist():
             offset, length = _value(stream, self._offsets, k), _value(stream, self._lengths, k)
             following = _value(stream, self._offsets, k + 1) if k < last else size
-            if offset + length * self.dtype.itemsize != following or (k == 0 and offset != 0):
+            if length < 0 or offset + length * self.dtype.itemsize != following or (k == 0 and offset != 0):
                 raise ConfigError(
                     f"{self.prefix}.idx: sequence {k} (offset {offset}, {length} tokens of {self.dtype.name}) does not"
                     f" end where the next begins: damaged.\n  {_AGAIN}"
@@ -283,6 +293,11 @@ class _Part:
         """Tokens of the stream, read and not mapped."""
         size = self.dtype.itemsize
         return np.fromfile(f"{self.prefix}.bin", self.dtype, stop - start, offset=start * size)
+
+
+def _rises(values: np.ndarray, most: int) -> bool:
+    """Whether values never fall, and lie between 0 and `most`; of a file, only a sample is looked at when it opens."""
+    return not len(values) or bool(values[0] >= 0 and values[-1] <= most and (values[1:] >= values[:-1]).all())
 
 
 def _value(stream: FileIO, array: np.memmap, place: int) -> int:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 
 
@@ -114,7 +115,13 @@ class Journal:
             digest, _, text = line.partition(b" ")
             if digest != b"%08x" % zlib.crc32(text):
                 break
-            entries.append(json.loads(text))
+            try:
+                entry = json_text.loads(text)
+            except ValueError:
+                break
+            if not isinstance(entry, dict):
+                break
+            entries.append(entry)
         if not entries or entries[0].get("job") not in (job, continues):
             return []
         entries[0] = {"job": job}

@@ -1,14 +1,51 @@
 """What a dataset was made from, beside it: `<prefix>.manifest.json`, and whether its files are still those."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 
 _AGAIN = "Run `igla-mega prepare` (or tools/preprocess_data.py) again for this source."
+
+
+class _Piece(BaseModel):
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Input(BaseModel):
+    file: str
+    bytes: NonNegativeInt
+    modified_ns: int
+
+
+class _Tokenizer(BaseModel):
+    path: str
+    digest: str
+
+
+class _Manifest(BaseModel):
+    """What this project reads of one; there is more in it."""
+
+    job: str
+    inputs: list[_Input]
+    tokenizer: _Tokenizer
+    shards: list[_Piece]
+    index: _Piece
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    characters: NonNegativeInt
+    text_bytes: NonNegativeInt
+    input_bytes: NonNegativeInt
+    empty: NonNegativeInt
+    broken: NonNegativeInt
+    dropped: dict[str, NonNegativeInt]
+    languages: dict[str, NonNegativeInt]
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -23,13 +60,16 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
     """
     path = manifest_path(prefix)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest["shards"], list) and isinstance(manifest["index"], dict):
-            return manifest
-        raise TypeError
+        manifest = json_text.loads(path.read_bytes())
+        _Manifest.model_validate(manifest, strict=True)
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ConfigError(f"{path}: not a manifest: {where}: {first['msg']}.\n  {_AGAIN}") from None
+    except ValueError:
         raise ConfigError(f"{path}: not a manifest: cut short or damaged.\n  {_AGAIN}") from None
 
 
@@ -101,7 +141,7 @@ def modified_inputs(prefix: str | Path) -> list[str]:
     for given in manifest.get("inputs", []):
         try:
             stat = os.stat(given["file"])
-        except OSError:
+        except (OSError, ValueError):
             continue  # moved away after use, as one may
         if (stat.st_size, stat.st_mtime_ns) != (given["bytes"], given["modified_ns"]):
             changed.append(given["file"])

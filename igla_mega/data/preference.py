@@ -20,7 +20,16 @@ import jinja2
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import ChatTemplate, Message, Sample, TooLong, checked, json_lines, special_ids
+from igla_mega.data.chat import (
+    ChatTemplate,
+    Message,
+    Sample,
+    TooLong,
+    checked,
+    json_lines,
+    refuse_surrogates,
+    special_ids,
+)
 from igla_mega.data.packing import Row, fill_row
 from igla_mega.data.tokenizer import Tokenizer
 
@@ -97,6 +106,7 @@ def _tokens(entry: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTempla
         raise ConfigError(f"{place}: chosen equals rejected, so nothing is preferred.\n  Remove the line.")
     forms = {type(entry[key]) for key in ("prompt", "chosen", "rejected") if key in entry}
     if forms == {str} and "prompt" in entry:
+        refuse_surrogates(entry["prompt"] + entry["chosen"] + entry["rejected"], place)
         return _plain(entry["prompt"], entry["chosen"], entry["rejected"], tokenizer)
     if forms != {list}:
         raise ConfigError(

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ WORTH_A_WORKER_BYTES = 4 << 20
 """Below this much input per worker one is as fast."""
 FORMAT = 2
 """Of what `prepare` writes; raised when the same input would give other bytes."""
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
 _FILES = [".bin", ".quarantine.jsonl", ".manifest.json", ".idx"]
 
 
@@ -361,6 +363,8 @@ class _Work:
         try:
             with open(f"{self.prefix}.bin.partial", "rb") as bin_, open(f"{self.prefix}.idx.partial", "rb") as idx:
                 for shard in journal.shards:
+                    if not _State.fits(shard, len(self.given)):
+                        break
                     count = shard["documents"] - documents
                     if digest_of(bin_, begin, shard["bytes"]) != shard["sha256"]:
                         break
@@ -432,6 +436,22 @@ class _State:
         self.languages: Counter = Counter()
         self.digests = [""] * num_inputs
         """Of each input's blocks: sha256 of the digest so far and the block's own."""
+
+    @classmethod
+    def fits(cls, entry: Mapping[str, Any], num_inputs: int) -> bool:
+        """Whether an entry of a journal, which may come from anybody, has what a state is restored from."""
+        counts = ["bytes", *(name for name, value in vars(cls(0)).items() if isinstance(value, int))]
+        counts.remove("since_shard")
+        return (
+            all(isinstance(entry.get(name), int) and 0 <= entry[name] < 1 << 63 for name in counts)
+            and all(isinstance(entry.get(name), str) for name in ("sha256", "lengths_sha256"))
+            and all(isinstance(entry.get(name), dict) for name in ("dropped", "languages"))
+            and all(isinstance(entry.get(name), list) for name in ("position", "digests"))
+            and len(entry["position"]) == 4
+            and all(isinstance(place, int) and 0 <= place < 1 << 63 for place in entry["position"])
+            and len(entry["digests"]) == num_inputs
+            and all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in entry["digests"])
+        )
 
     @classmethod
     def restored(cls, entry: Mapping[str, Any]) -> "_State":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data import chat, preference
@@ -152,7 +153,9 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
 
 def _is_done(prefix: str, stamp: str) -> bool:
     try:
-        return json.loads(Path(f"{prefix}.json").read_text())["digest"] == stamp and Path(f"{prefix}.idx").is_file()
+        return (
+            json_text.loads(Path(f"{prefix}.json").read_bytes())["digest"] == stamp and Path(f"{prefix}.idx").is_file()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -3,6 +3,7 @@
 Imports `transformers` only for a folder that has no tokenizer.json to read.
 """
 
+import base64
 import hashlib
 import importlib.metadata
 import itertools
@@ -15,12 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<eod>")
 _OLDER_FILES = ("vocab.json", "vocab.txt")
 """Of Hugging Face folders without a tokenizer.json."""
+_MOST_IDS = 2**31
 _NO_FOLDER_FORMAT = (
     "  Give a Hugging Face folder, a tokenizer.json, a SentencePiece *.model or a *.tiktoken file;"
     " `tools/toy_corpus.py --vocab-size N` makes a small one."
@@ -135,6 +138,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
         tokenizer = _load_tiktoken(path, file) if _holds_ranks(file) else _load_sentencepiece(path, file)
     else:
         tokenizer = _load_hugging_face(path, file)
+    if tokenizer.vocab_size > _MOST_IDS:
+        raise ConfigError(f"{file}: has an id of {tokenizer.vocab_size - 1}, the last that data can hold is 2^31 - 1.")
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size: {vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer {path}.\n"
@@ -151,9 +156,9 @@ def _load_hugging_face(path: str | Path, file: Path) -> Tokenizer:
         else:
             engine = _converted(file.parent)
             written = engine.to_str().encode()
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:  # the library raises plain Exception for every malformed file
+    except BaseException as error:  # the library raises plain Exception for malformed files, and Rust's panics for some
         raise ConfigError(f"{file}: not a tokenizer.json ({error}).\n  Save the tokenizer again.") from None
     # Folders often carry their model's limits; a corpus must not be cut or padded by them.
     engine.no_truncation()
@@ -174,7 +179,7 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
             f"{folder}: has no tokenizer.json, and converting its other files needs transformers.\n"
             "  pip install 'igla-mega[hf]', or save the tokenizer as tokenizer.json."
         ) from None
-    return AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True).backend_tokenizer
 
 
 def _load_sentencepiece(path: str | Path, file: Path) -> Tokenizer:
@@ -191,22 +196,16 @@ def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
     """Ranks alone do not say how a text is cut: a published encoding is known by the file's name, another one says it
     in `<name>.json` beside it (pat_str, special_tokens)."""
     tiktoken = _library("tiktoken", file)
-    from tiktoken import load, registry
+    from tiktoken import registry
 
     if file.is_file():
         try:
-            ranks = load.load_tiktoken_bpe(str(file))
+            ranks = _ranks(file)
         except ValueError as error:
             raise ConfigError(f"{file}: not a file of tiktoken ranks ({error}).\n  Save the tokenizer again.") from None
         said = file.with_suffix(".json")
         if said.is_file():
-            about = json.loads(said.read_text(encoding="utf-8"))
-            engine = tiktoken.Encoding(
-                file.stem,
-                pat_str=about["pat_str"],
-                mergeable_ranks=ranks,
-                special_tokens=about.get("special_tokens", {}),
-            )
+            engine = _described(file, said, ranks, tiktoken)
         else:
             engine = _published(file, ranks, tiktoken, registry)
     else:
@@ -219,6 +218,42 @@ def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
     special = engine._special_tokens
     end = next((special[name] for name in (END_OF_DOCUMENT, *_OTHER_ENDS) if name in special), None)
     return Tokenizer(str(path), engine, engine.max_token_value + 1, end, _Tiktoken(engine), file, tuple(special))
+
+
+def _ranks(file: Path) -> dict[bytes, int]:
+    """Token -> rank. Not by tiktoken's own function: it keeps a copy for each path in a folder that all users share,
+    and gives that copy when the file has long changed."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if line:
+            token, _, rank = line.partition(b" ")
+            try:
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    numbers = set(ranks.values())
+    if len(numbers) < len(ranks) or not all(0 <= number < _MOST_IDS for number in numbers):
+        raise ValueError("two tokens of one rank, or a rank that is none")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"no rank for the byte {missing[0]:#04x}")
+    return ranks
+
+
+def _described(file: Path, said: Path, ranks: dict[bytes, int], tiktoken: Any) -> Any:
+    """The encoding that `<name>.json` beside the ranks describes."""
+    try:
+        about = json_text.loads(said.read_bytes())
+        special = about.get("special_tokens", {})
+        if any(not 0 <= number < _MOST_IDS for number in special.values()):
+            raise ValueError("a special token's id is no whole number from 0 to 2^31 - 1")
+        return tiktoken.Encoding(file.stem, pat_str=about["pat_str"], mergeable_ranks=ranks, special_tokens=special)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # Rust's panics among them
+        raise ConfigError(
+            f"{said}: does not describe an encoding ({type(error).__name__}: {error}).\n"
+            '  Write {"pat_str": "...", "special_tokens": {"...": ID}}.'
+        ) from None
 
 
 def _published(file: Path, ranks: dict[bytes, int], tiktoken: Any, registry: Any) -> Any:
@@ -312,7 +347,7 @@ def _texts(files: Sequence[str | Path], text_key: str) -> Iterator[str]:
 
 def _text(line: str, text_key: str, place: str) -> str:
     try:
-        return str(json.loads(line)[text_key])
+        return str(json_text.loads(line)[text_key])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{place}: not a JSON object with the text under `{text_key}` ({error}).\n  Mend or remove the line."
@@ -363,9 +398,9 @@ def _end_of_document(file: Path, vocabulary: dict[str, int]) -> int | None:
     config = file.with_name("tokenizer_config.json")
     if config.is_file():
         try:
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            named = json_text.loads(config.read_bytes()).get("eos_token")
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"{config}: not a JSON object ({error}).\n  Save the tokenizer again.") from None
         named = named.get("content") if isinstance(named, dict) else named
-        names = [named, *names] if named else names
+        names = [named, *names] if isinstance(named, str) and named else names
     return next((vocabulary[name] for name in names if name in vocabulary), None)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model
 from igla_mega.model.experts import connect
 from igla_mega.model.shards import Shard
-from igla_mega.model.spec import block_spec
+from igla_mega.model.spec import block_spec, use_fused_positions
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
 from igla_mega.ops.linear_log_probs import linear_log_probs
 from igla_mega.plan.layout import Layout
@@ -40,8 +41,15 @@ class CausalLM(GPTModel):
     """Labels are drawn from the model itself; those given are the keys of the draws (`ops.categorical.token_keys`)."""
     few_targets = False
     """Most tokens are no target: the loss passes those over. Finding them waits for the device."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None: as many as suit the device."""
+    overlaps_reduction = False
+    """Gradients are summed over ranks as soon as autograd hands them over."""
     log_probs = False
     """Given labels, the last stage returns the log-probability of each, [S, B] (0 where `loss_mask` is), not a loss."""
+    head: Callable[..., Tensor] | None = None
+    """Given labels, the last stage returns what this makes of its hidden states [S, B, H], the output weight, the
+    labels and their mask [B, S], not a loss."""
 
     def _preprocess(self, input_ids, position_ids, inference_context=None, packed_seq_params=None, **rest):
         hidden, _, *others = super()._preprocess(input_ids, position_ids, inference_context=inference_context, **rest)
@@ -51,6 +59,9 @@ class CausalLM(GPTModel):
             position_ids = torch.arange(longest, device=position_ids.device).unsqueeze(0)
         elif packed_seq_params is None:
             position_ids = position_ids[:1]  # of every row the same
+        if self.rotary_frequencies[0].device != position_ids.device:  # once: a copy waits for the device
+            near, exact = self.rotary_frequencies
+            self.rotary_frequencies = near.to(position_ids.device), exact.to(position_ids.device)
         return hidden, rotary_angles(position_ids, *self.rotary_frequencies), *others
 
     def _postprocess(self, hidden_states, *, labels, loss_mask=None, **rest):
@@ -65,6 +76,8 @@ class CausalLM(GPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
         group = self.tp_group if self.tp_group.size() > 1 else None
+        if self.head is not None:
+            return self.head(hidden, weight, labels, loss_mask, group=group, vocab_size=self.true_vocab_size)
         flat, labels, loss_mask = hidden.flatten(0, 1), labels.t().reshape(-1), loss_mask.t().reshape(-1)
         if self.log_probs:
             chosen = linear_log_probs(flat, weight, labels, loss_mask, vocab_size=self.true_vocab_size, group=group)
@@ -80,7 +93,15 @@ class CausalLM(GPTModel):
             vocab_size=self.true_vocab_size,
             group=group,
             draw=self.draws_labels,
+            chunk=self.loss_chunk,
+            into=self._gradient_sum(weight),
         )
+
+    def _gradient_sum(self, weight: Tensor) -> Tensor | None:
+        """Data parallelism's running sum of a weight's gradients, where nothing waits for autograd to hand one over."""
+        if weight.device.type != "cpu" or not weight.requires_grad or self.overlaps_reduction:
+            return None
+        return getattr(weight, "main_grad", None)
 
 
 def transformer_config(
@@ -91,7 +112,9 @@ def transformer_config(
     device: torch.device,
     recompute: str = "none",
     transformer_engine: bool = False,
-    documents: bool = False,
+    fused: bool = True,
+    attention: str = "auto",
+    more: Mapping[str, Any] | None = None,
     moe: Moe | None = None,
     capacity_factor: float | None = None,
 ) -> TransformerConfig:
@@ -101,11 +124,15 @@ def transformer_config(
         dtype: of the parameters as the modules see them (FSDP passes float32 and casts on gathering).
         recompute: "none", "selective" (the MLP, or the experts) or "full" (every layer). Core attention is never
             computed again: its output and log-sum-exp are kept.
-        documents: rows hold several, with positions of their own.
+        fused: one kernel each for norms, SwiGLU and rotary positions.
+        attention: "auto", "flash" or "cudnn".
+        more: settings of megatron-core's own, those of FP8 for instance.
         moe: experts in place of each layer's feed-forward network.
         capacity_factor: `training.expert_capacity_factor`; None for a model that does not train.
     """
     cuda = device.type == "cuda"
+    if fused:
+        use_fused_positions()
     experts: dict[str, Any] = {}
     if moe is not None:
         experts = {
@@ -161,15 +188,18 @@ def transformer_config(
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
         deallocate_pipeline_outputs=cuda,
-        # Fused CUDA kernels of apex and Transformer Engine; torch.compile fusions.
-        bias_activation_fusion=cuda,
-        bias_dropout_fusion=cuda,
-        apply_rope_fusion=transformer_engine and not documents,  # the fused kernel turns all rows alike
+        # Ours where the layers are; torch.compile's between Transformer Engine's, and for residuals.
+        use_te_activation_func=fused and not transformer_engine,
+        bias_activation_fusion=fused and transformer_engine,
+        bias_dropout_fusion=fused and cuda,
+        apply_rope_fusion=fused,
+        attention_backend={"flash": AttnBackend.flash, "cudnn": AttnBackend.fused}.get(attention, AttnBackend.auto),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **recompute_settings[recompute],
         **experts,
+        **(more or {}),
     )
 
 
@@ -235,8 +265,8 @@ def rotary_angles(positions: Tensor, near: Tensor, exact: Tensor) -> Tensor:
         [S, B, 1, D] fp32: the two halves of D are the same.
     """
     positions = positions.t().unsqueeze(-1)
-    usual = positions.float() * near.to(positions.device)
-    turned = torch.remainder(positions * exact.to(positions.device), 2 * math.pi).float()
+    usual = positions.float() * near
+    turned = torch.remainder(positions * exact, 2 * math.pi).float()
     angles = torch.where(usual < NEAR_RADIANS, usual, turned)
     return torch.cat((angles, angles), -1).unsqueeze(2)
 

@@ -4,39 +4,64 @@ import importlib.util
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.model.experts import use_experts
+from igla_mega.ops.pointwise import rms_norm, rotate, swiglu
 from igla_mega.ops.ring_attention import Kept, ring_attention
+from igla_mega.ops.varlen_attention import varlen_attention
+
+FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Compute capability from which on a GPU has the products of an FP8 recipe."""
+BACKENDS = {AttnBackend.flash: SDPBackend.FLASH_ATTENTION, AttnBackend.fused: SDPBackend.CUDNN_ATTENTION}
+"""Of attention, in megatron-core's words and in torch's; any other is torch's choice."""
 
 
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467), aware of sequence parallelism."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, fused: bool = True, **_):
         super().__init__()
-        self.eps = eps
+        self.eps, self.fused = eps, fused
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Each rank normalises its own tokens: mcore sums such gradients over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        if not self.fused:
+            return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """What megatron-core calls in place of its own chain of gate, product and offset."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 @dataclass
@@ -71,6 +96,7 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.group = pg_collection.cp if pg_collection is not None else None
         self.schedule = cp_comm_type or "auto"
+        self.backend = BACKENDS.get(getattr(config, "attention_backend", AttnBackend.auto))
         self._to_recompute: deque[Kept] = deque()
 
     def forward(
@@ -94,21 +120,31 @@ class CoreAttention(MegatronModule):
         num_queries, batch, num_heads = query.shape[:3]
         if packed_seq_params is not None or (self.group is not None and self.group.size() > 1):
             documents = packed_seq_params.rows if packed_seq_params is not None else None
+            if documents is not None and self._takes_varlen(query):
+                return varlen_attention(query, key, value, documents, self.scale).flatten(2)
             return self._ring(query, key, value, documents).flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None
         if 1 < num_queries < k.size(2):
             mask = torch.ones(num_queries, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - num_queries)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=num_queries == k.size(2) and num_queries > 1,
-            scale=self.scale,
-            enable_gqa=num_heads != key.size(2),
-        )
+        backend = self.backend if q.is_cuda and q.dtype != torch.float32 and mask is None else None
+        with sdpa_kernel(backend) if backend is not None else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=num_queries == k.size(2) and num_queries > 1,
+                scale=self.scale,
+                enable_gqa=num_heads != key.size(2),
+            )
         return out.permute(2, 0, 1, 3).reshape(num_queries, batch, -1)
+
+    def _takes_varlen(self, query: Tensor) -> bool:
+        """Whether one call of flash attention takes all documents; under full recompute ring attention keeps more."""
+        alone = self.group is None or self.group.size() == 1
+        half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        return alone and half and self.config.recompute_granularity != "full"
 
     def _ring(self, query: Tensor, key: Tensor, value: Tensor, documents: Sequence[Sequence[int]] | None) -> Tensor:
         kept = None
@@ -147,6 +183,50 @@ def use_transformer_engine(kernels: str, device: torch.device) -> bool:
     return present and kernels in ("te", "auto")
 
 
+def use_fused_positions() -> None:
+    """Have megatron-core's `apply_rope_fusion` turn by our kernel, which also takes rows of several documents."""
+    rope_utils.fused_apply_rotary_pos_emb = rotate
+
+
+def fp8_settings(fp8_recipe: str, device: torch.device, transformer_engine: bool) -> dict[str, str]:
+    """megatron-core's settings for products in 8 bits: e4m3 forward, e5m2 for gradients.
+
+    Raises:
+        ConfigError: Transformer Engine or the GPU cannot.
+    """
+    if not transformer_engine:
+        raise ConfigError(
+            "distributed.precision: FP8 needs Transformer Engine on a CUDA device, and it is not there.\n"
+            "  Use the NGC PyTorch image, or set distributed.precision=BF16."
+        )
+    capability = torch.cuda.get_device_capability(device)
+    needed = FP8_CAPABILITY[fp8_recipe]
+    there = [name for name, least in FP8_CAPABILITY.items() if least <= capability]
+    if capability < needed:
+        raise ConfigError(
+            f"distributed.fp8_recipe: {fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}.\n"
+            f"  Use {' or '.join(there) or 'another GPU'}, or set distributed.precision=BF16."
+        )
+    return {"fp8": "hybrid", "fp8_recipe": fp8_recipe}
+
+
+def graph_settings(seed: int, recompute: str) -> dict[str, str]:
+    """megatron-core's settings for layers that are recorded once and replayed.
+
+    Raises:
+        ConfigError: layers that are computed again as a whole cannot be recorded.
+    """
+    if recompute == "full":
+        raise ConfigError(
+            "distributed.cuda_graphs: true, and this model fits only with whole layers computed again, which cannot be "
+            "recorded.\n  Set cuda_graphs=false, or split the model over more ranks."
+        )
+    # Its generators must be ones that a graph may draw from.
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
+    return {"cuda_graph_impl": "local"}
+
+
 def block_spec(config: TransformerConfig, virtual_stage: int | None, transformer_engine: bool, moe: Moe | None = None):
     """The decoder's layers of one pipeline chunk and the norm behind the last of them."""
     num_experts = moe.num_experts if moe is not None else None
@@ -155,7 +235,11 @@ def block_spec(config: TransformerConfig, virtual_stage: int | None, transformer
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
         layer = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+        norm = ModuleSpec(RMSNorm, params={"fused": config.use_te_activation_func})
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+        mlp = layer.submodules.mlp.submodules
+        for part in (mlp,) if moe is None else (mlp.experts.submodules, mlp.shared_experts.submodules):
+            part.activation_func = SwiGLU
     if moe is not None:
         grouped = not transformer_engine and config.bf16 and torch.cuda.is_available()
         use_experts(layer, moe, grouped=grouped)

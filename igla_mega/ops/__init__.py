@@ -11,6 +11,7 @@ from igla_mega.ops import (  # noqa: F401  (schemas and references come before t
     ewc_penalty,
     fisher,
     merge_partials,
+    pointwise,
 )
 
 OPS = (
@@ -21,6 +22,8 @@ OPS = (
     "fisher_accumulate_",
     "ewc_pull_",
 )
+HOST_OPS = ("rms_norm", "rms_norm_gradient", "swiglu", "swiglu_gradient", "rotate")
+"""Those that csrc has for the CPU alone: on CUDA torch.compile makes a kernel of each reference."""
 _BUILD = "pip install --no-build-isolation --no-deps -e ."
 
 
@@ -47,12 +50,10 @@ why_no_kernels = _load_kernels(Path(__file__).resolve().parent.parent)
 
 def kernels() -> dict[str, dict[str, bool]]:
     """For each op whether a compiled kernel answers on the CPU and on CUDA; where not, the torch reference does."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        op: {
-            device: torch._C._dispatch_has_kernel_for_dispatch_key(f"igla::{op}", device.upper())
-            for device in ("cpu", "cuda")
-        }
-        for op in OPS
+        op: {"cpu": has(f"igla::{op}", "CPU"), "cuda": op in HOST_OPS or has(f"igla::{op}", "CUDA")}
+        for op in (*OPS, *HOST_OPS)
     }
 
 

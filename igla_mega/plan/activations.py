@@ -5,12 +5,12 @@ through them in the engine's order, and the largest sum is the peak. Against the
 CPU this is held to 5 % (`tests/plan/test_activations.py`, `tools/bench/memory.py`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from igla_mega.config.schema import Recipe
 from igla_mega.plan.layout import Layout
-from igla_mega.plan.parameters import Chunk, chunks_of, held, parameters_of
+from igla_mega.plan.parameters import Chunk, Parameter, chunks_of, held, parameters_of
 
 LOSS_CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 """Tokens whose logits are held at once, as `ops.linear_cross_entropy` has it."""
@@ -125,7 +125,7 @@ class _Rank:
             return size
         if not (count := self.adapted(*projections)):
             return 0
-        narrow = 2 * count * self.tokens * lora.rank * self.value
+        narrow = count * self.tokens * lora.rank * self.value
         # Dropout makes another input, and keeps its mask of one byte a value.
         return narrow + (size + size // self.value if lora.dropout else size)
 
@@ -138,15 +138,21 @@ def layer_ops(recipe: Recipe, layout: Layout, device: str) -> list[Op]:
 
 def _norm(r: _Rank, name: str) -> Op:
     wide, scale = 4 * r.own_tokens * r.model.hidden_size, 4 * r.own_tokens
-    if r.device == "cuda":
+    if r.device == "cuda" or r.recipe.distributed.fused_layers:
         return Op(name, r.x + scale, r.x, r.x, beside=r.x)
-    # On a CPU torch takes it apart: the input (in fp32) and the normalised one are kept.
-    return Op(name, 2 * wide + scale, r.x, wide, extra=2 * wide, beside=r.x)
+    # On a CPU torch takes it apart: the input (in fp32) is kept, and for its weight's gradient the normalised one.
+    return Op(name, (2 if r.recipe.lora is None else 1) * wide + scale, r.x, wide, extra=2 * wide, beside=r.x)
+
+
+def _swiglu_kept(r: _Rank, f: int) -> int:
+    """Of SwiGLU, a half of whose input is `f` bytes: the input, or also what torch makes on the way."""
+    return 2 * f if r.recipe.distributed.fused_layers else 4 * f
 
 
 def _attention_ops(r: _Rank) -> Iterator[Op]:
     lse = 4 * r.tokens * r.model.num_heads // r.layout.tensor
-    angles = 4 * (r.layout.padded_length // r.layout.context) * r.model.head_size * r.value
+    # Cosines and sines of half a head, fp32, for queries and for keys.
+    angles = 8 * (r.layout.padded_length // r.layout.context) * r.model.head_size
     stacked = r.q + 2 * r.k
     yield _norm(r, "norm")
     kept = r.input_kept(r.x, "q_proj", "k_proj", "v_proj")
@@ -157,7 +163,9 @@ def _attention_ops(r: _Rank) -> Iterator[Op]:
     # Ring attention sums the gradients of its blocks in fp32.
     sums = 4 * stacked // r.value if r.layout.context > 1 else 0
     yield Op("attention", r.q + r.k + stacked + own_values + r.q + lse, r.q, stacked, sums, beside=r.x)
-    adapters = r.input_kept(r.q, "o_proj") - (r.q if r.recipe.lora is None or r.adapted("o_proj") else 0)
+    adapters = r.input_kept(r.q, "o_proj")
+    if r.recipe.lora is None or (r.adapted("o_proj") and not r.recipe.lora.dropout):
+        adapters -= r.q  # attention keeps it already
     yield Op("proj", adapters, r.x, r.q, r.gradient("proj"))
 
 
@@ -165,29 +173,39 @@ def _network_ops(r: _Rank) -> Iterator[Op]:
     yield _norm(r, "norm")
     yield Op("fc1", r.input_kept(r.x, "gate_proj", "up_proj"), 2 * r.f, r.full, r.gradient("fc1"), beside=r.x)
     product = r.input_kept(r.f, "down_proj")
-    yield Op("swiglu", 2 * r.f + (2 * r.f if r.device == "cpu" else 0), r.f, 2 * r.f, beside=r.x)
+    yield Op("swiglu", _swiglu_kept(r, r.f), r.f, 2 * r.f, beside=r.x)
     yield Op("fc2", product, r.x, r.f, r.gradient("fc2"))
 
 
 def _expert_ops(r: _Rank) -> Iterator[Op]:
     moe = r.recipe.moe
     assert moe is not None
+    on_cpu, name = r.device == "cpu", "expert_fc"
+    # A GPU takes the products of all experts together, for which their weights are stacked; a CPU one after another.
+    grouped = not on_cpu and r.value == 2 and r.recipe.lora is None
+    experts = 1 if grouped else max(1, moe.num_experts // r.layout.expert)
+    first, second = (r.gradient(f"{name}{n}") for n in (1, 2))
+    stacks = [gradient * (moe.num_experts // r.layout.expert) if grouped else 0 for gradient in (first, second)]
     # Of the experts' own tokens each rank works on as many as it sent, when they are balanced.
     sent = moe.num_experts_per_tok * r.x
     f = moe.num_experts_per_tok * r.own_tokens * r.model.intermediate_size * r.value
+    one, one_sent = f // experts, sent // experts
     scores = 3 * 4 * r.own_tokens * moe.num_experts
     yield _norm(r, "norm")
     # Sorted by expert before they are sent and after they have come: each order keeps its places, not its tokens.
     places = 2 * 8 * moe.num_experts_per_tok * r.own_tokens
     yield Op("router", r.x + scores + places, sent, r.x, sent, beside=r.x)
-    yield Op("expert_fc1", sent, 2 * f, sent, r.gradient("expert_fc1"), beside=r.x)
-    yield Op("swiglu", 2 * f + (2 * f if r.device == "cpu" else 0), f, 2 * f, beside=r.x)
-    # Its output is kept for the gradient of the probabilities that it is weighted with.
-    yield Op("expert_fc2", f + sent, sent, f, r.gradient("expert_fc2") + sent, beside=r.x)
+    yield Op("expert_fc1", sent + stacks[0], 2 * one, sent, first + stacks[0], beside=r.x)
+    # Its product is kept twice: weighted for what comes next, and bare for the gradient of the weights.
+    yield Op("expert_swiglu", _swiglu_kept(r, f) + f, 2 * one, 2 * one, beside=r.x + sent)
+    yield Op("expert_fc2", f + stacks[1], one_sent, one, second + stacks[1], beside=r.x + sent)
+    if r.value == 2:
+        # Weighted in fp32: the gradient that comes, the product's, and what becomes the weights'.
+        yield Op("expert_weight", 0, 2 * one, 4 * one, beside=r.x + sent)
 
 
-_SCATTERED = "last gradients scattered"
-_NETWORK = {"fc1", "fc2", "swiglu", "router", "expert_fc1", "expert_fc2"}
+_EXPERTS = {"expert_fc1", "expert_swiglu", "expert_fc2", "expert_weight"}
+_NETWORK = {"fc1", "fc2", "swiglu", "router", *_EXPERTS}
 
 
 def kept_by_layer(recipe: Recipe, layout: Layout, device: str) -> int:
@@ -204,15 +222,7 @@ def kept_by_layer(recipe: Recipe, layout: Layout, device: str) -> int:
 
 def peak(recipe: Recipe, layout: Layout, stage: int, device: str) -> Peak:
     """Play a step of pipeline rank `stage` through and return its largest moment."""
-    moments = _moments(recipe, layout, stage, device)
-    if layout.strategy == "FSDP":
-        shards = held(recipe, layout, stage, device=device).gradients
-        late = ("embedding, backward", _SCATTERED)
-        # From the second micro-batch on all shards are there; within the first one only at its end.
-        moments = (
-            replace(m, gradients=shards if layout.num_microbatches > 1 or m.moment in late else 0) for m in moments
-        )
-    return max(moments, key=lambda moment: moment.total)
+    return max(_moments(recipe, layout, stage, device), key=lambda moment: moment.total)
 
 
 def in_flight(layout: Layout, stage: int) -> float:
@@ -238,40 +248,51 @@ def _moments(recipe: Recipe, layout: Layout, stage: int, device: str) -> Iterato
     # Micro-batches that wait as a whole, and the layers below of the one at hand.
     base = round((waiting - 1) * (layers * kept + between)) + between + batch
     communication = _communication(r)
-    sharded = _Sharded(recipe, layout, r.value) if layout.strategy == "FSDP" else None
-    gathered = sharded.in_backward if sharded else 0
-    head = Peak("", 0)
+    sharded = _Sharded(recipe, layout, stage, device) if layout.strategy == "FSDP" else None
+    shards = sharded.before if sharded else 0
+    output = 0
     if last:
         norm = _norm(r, "norm")
         vocabulary = -(-r.model.vocab_size // layout.tensor) * r.model.hidden_size
-        chunk = min(LOSS_CHUNK_TOKENS[device], r.tokens)
+        asked = recipe.distributed.loss_chunk
+        chunk = min(LOSS_CHUNK_TOKENS[device] if asked == "auto" else asked, r.tokens)
         logits = chunk * -(-r.model.vocab_size // layout.tensor) * r.value
         trained = recipe.lora is None and recipe.dpo is None
         hidden = r.full if layout.sequence_parallel and layout.tensor > 1 else 0
-        forward = r.full + (4 * vocabulary if trained else 0) + logits
+        # On a CPU the gradient of the weight goes straight to where data parallelism sums it.
+        own_sum = trained and not (device == "cpu" and layout.strategy == "DDP")
+        forward = r.full + (4 * vocabulary if own_sum else 0) + logits
         if trained and r.value == 2:
-            # A chunk's part in bf16; a CPU adds it to the fp32 sum by way of an fp32 copy.
-            forward += vocabulary * (r.value + (4 if device == "cpu" else 0))
-        keeps = r.full + (vocabulary * r.value if trained else 0)
+            forward += vocabulary * r.value  # a chunk's part, before it is added to the fp32 sum
+        keeps = r.full + (vocabulary * r.value if own_sum else 0)
         top = base + layers * kept + norm.kept
-        yield Peak("loss", top, r.x + hidden, forward, sharded.in_forward if sharded else 0, communication)
+        gathered = sharded.at_loss if sharded else 0
+        yield Peak("loss", top, r.x + hidden, forward, gathered, communication, shards)
         # Scaled gradients are new tensors on a GPU; on a CPU nothing is scaled.
         scaled = keeps if device == "cuda" else 0
-        yield Peak("loss, backward", top, hidden, keeps + scaled, gathered, communication)
+        gathered = sharded.outer if sharded else 0
+        yield Peak("loss, backward", top, hidden, keeps + scaled, gathered, communication, shards)
         # FSDP holds the gradient of its outermost unit until the end of the backward pass.
         output = vocabulary * r.value if trained and sharded else 0
-        head = Peak("", 0, 0, output)
-        yield Peak("final norm, backward", top, norm.given + norm.made + norm.extra, output, gathered, communication)
-    yield from _backward(r, ops, base + (layers - 1) * kept, gathered, communication, head.loss)
+        made = norm.given + norm.made + norm.extra
+        yield Peak("final norm, backward", top, made, output, gathered, communication, shards)
+    # Without FSDP the topmost layer has most below it; with it, those further down have more gradients above.
+    for depth in sorted({0, 1, layers - 2, layers - 1} & set(range(layers))) if sharded else (0,):
+        below = base + (layers - 1 - depth) * kept
+        unit = sharded.layer(depth, layers) if sharded else None
+        yield from _backward(r, ops, below, communication, output, unit)
     if first:
-        embedding = r.gradient("embedding")
-        yield Peak("embedding, backward", base, r.x + embedding, head.loss, gathered, communication)
+        made = r.x + r.gradient("embedding")
+        gathered, shards = (sharded.outer + sharded.buffer, sharded.after) if sharded else (0, 0)
+        yield Peak("embedding, backward", base, made, output, gathered, communication, shards)
     if sharded:
-        yield Peak(_SCATTERED, batch, 0, 0, sharded.at_end, communication)
+        yield Peak("last gradients scattered", batch, 0, 0, sharded.at_end, communication, sharded.after)
 
 
-def _backward(r: _Rank, ops: list[Op], below: int, gathered: int, communication: int, loss: int) -> Iterator[Peak]:
-    """The backward pass of the topmost layer, op by op; where it is computed again, with all that makes."""
+def _backward(
+    r: _Rank, ops: list[Op], below: int, communication: int, loss: int, unit: "_ShardedLayer | None"
+) -> Iterator[Peak]:
+    """The backward pass of a layer, op by op; where it is computed again, with all that makes."""
     kept_already = 0
     if r.layout.recompute == "full":
         # Its input has been kept, and with ring attention its result; a norm on a CPU takes an fp32 copy of bf16.
@@ -280,13 +301,32 @@ def _backward(r: _Rank, ops: list[Op], below: int, gathered: int, communication:
     for index, op in enumerate(ops):
         again = 0
         if r.layout.recompute == "full":
-            again = r.x  # its output, made again
+            # Its output, made again, and that of its experts, back in order and summed.
+            again = r.x if r.recipe.moe is None else 3 * r.x
         elif r.layout.recompute == "selective" and op.name in _NETWORK:
             again = 2 * r.x  # the network's input, kept by itself, and its output, made again
         kept = below + kept_already + sum(earlier.kept for earlier in ops[: index + 1])
         working = op.given + op.made + op.extra + op.beside + again
         sent = _ring_messages(r) if op.name == "attention" else 0
-        yield Peak(f"{op.name}, backward", kept, working, loss, gathered, communication + sent)
+        unsharded = unit.beside(op.name, [later.name for later in ops[index + 1 :]]) if unit else 0
+        shards = unit.shards if unit else 0
+        yield Peak(f"{op.name}, backward", kept, working, loss, unsharded, communication + sent, shards)
+    lora = r.recipe.lora
+    if lora is not None and lora.dropout and r.adapted("down_proj"):
+        # In the forward pass: what is dropped from, on a CPU the mask in its type, and the layer's input and output.
+        whole = below + kept_already + sum(op.kept for op in ops)
+        dropped = r.f * (2 if r.device == "cpu" else 1)
+        if r.layout.recompute == "full":
+            dropped += 2 * r.x  # the gradient that this backward pass was given, and the layer's output
+        unsharded = unit.beside("fc2", []) if unit else 0
+        shards = unit.shards if unit else 0
+        yield Peak("an adapter's dropout", whole, dropped + 2 * r.x, 0, unsharded, communication, shards)
+    if unit and not unit.lowest:
+        # The next layer's weights come before this one's first gradient.
+        whole = below + kept_already + sum(op.kept for op in ops)
+        yield Peak("next layer gathered", whole, 2 * r.x, loss, unit.arriving, communication, unit.shards)
+    if unit:
+        yield Peak("layer's gradients, scattered", below, r.x, loss, unit.scattered, communication, unit.shards)
 
 
 def _communication(r: _Rank) -> int:
@@ -302,17 +342,94 @@ def _ring_messages(r: _Rank) -> int:
 
 
 class _Sharded:
-    """What `fully_shard` gathers: a layer and the one to come, and the outermost unit all the time."""
+    """What `fully_shard` holds beside shards. Its outermost unit (embedding, final norm, output projection) is whole
+    from the first layer to the last gradient, a layer while it is at hand, and the layer to come lies there flat. A
+    unit's gradients wait in the type of its weights until it is through, then go in fp32 into a buffer, which stays
+    until the next unit's is needed, and leave shards.
+    """
 
-    def __init__(self, recipe: Recipe, layout: Layout, value: int):
+    def __init__(self, recipe: Recipe, layout: Layout, stage: int, device: str):
         assert recipe.model is not None
-        every = parameters_of(recipe, layout, Chunk(1, True, True))
-        root = {"embedding", "final_norm", "output"}
-        outer = sum(p.elements for p in every if p.name in root)
-        layer = sum(p.elements for p in every if p.name not in root)
-        trained = sum(p.elements for p in every if p.name not in root and p.trained)
-        outer_trained = sum(p.elements for p in every if p.name in root and p.trained)
-        # Gathered flat, then copied out; the next layer's arrive meanwhile.
-        self.in_forward = outer * value + layer * value
-        self.in_backward = (outer + 2 * layer) * value + trained * (value + 4)
-        self.at_end = outer * value + outer_trained * (value + 4)
+        self.value = value = 4 if recipe.distributed.precision == "FP32" else 2
+        self.on_cpu, self.ranks = device == "cpu", layout.data * layout.context
+        # Codes of 4 bits stay whole on every rank.
+        every = [p for p in parameters_of(recipe, layout, Chunk(1, True, True)) if p.trained or not p.codes]
+        root = [p for p in every if p.name in _ROOT]
+        layer = [p for p in every if p.name not in _ROOT]
+        self.outer = value * _elements(root)
+        self.rest = value * _elements(p for p in layer if not p.expert)
+        self.experts = value * _elements(p for p in layer if p.expert)
+        self.num_experts = sum(p.name == "expert_fc1" for p in layer)
+        self.trained = {name: _elements(p for p in layer if p.trained and _op(p) == name) for name in map(_op, layer)}
+        self.rest_trained = _elements(p for p in layer if p.trained and not p.expert)
+        self.experts_trained = _elements(p for p in layer if p.trained and p.expert)
+        outer_trained = _elements(p for p in root if p.trained)
+        self.after = held(recipe, layout, stage, device=device).gradients
+        """This rank's shards of all gradients."""
+        in_layer = self.rest_trained + self.experts_trained
+        self.of_layer = round(self.after * in_layer / max(1, recipe.model.num_layers * in_layer + outer_trained))
+        # From the second micro-batch on all shards are there, and those of a unit are made before they are added.
+        self.added = layout.num_microbatches > 1
+        self.before = self.after if self.added else 0
+        self.at_loss = self.outer + self.rest
+        self.buffer = 4 * self.rest_trained
+        end = 4 * outer_trained // self.ranks if self.added else 0
+        self.at_end = outer_trained * (value + 4) + end
+
+    def layer(self, depth: int, layers: int) -> "_ShardedLayer":
+        return _ShardedLayer(self, depth, depth == layers - 1)
+
+
+@dataclass(frozen=True)
+class _ShardedLayer:
+    """A layer's backward pass, `depth` layers below the topmost one."""
+
+    all: _Sharded
+    depth: int
+    lowest: bool
+
+    @property
+    def shards(self) -> int:
+        return self.all.after if self.all.added else self.depth * self.all.of_layer
+
+    @property
+    def scattered(self) -> int:
+        """Once it is through: its gradients, their buffer and their shards."""
+        a = self.all
+        return a.outer + (0 if self.lowest else a.rest) + a.rest_trained * (a.value + 4) + a.of_layer
+
+    @property
+    def arriving(self) -> int:
+        """While the layer to come is gathered: from a copy in the type of its weights, on a CPU by way of another."""
+        a = self.all
+        copy = a.rest // a.ranks if a.value == 2 else 0
+        return a.outer + 2 * a.rest + a.experts + copy + (a.rest if a.on_cpu else 0) + (a.buffer if self.depth else 0)
+
+    def beside(self, op: str, done: list[str]) -> int:
+        """Gathered weights, gradients that wait, and the buffer of the last that were scattered.
+
+        Args:
+            done: ops whose backward pass is behind.
+        """
+        a = self.all
+        gathered = a.outer + a.rest + (0 if self.lowest else a.rest)
+        buffer = a.buffer if self.depth else 0
+        if a.experts and op in _EXPERTS:
+            # Experts are a unit of their own, and this is the last of them.
+            waiting = a.experts_trained - a.trained.get(op, 0) // max(1, a.num_experts)
+            return gathered + a.experts + waiting * a.value + buffer
+        if a.experts:
+            buffer = 4 * a.experts_trained or buffer
+        return gathered + a.value * sum(a.trained.get(name, 0) for name in set(done) - _EXPERTS) + buffer
+
+
+_ROOT = {"embedding", "final_norm", "output"}
+
+
+def _elements(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.elements for parameter in parameters)
+
+
+def _op(parameter: Parameter) -> str:
+    """The op that a parameter, or an adapter's matrix, is of."""
+    return parameter.name.partition(".")[0]

@@ -148,7 +148,8 @@ def utilization_of_card(found: Forecast) -> tuple[float, float]:
 def _rates(found: Forecast) -> Iterator[str]:
     rates, path = found.calibration.rates, found.calibration.path
     yield f"rates     {'from ' + str(path) if path else 'none measured on this hardware: all are assumed'}"
-    for name in NAMES:
+    fp8 = any(part.recipe.distributed.precision == "FP8" for part in found.parts)
+    for name in (name for name in NAMES if fp8 or name != "gemm_fp8"):
         yield f"          {name}: {getattr(rates, name)}"
     yield f"          peaks, memory, links: {found.hardware.source}"
     if not found.hardware.is_cpu:
@@ -258,7 +259,6 @@ def _part_values(found: Forecast, part: Part) -> dict[str, Any]:
             "strategy": layout.strategy,
             "data_parallel": layout.data,
             **fixed_sizes(layout),
-            "virtual_pipeline": layout.virtual_pipeline,
             "num_microbatches": layout.num_microbatches,
             "global_batch": layout.global_batch,
             "sequence_length": layout.sequence_length,

@@ -1,11 +1,9 @@
 """What a recipe leaves to its base model, for the plan: read where the model is there, else assumed and said."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from igla_mega.config import json_text, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.schema import Model, Recipe
@@ -66,9 +64,9 @@ def _shape(folder: Path) -> Model:
     config = folder / "config.json"
     try:
         if config.is_file():
-            content = json.loads(config.read_text())
+            content = json_text.loads(config.read_text())
             return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)})
-        content = yaml.safe_load((folder / "recipe.yaml").read_text())
+        content = yaml_text.read_mapping(folder / "recipe.yaml")
         return Model(**content["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"base_model: {folder} does not say its shape ({error}).") from None

@@ -3,19 +3,20 @@ or assumed, with the source said.
 """
 
 import bisect
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.plan.hardware import Hardware
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 """Where calibrations are written, and looked for when none is named."""
 FORMAT = 1
+MOST_SHARE = 10
+"""A CPU's table is scaled from another one's, so that its shares may exceed 1."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Rates:
 
     gemm: Rate
     """Of the matrix peak, by the large products of a layer."""
+    gemm_fp8: Rate
+    """Of the peak in 8 bits, by the same with `precision: FP8`, what turns values into 8 bits included."""
     attention_forward: Rate
     """Of the matrix peak, causal work counted."""
     attention_backward: Rate
@@ -83,6 +86,9 @@ _GEMM = {
     "b200": Rate(0.55, "as H100's; no published run of a dense model in bf16 was found"),
     "rtx-4090": Rate(0.70, "no published run was found"),
 }
+_GEMM_FP8 = Rate(
+    0.45, "between torchtitan's Llama-3.1-8B in Float8 on 8 x H100 (8,532 tokens/s and GPU) and Bridge's (14,451)"
+)
 _ATTENTION = {
     "a100": (Rate(0.70, _FLASH_2), Rate(0.60, _FLASH_2)),
     "h100": (Rate(0.60, "FlashAttention-3, arXiv:2407.08608, causal, head 128"), Rate(0.50, "the same")),
@@ -104,6 +110,7 @@ def assumed(hardware: Hardware) -> Rates:
         ops = Rate(5e-6, "a kernel launch of CUDA, about 5 microseconds")
     return Rates(
         gemm=gemm,
+        gemm_fp8=_GEMM_FP8,
         attention_forward=attention[0],
         attention_backward=attention[1],
         memory=memory,
@@ -125,8 +132,6 @@ class Calibration:
     hardware: str
     rates: Rates
     path: Path | None = None
-    ranks: int = 1
-    """Ranks that shared the machine while it was measured (CPU)."""
 
 
 def read(path: Path, hardware: Hardware) -> Calibration:
@@ -136,38 +141,47 @@ def read(path: Path, hardware: Hardware) -> Calibration:
         ConfigError: not a calibration, or a rate out of range.
     """
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json_text.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(f"--calibration {path}: no such file. `make gpu-check` writes one.") from None
     except ValueError as error:
         raise ConfigError(f"--calibration {path}: not JSON ({error}). `make gpu-check` writes one.") from None
-    if not isinstance(content, dict) or not isinstance(content.get("rates"), dict) or "hardware" not in content:
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("rates"), dict)
+        or not isinstance(content.get("hardware"), str)
+    ):
         raise ConfigError(f"--calibration {path}: not a calibration: `hardware` and `rates` are missing.")
     if content.get("format", FORMAT) != FORMAT:
         raise ConfigError(f"--calibration {path}: of format {content['format']}, this version reads {FORMAT}.")
     rates, breaches = assumed(hardware), []
     named = str(path.relative_to(RESULTS.parents[1])) if path.is_relative_to(RESULTS.parents[1]) else str(path)
     for name, value in content["rates"].items():
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         if name not in NAMES:
             breaches.append(f"--calibration {path}: rates.{name}: no such rate; known are {', '.join(NAMES)}.")
         elif not good or not (value >= 0 if name.endswith("_seconds") or name == "overlap" else value > 0):
             breaches.append(f"--calibration {path}: rates.{name}: {value!r} is not a number above 0.")
+        elif not name.endswith("_seconds") and value > (most := 1 if name == "overlap" else MOST_SHARE):
+            breaches.append(f"--calibration {path}: rates.{name}: {value!r} is no share of a peak: above {most}.")
         else:
             measured: Any = {name: Rate(float(value), named, measured=True)}
             rates = replace(rates, **measured)
+    sizes = _sizes(content.get("gemm_sizes") or [])
+    if sizes is None:
+        breaches.append(f"--calibration {path}: gemm_sizes: not a list of [FLOP, share], both above 0.")
     if breaches:
         raise ConfigError(*breaches)
-    return Calibration(
-        str(content["hardware"]),
-        replace(rates, sizes=_sizes(content.get("gemm_sizes") or [])),
-        path,
-        int(content.get("ranks", 1)),
-    )
+    return Calibration(content["hardware"], replace(rates, sizes=sizes or ()), path)
 
 
-def _sizes(found: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
-    return tuple(sorted((float(flops), float(share)) for flops, share in found))
+def _sizes(found: Any) -> tuple[tuple[float, float], ...] | None:
+    """Rising sizes; None where they are none."""
+    try:
+        sizes = sorted((float(flops), float(share)) for flops, share in found)
+    except (TypeError, ValueError):
+        return None
+    return tuple(sizes) if all(0 < flops < math.inf and 0 < share <= MOST_SHARE for flops, share in sizes) else None
 
 
 def of(hardware: Hardware, precision: str, named: Path | None = None) -> tuple[Calibration, list[str]]:
@@ -183,6 +197,7 @@ def of(hardware: Hardware, precision: str, named: Path | None = None) -> tuple[C
                 "which another device need not reach."
             ]
         return found, []
+    precision = "BF16" if precision == "FP8" else precision
     pattern = f"calibration_*_{hardware.name}_{precision.lower()}*.json"
     for path in sorted(RESULTS.glob(pattern), reverse=True):
         if hardware.is_cpu and not _same_machine(path):
@@ -196,6 +211,6 @@ def _same_machine(path: Path) -> bool:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        return str(json.loads(path.read_text()).get("machine", "")).startswith(model)
+        return str(json_text.loads(path.read_text()).get("machine", "")).startswith(model)
     except (OSError, StopIteration, ValueError, AttributeError):
         return False

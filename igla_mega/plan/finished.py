@@ -1,12 +1,11 @@
 """A run that has been taken, beside its plan."""
 
-import json
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.plan.forecast import Forecast
 from igla_mega.plan.hardware import TABLE, Hardware, cpu
@@ -57,7 +56,7 @@ class FinishedRun:
         found = [
             entry[key]
             for entry in self.steps[WARM_UP_STEPS if len(self.steps) > 2 * WARM_UP_STEPS else 0 :]
-            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
+            if isinstance(entry.get(key), int | float) and abs(entry[key]) < 1e300
         ]
         return statistics.median(found) if found else None
 
@@ -123,7 +122,7 @@ def find(folder: Path) -> FinishedRun | None:
     if metrics.is_file():
         for line in metrics.read_text(errors="replace").splitlines():
             try:
-                entry = json.loads(line)
+                entry = json_text.loads(line)
             except ValueError:
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("tokens_per_second"), int | float):

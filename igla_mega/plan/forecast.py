@@ -145,6 +145,11 @@ def forecast(
     Raises:
         ConfigError: a number that cannot be, no legal layout, or none that fits, with the ways to make one fit.
     """
+    if recipe.distributed.precision == "FP8" and not hardware.fp8_flops:
+        able = ", ".join(entry.name for entry in TABLE.values() if entry.fp8_flops)
+        raise ConfigError(
+            f"distributed.precision: FP8, and {hardware.title} has no products in 8 bits. Use BF16, or --gpu {able}."
+        )
     _numbers_are_above_zero(gpus=gpus, price=price, samples=samples)
     assumed: list[str] = []
     warnings: list[str] = []
@@ -385,7 +390,7 @@ def _ways(
     if where.gradient_checkpointing is not None and where.gradient_checkpointing != "full":
         changed("distributed.gradient_checkpointing=full", {"gradient_checkpointing": "full"})
     if where.strategy == "DDP":
-        opened = {"pipeline_parallel": "auto", "expert_parallel": "auto", "virtual_pipeline": 1}
+        opened = {"pipeline_parallel": "auto", "expert_parallel": "auto", "virtual_pipeline": "auto"}
         changed("distributed.strategy=FSDP", {"strategy": "FSDP", **opened})
     if training.gradient_accumulation is not None and isinstance(training.batch_size, int) and training.batch_size > 1:
         times = training.batch_size * training.gradient_accumulation

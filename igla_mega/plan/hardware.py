@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
 
 GIB = 2**30
@@ -44,9 +43,11 @@ class Hardware:
     price_source: str
     reserved_bytes: float = 1.5 * GIB
     """What the driver, its libraries and NCCL take beside the allocator."""
+    fp8_flops: float = 0.0
+    """Dense, with fp32 sums; 0: it has no products in 8 bits."""
 
     def peak(self, precision: str) -> float:
-        """FLOP/s that a recipe's `precision` is measured against."""
+        """FLOP/s that a recipe's `precision` is measured against; of FP8, in which only part is done, bf16's."""
         return self.fp32_flops if precision == "FP32" else self.bf16_flops
 
     @property
@@ -63,7 +64,7 @@ _A100_40 = Hardware(
 )  # fmt: skip
 _H100 = Hardware(
     "h100", "NVIDIA H100 80GB SXM", 79.1 * GIB, 989e12, 67e12, 3.35e12, 8, 450e9, 50e9, 64e9, 1275, 3.0,
-    "NVIDIA H100 data sheet, 2022; DGX H100 data sheet: 8 x 400 Gb/s, 10.2 kW", _CLOUDS,
+    "NVIDIA H100 data sheet, 2022; DGX H100 data sheet: 8 x 400 Gb/s, 10.2 kW", _CLOUDS, fp8_flops=1979e12,
 )  # fmt: skip
 TABLE: dict[str, Hardware] = {
     entry.name: entry
@@ -81,11 +82,13 @@ TABLE: dict[str, Hardware] = {
         Hardware(
             "b200", "NVIDIA B200 SXM", 178.0 * GIB, 2250e12, 75e12, 7.7e12, 8, 900e9, 50e9, 64e9, 1788, 5.0,
             "NVIDIA DGX B200 data sheet, 2024: 8 x 400 Gb/s, 14.3 kW; fp32 from the Blackwell brief", _NO_PRICE,
+            fp8_flops=4500e12,
         ),
         Hardware(
             "rtx-4090", "NVIDIA GeForce RTX 4090 24GB", 23.6 * GIB, 165.2e12, 82.6e12, 1.008e12, 1, 25e9, 3e9, 25e9,
             650, 0.4, "NVIDIA Ada GPU architecture white paper, 2022 (bf16 with fp32 sums); PCIe 4.0 x16; one to a "
             "machine, 25 Gb/s Ethernet and 200 W for the rest of it are assumed", _NO_PRICE, 0.8 * GIB,
+            fp8_flops=330.3e12,
         ),
     )
 }  # fmt: skip
@@ -137,8 +140,8 @@ def read(path: Path) -> dict[str, Hardware]:
     if not path.is_file():
         raise ConfigError(f"--hardware {path}: no such file.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml_text.parse(path.read_text(encoding="utf-8"), f"--hardware {path}")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"--hardware {path}: cannot be read as YAML ({error}).") from None
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise ConfigError(f"--hardware {path}: not a mapping of names to mappings. Write `my-gpu:` and its fields.")
@@ -157,7 +160,7 @@ def read(path: Path) -> dict[str, Hardware]:
 
 
 _TEXT = {"title", "source", "price_source"}
-_OPTIONAL = {*_TEXT, "reserved_bytes", "host_link"}
+_OPTIONAL = {*_TEXT, "reserved_bytes", "host_link", "fp8_flops"}
 
 
 def _breaches(name: str, given: dict[str, Any], *, complete: bool):
@@ -169,6 +172,8 @@ def _breaches(name: str, given: dict[str, Any], *, complete: bool):
             yield f"{name}.{key}: no such field; {hint}"
         elif key not in _TEXT and not _positive(value):
             yield f"{name}.{key}: {value!r} is not a number above 0."
+        elif key == "node_size" and float(value) != int(float(value)):
+            yield f"{name}.node_size: {value!r} is no whole number of devices."
     missing = [key for key in known if key not in _OPTIONAL and key not in given]
     if missing and not complete:
         yield f"{name}: lacks {', '.join(missing)}. Give them, or `like:` with the name of something similar."
@@ -177,7 +182,7 @@ def _breaches(name: str, given: dict[str, Any], *, complete: bool):
 def _positive(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and math.isfinite(float(value)) and float(value) > 0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -120,7 +120,7 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
     return Layout(
         tensor=tensor,
         pipeline=pipeline,
-        virtual_pipeline=where.virtual_pipeline,
+        virtual_pipeline=_number(where.virtual_pipeline, otherwise=1),
         context=context,
         context_schedule=where.context_schedule,
         expert=_choose_expert(recipe, tensor * context, data),
@@ -224,7 +224,7 @@ def _batch(recipe: Recipe, length: int, data: int, pipeline: int, context: int, 
             f"distributed.micro_batch_size: {wanted} does not divide the {per_rank} sequences of a data-parallel rank "
             f"(batch {global_batch} / {data} ranks). Use {near_divisors(per_rank, wanted)}."
         )
-    interleaved = recipe.distributed.virtual_pipeline > 1
+    interleaved = _number(recipe.distributed.virtual_pipeline, otherwise=1) > 1
     if interleaved and per_rank % pipeline:
         raise ConfigError(
             f"training.batch_size: {written} leaves {per_rank} sequences to a data-parallel rank, which "

@@ -20,6 +20,8 @@ class Memory:
 
     stage: int
     weights: int
+    fp8: int
+    """The layers' matrices in 8 bits, and their transposes, as Transformer Engine keeps them beside those in bf16."""
     gradients: int
     optimizer: int
     ewc: int
@@ -45,7 +47,7 @@ class Memory:
     @property
     def held(self) -> int:
         """From the first step to the last."""
-        return self.weights + self.gradients + self.optimizer + self.ewc + self.reference
+        return self.weights + self.fp8 + self.gradients + self.optimizer + self.ewc + self.reference
 
     def parts(self) -> dict[str, int]:
         return {name: value for name, value in self.__dict__.items() if name not in ("stage", "moment")}
@@ -63,12 +65,19 @@ def of_stage(recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> 
         reference = parameters.held(recipe, whole, stage, device=device).elements * (
             4 if recipe.distributed.precision == "FP32" else 2
         )
+    fp8 = 0
+    if recipe.distributed.precision == "FP8":
+        assert recipe.model is not None, "resolved before"
+        chunks = parameters.chunks_of(layout, recipe.model.num_layers, stage)
+        layers = sum(chunk.layers for chunk in chunks)
+        fp8 = 2 * layers * sum(p.elements for p in parameters.of_layer(recipe, layout) if len(p.shape) > 1)
     gradients = peak.gradients if layout.strategy == "FSDP" else held.gradients
-    used = held.weights + held.optimizer + held.memory + reference + peak.total
+    used = fp8 + held.weights + held.optimizer + held.memory + reference + peak.total
     used += 0 if layout.strategy == "FSDP" else held.gradients
     return Memory(
         stage=stage,
         weights=held.weights,
+        fp8=fp8,
         gradients=gradients,
         optimizer=held.optimizer,
         ewc=held.memory,

@@ -85,6 +85,11 @@ def parameters_of(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Paramet
     return _parameters(_kind(recipe, layout), chunk, layout.pipeline > 1)
 
 
+def of_layer(recipe: Recipe, layout: Layout) -> tuple[Parameter, ...]:
+    """Return the parameters of one layer."""
+    return parameters_of(recipe, layout, Chunk(1, False, False))
+
+
 def _kind(recipe: Recipe, layout: Layout) -> "_Kind":
     assert recipe.model is not None, "resolved before"
     return _Kind(

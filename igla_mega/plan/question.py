@@ -1,6 +1,7 @@
 """From what stands on the command line to the plans that answer it."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,8 @@ def ask(
         if gpus is not None
         else [run.num_ranks if run else claim.gpus if claim else num_local_gpus() or 1]
     )
-    if price is not None and not price > 0:
-        raise ConfigError(f"--price: {price:g} is not above 0. Give dollars an hour of one GPU, such as 1.9.")
+    if price is not None and not 0 < price < math.inf:
+        raise ConfigError(f"--price: {price:g} is no price above 0. Give dollars an hour of one GPU, such as 1.9.")
 
     def planned(one: Recipe, count: int, advise: bool) -> Forecast:
         return forecast(
@@ -148,7 +149,7 @@ def _counts(written: str) -> list[int]:
     parts = [part.strip() for part in written.split(",")]
     counts = []
     for part in parts:
-        if not part.isdigit() or int(part) < 1:
+        if not (part.isascii() and part.isdigit()) or int(part) < 1:
             raise ConfigError(f"--gpus {written}: {part or 'nothing'} is not a whole number of at least 1.")
         counts.append(int(part))
     return list(dict.fromkeys(counts))

@@ -148,9 +148,20 @@ def _sizes(recipe: Recipe, world_size: int, hardware: Hardware, device: str) -> 
                         sizes["context_parallel"] = context
                     if expert != where.expert_parallel:
                         sizes["expert_parallel"] = expert
-                    if (key := tuple(sizes.items())) not in seen:
-                        seen.add(key)
-                        yield sizes
+                    for chunks in _virtual(recipe, total // tensor):
+                        both = {**sizes, "virtual_pipeline": chunks}
+                        if (key := tuple(both.items())) not in seen:
+                            seen.add(key)
+                            yield both
+
+
+def _virtual(recipe: Recipe, pipeline: Any) -> list[Any]:
+    """Model chunks a pipeline rank: more of them make the bubble shorter, and the messages more."""
+    where, model = recipe.distributed, recipe.model
+    assert model is not None, "resolved before"
+    if where.virtual_pipeline != "auto":
+        return [where.virtual_pipeline]
+    return [1, *(n for n in (2, 4) if pipeline > 1 and model.num_layers % (pipeline * n) == 0)]
 
 
 def _open(written: Any, choices: list[int]) -> list[int]:
@@ -234,6 +245,7 @@ def fixed_sizes(layout: Layout) -> dict[str, Any]:
     return {
         "tensor_parallel": layout.tensor,
         "pipeline_parallel": layout.pipeline,
+        "virtual_pipeline": layout.virtual_pipeline,
         "context_parallel": layout.context,
         "expert_parallel": layout.expert,
         "micro_batch_size": layout.micro_batch_size,

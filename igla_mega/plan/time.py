@@ -158,8 +158,10 @@ class Clock:
         layers = self._layer_forward().times(self.model.num_layers / self.layout.pipeline)
         return layers.seconds + self._head(backward=False).seconds
 
-    def _gemm(self, rows: float, inputs: float, outputs: float) -> float:
+    def _gemm(self, rows: float, inputs: float, outputs: float, *, in_layer: bool = True) -> float:
         flops = 2 * rows * inputs * outputs
+        if in_layer and self.recipe.distributed.precision == "FP8":
+            return flops / (self.hardware.fp8_flops * self.rates.gemm_fp8.value)
         share = self.rates.gemm_share(flops)
         return flops / (self.peak * share) if flops else 0.0
 
@@ -232,7 +234,7 @@ class Clock:
         times = self.tokens / chunk
         trained = self.recipe.lora is None
         products = 1 if not backward else 3 if trained else 2
-        gemm = products * times * self._gemm(chunk, model.hidden_size, vocabulary)
+        gemm = products * times * self._gemm(chunk, model.hidden_size, vocabulary, in_layer=False)
         passes = 3.0 * self.tokens * vocabulary * self.value
         if backward and trained:
             passes += times * vocabulary * model.hidden_size * (8 + (0 if self.value == 4 else 4))

@@ -1,17 +1,29 @@
 """How a recipe scales, on one page: tokens a second, days and cost over numbers of devices."""
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
-
-import plotly.graph_objects as go
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.plan.forecast import Forecast
 from igla_mega.plan.search import name_of
-from igla_mega.report.page import GRID, INK, MAIN, MUTED, PALE, STYLE
 
 Row = tuple[int, Forecast | ConfigError, str]
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 380, 76, 14, 24, 44
+STYLE = """
+:root { color-scheme: light dark; --ink: light-dark(#1d2230, #e7eaf0); --muted: light-dark(#5d6675, #9aa4b4);
+  --grid: light-dark(#e9ebef, #333b48); --line: light-dark(#0072b2, #5bb8f0); --pale: light-dark(#b97f00, #f0cf50); }
+body { margin: 0 auto; max-width: 1100px; padding: 24px 28px 48px; color: var(--ink);
+  background: light-dark(#fff, #12151b); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+h1 { font-size: 25px; margin: 0; } p { color: var(--muted); margin: 0 0 16px; }
+svg { width: 100%; height: auto; font-size: 13px; } svg text { fill: var(--muted); } svg line { stroke: var(--grid); }
+polyline { fill: none; stroke-width: 2; } .plan { stroke: var(--line); } circle { fill: var(--line); }
+.perfect { stroke: var(--pale); stroke-dasharray: 6 5; }
+div { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-top: 16px; }
+td, th { padding: 3px 16px 3px 0; text-align: left; border-bottom: 1px solid var(--grid); }
+"""
 
 
 def write_scaling(table: Sequence[Row], path: Path) -> Path:
@@ -23,42 +35,58 @@ def write_scaling(table: Sequence[Row], path: Path) -> Path:
     plans = [(gpus, found) for gpus, found, _ in table if isinstance(found, Forecast)]
     if not plans:
         raise ConfigError("--out: none of these numbers of GPUs has a layout; there is nothing to draw.")
-    name, title = plans[0][1].name, plans[0][1].hardware.title
-    body = _figure(plans).to_html(
-        full_html=False, include_plotlyjs=True, config={"displaylogo": False, "displayModeBar": False}
-    )
-    cells = "".join(_row(row) for row in table)
+    name, title = html.escape(plans[0][1].name), html.escape(plans[0][1].hardware.title)
     heads = ("GPUs", "tokens/s", "MFU", "days", "cost", "GiB a GPU", "layout")
+    cells = "".join(_row(row) for row in table)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}: scaling</title>'
-        f"<style>{STYLE} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} "
-        "td, th { padding: 3px 12px 3px 0; text-align: left; }</style></head>\n"
-        f"<body><header><h1>{html.escape(name)}</h1><p>planned on {html.escape(title)}; nothing here was run</p>"
-        f"</header><main><section class='wide'>{body}</section></main>"
-        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{cells}</table></body></html>\n",
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: scaling</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{name}</h1><p>planned on {title}; nothing here was run</p>{_plot(plans)}"
+        f"<div><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{cells}</table></div></body></html>\n",
         encoding="utf-8",
     )
     return path
 
 
-def _figure(plans: Sequence[tuple[int, Forecast]]) -> go.Figure:
+def _plot(plans: Sequence[tuple[int, Forecast]]) -> str:
+    """Tokens a second over devices, both on logarithmic axes, as SVG."""
     gpus = [count for count, _ in plans]
     rates = [found.parts[0].tokens_per_second for _, found in plans]
-    ideal = [rates[0] * count / gpus[0] for count in gpus]
-    figure = go.Figure()
-    figure.add_scatter(x=gpus, y=ideal, mode="lines", line={"color": PALE, "dash": "dot"}, name="perfect scaling")
-    figure.add_scatter(x=gpus, y=rates, mode="lines+markers", line={"color": MAIN}, name="the plan")
-    figure.update_layout(
-        height=420,
-        margin={"l": 70, "r": 20, "t": 10, "b": 50},
-        plot_bgcolor="#fff",
-        font={"color": INK},
-        legend={"x": 0.02, "y": 0.98},
+    perfect = [rates[0] * count / gpus[0] for count in gpus]
+    low, high = min(rates) / 1.3, max(*rates, *perfect) * 1.3
+    spread = math.log(gpus[-1] / gpus[0]) or 1.0
+
+    def x(count: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log(count / gpus[0]) / spread
+
+    def y(rate: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * math.log(rate / low) / math.log(high / low)
+
+    def line(kind: str, values: Sequence[float]) -> str:
+        points = " ".join(f"{x(count):.1f},{y(value):.1f}" for count, value in zip(gpus, values, strict=True))
+        return f'<polyline class="{kind}" points="{points}"/>'
+
+    parts = []
+    for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
+        at = y(10.0**power)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{10**power:,}</text>')
+    for count in gpus:
+        parts.append(f'<text x="{x(count):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{count:,}</text>')
+    parts += [line("perfect", perfect), line("plan", rates)]
+    for count, rate in zip(gpus, rates, strict=True):
+        said = f"{count:,} GPUs: {rate:,.0f} tokens/s"
+        parts.append(f'<circle cx="{x(count):.1f}" cy="{y(rate):.1f}" r="4"><title>{said}</title></circle>')
+    for number, (kind, words) in enumerate((("plan", "the plan"), ("perfect", "perfect scaling"))):
+        at = TOP + 14 + 20 * number
+        parts.append(f'<polyline class="{kind}" points="{LEFT + 14},{at} {LEFT + 50},{at}"/>')
+        parts.append(f'<text x="{LEFT + 58}" y="{at + 4}">{words}</text>')
+    parts.append(
+        f'<text x="{WIDTH / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">GPUs; tokens per second upwards</text>'
     )
-    for axis, title in ((figure.update_xaxes, "GPUs"), (figure.update_yaxes, "tokens per second")):
-        axis(title={"text": title, "font": {"color": MUTED}}, type="log", gridcolor=GRID)
-    return figure
+    label = 'role="img" aria-label="tokens per second over GPUs"'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>{"".join(parts)}</svg>'
 
 
 def _row(row: Row) -> str:

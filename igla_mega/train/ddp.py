@@ -1,5 +1,6 @@
 """Data parallelism by megatron-core: gradients in one buffer, optimizer state whole or split over the ranks."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,6 @@ from megatron.core.distributed.finalize_model_grads import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -40,6 +40,8 @@ def wrap(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed_optimizer,
     )
+    for chunk in chunks:
+        chunk.overlaps_reduction = overlap  # type: ignore[assignment]
     # Only the first chunk's gradients come last in the backward pass: buckets of the others would overlap nothing.
     return [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
@@ -60,6 +62,7 @@ class MegatronAdamW:
         optimizer: OptimizerSection,
     ):
         ddp: Any = chunks[0].ddp_config
+        self.max_norm = training.gradient_clip or math.inf
         settings = OptimizerConfig(
             optimizer="adam",
             lr=training.learning_rate,
@@ -68,7 +71,7 @@ class MegatronAdamW:
             adam_beta2=optimizer.beta2,
             adam_eps=optimizer.epsilon,
             # 0 means no clipping; the norm is wanted all the same.
-            clip_grad=training.gradient_clip or float("inf"),
+            clip_grad=self.max_norm,
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=ddp.use_distributed_optimizer,
@@ -81,12 +84,28 @@ class MegatronAdamW:
                 # mcore leaves the multiplier (0 on norms) to its own scheduler, which is not used here.
                 group["weight_decay"] = training.weight_decay * group["wd_mult"]
                 if isinstance(part.optimizer, torch.optim.AdamW):
-                    group.update(fused=True, foreach=False)
-        config.finalize_model_grads_func = finalize_model_grads
+                    # Without it torch's own default: a kernel an operation on a GPU, a loop on a CPU.
+                    group.update(fused=optimizer.fused, foreach=False if optimizer.fused else None)
+        config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = self.megatron.scale_loss
         if ddp.overlap_grad_reduce:
             config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
             config.param_sync_func = None
+
+    @torch.no_grad()
+    def _finalize(self, model: list[nn.Module], num_tokens: Tensor | None = None, **groups) -> None:
+        """Sum the gradients over ranks and divide them by the number of targets in the global batch.
+
+        megatron-core's own division first waits for the device, to see whether there are any.
+        """
+        finalize_model_grads(model, None, **groups)
+        if num_tokens is None:
+            return
+        last = dist.get_process_group_ranks(self.mesh.pipeline.group)[-1]
+        dist.broadcast(num_tokens, last, group=self.mesh.pipeline.group)
+        dist.all_reduce(num_tokens, group=self.mesh.data_context.group)
+        for chunk in self.chunks:
+            chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
 
     def _parts(self) -> list[MegatronOptimizer]:
         parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
@@ -112,11 +131,13 @@ class MegatronAdamW:
         )
 
     def _clip(self) -> float:
-        grad_norm = self.megatron.get_grad_norm()
-        for part in self._parts():
-            if params := part.get_parameters():
-                clip_grad_by_total_norm_fp32(params, part.config.clip_grad, grad_norm)
-        return float(grad_norm)
+        grad_norm = float(self.megatron.get_grad_norm())
+        if (factor := self.max_norm / (grad_norm + 1e-6)) < 1:
+            # In place: megatron-core's own clipping multiplies into a copy, and copies that back.
+            params = [param for part in self._parts() for param in part.get_parameters()]
+            if grads := [param.grad for param in params if param.grad is not None]:  # a rank may own none
+                torch._foreach_mul_(grads, factor)
+        return grad_norm
 
     def _gradients(self) -> list[Tensor]:
         """The gradient of each slot, in the order of `slots`: views of mcore's fp32 buffer, which its masters' are."""

@@ -77,7 +77,7 @@ class ShardedAdamW:
             lr=training.learning_rate,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.epsilon,
-            fused=True,
+            fused=optimizer.fused,
         )
         # Gradients are reduced in every micro-batch, so that only shards of them are kept.
         config.no_sync_func = None

@@ -1,27 +1,35 @@
 """The order of things: step, log, validate, save, until the last step or until somebody asks to stop."""
 
 import math
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from igla_mega.checkpoint.store import CheckpointWriter, Progress
+from igla_mega.checkpoint.store import CheckpointWriter, Progress, SaveOutcome
 from igla_mega.config.features import Moe
-from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Dataset, Share
+from igla_mega.config.schema import Recipe, Training
+from igla_mega.data.batches import Dataset, Share, on_device
 from igla_mega.model.router import Load
 from igla_mega.objective.ewc import Pull
 from igla_mega.plan.stages import Stage
+from igla_mega.train import evaluation
+from igla_mega.train.faults import Diagnosis, diagnose, highest_loss
 from igla_mega.train.memory import notes
 from igla_mega.train.metrics import Trackers, measured_peak_flops, peak_memory_bytes
+from igla_mega.train.optimizer import BadStep
+from igla_mega.train.pace import Pace
 from igla_mega.train.progress import Display, Silent
 from igla_mega.train.schedule import learning_rate
-from igla_mega.train.step import Engine, StepReport, measure, train_step
+from igla_mega.train.step import Engine, StepReport, train_step
 
 RATE_STEPS = 10
 """Steps over which the shown rate is averaged."""
@@ -46,13 +54,17 @@ class Run:
     peak_flops: float | None
     """Dense peak of one device in the training's precision, FLOP/s; None where it is not known."""
     stop: "StopRequest"
+    rewind: Callable[[Progress], bool]
+    """Makes engine and progress what they were at the last checkpoint; False where the stage has none."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """More files of a checkpoint, name -> text."""
+    prepared: evaluation.Prepared = evaluation.NOTHING
+    """What the stage's evaluations need beside the model."""
 
-    def save(self, progress: Progress) -> None:
-        """Save all that a resume needs, as the checkpoint of this step."""
+    def save(self, progress: Progress, *, local: bool = False) -> None:
+        """Save all that a resume needs, as the checkpoint of this step; `local`: on this node's own disk."""
         texts = {**self.texts, **notes(self.engine.ewc)}
-        self.writer.save(self.engine.slots(), progress, self.recipe_yaml, texts)
+        self.writer.save(self.engine.slots(), progress, self.recipe_yaml, texts, local=local)
 
 
 def train(run: Run, progress: Progress, display: Display | Silent, trackers: Trackers | None) -> bool:
@@ -62,14 +74,15 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         Whether the stage is complete (False: asked to stop before; a checkpoint is saved).
 
     Raises:
-        RuntimeError: a checkpoint could not be written.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a step was bad, and the recipe says to stop at it.
     """
     recipe, engine, stage = run.recipe, run.engine, run.stage
     tokens_per_step = run.share.global_batch * engine.layout.sequence_length * engine.layout.rows_per_sample
     saved_step, recent = progress.step, [time.perf_counter()]
     warmup, warned = recipe.num_warmup_steps(stage.schedule_steps), False
     alarm = Alarm(recipe.moe) if recipe.moe is not None else None
+    pace = Pace(engine.pulse, run.device, recipe.distributed.straggler_every)
+    tell = partial(_tell, display, trackers)
 
     while progress.step < run.last_step:
         rate = learning_rate(
@@ -80,13 +93,25 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
             warmup_steps=warmup,
         )
         data_step = stage.data_step + progress.step - stage.first_step
-        batches = on_device(run.corpus.micro_batches(data_step, run.share), run.device)
+        spike_above = _spike_above(recipe.training, progress)
+        take = partial(_take, run, progress, data_step, rate, spike_above)
         ledger = run.corpus.ledger_entry(data_step, run.share.global_batch) if trackers else None
-        try:
-            report = train_step(engine, batches, step=progress.step, seed=recipe.training.seed, learning_rate=rate)
-        except FloatingPointError:
-            run.writer.wait()  # what is being saved is sound
-            raise
+        report: StepReport | None = None
+        if progress.step + 1 not in progress.skipped:
+            try:
+                first = len(recent) == 1 and run.device.type == "cuda"  # kernels are compiled, communicators made
+                with pace.step(progress.step + 1), engine.pulse.doing("training", patient=first):
+                    report = take()
+            except BadStep as bad:
+                here = progress.step
+                with engine.pulse.doing("running a bad step again", patient=True):
+                    # What is being saved is sound.
+                    report_saves(run.writer.wait(), display, trackers)
+                    found = diagnose(engine, bad, take)
+                    report = _answer(run, found, progress, ledger, display, trackers)
+                if progress.step != here:  # gone back
+                    saved_step, recent = progress.step, [time.perf_counter()]
+                    continue
         progress.step += 1
         progress.samples += run.share.global_batch
         progress.tokens += tokens_per_step
@@ -94,40 +119,167 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         recent = [*recent[-RATE_STEPS:], time.perf_counter()]
         step_seconds = recent[-1] - recent[-2]
         mean_seconds = (recent[-1] - recent[0]) / (len(recent) - 1)
-        display.step(
-            progress.step, report.loss, tokens_per_step / mean_seconds, (run.last_step - progress.step) * mean_seconds
-        )
         if trackers:
-            trackers.metrics(_metrics(run, progress, report, rate, tokens_per_step, step_seconds))
             length = {"sequence_length": engine.layout.sequence_length} if stage.domain else {}
-            trackers.ledger({"step": progress.step, "sources": ledger, **length})
-        for line in alarm.lines(progress.step, report.load) if alarm and report.load else ():
-            display.say(f"step {progress.step}: alarm: {line}")
-        if not warned and (warning := _throttled(report, recipe.training.gradient_clip)):
-            warned = True
-            display.say(f"step {progress.step}: {warning}")
+            left_out = {"skipped": True} if report is None else {}
+            trackers.ledger({"step": progress.step, "sources": ledger, **length, **left_out})
+        if report is None:
+            tell("skipped", progress.step, "its samples are left out: no update")
+        else:
+            for line in pace.stragglers(engine.mesh, recipe.distributed.straggler_factor):
+                tell("straggler", progress.step, line)
+            display.step(
+                progress.step,
+                report.loss,
+                tokens_per_step / mean_seconds,
+                (run.last_step - progress.step) * mean_seconds,
+            )
+            if report.loss > spike_above:
+                tell("spike", progress.step, f"the loss leaps to {report.loss:.4g}, beyond {spike_above:.4g}")
+            if recipe.training.on_spike != "ignore":
+                progress.losses = [*progress.losses, report.loss][-recipe.training.spike_window :]
+            if trackers:
+                entry = _metrics(run, progress, report, rate, tokens_per_step, step_seconds)
+                trackers.metrics(entry | pace.entry)
+            for line in alarm.lines(progress.step, report.load) if alarm and report.load else ():
+                display.say(f"step {progress.step}: alarm: {line}")
+            if not warned and (warning := _throttled(report, recipe.training.gradient_clip)):
+                warned = True
+                display.say(f"step {progress.step}: {warning}")
 
         last = progress.step == run.last_step
-        # The end of a phase has an evaluation of its own, of every domain so far.
-        phase_ends = bool(stage.domain) and progress.step == stage.last_step
-        if not phase_ends and (last or _due(progress.step, recipe.evaluation.every_steps)):
-            measured = validate(run)
-            log_validation(measured, run, progress, display, trackers)
-            log_reading(run, data_step + 1, progress, display, trackers)
-            if progress.before and progress.step == stage.last_step:
-                display.say(comparison(progress.before, measured, recipe.form))
-            recent = [time.perf_counter()]
-        run.writer.poll()
-        stopping = run.stop.requested()
+        with engine.pulse.doing("evaluating", patient=True):
+            if evaluation.at_intervals(run, data_step + 1, progress, display, trackers):
+                recent = [time.perf_counter()]
+        report_saves(run.writer.poll(), display, trackers)
+        if run.writer.trouble and progress.step % ALARM_STEPS == 0:
+            display.say(f"step {progress.step}: still not saved: {run.writer.trouble}")
+        with engine.pulse.doing("training"):
+            stopping = run.stop.requested()
         if last or stopping or _due(progress.step, recipe.checkpoint.every_steps):
-            run.save(progress)
+            with engine.pulse.doing("saving", patient=True):
+                run.save(progress)
             saved_step = progress.step
+        elif _due(progress.step, recipe.checkpoint.local_every_steps):
+            with engine.pulse.doing("saving", patient=True):
+                run.save(progress, local=True)
         if stopping:
-            display.say(f"stopping after step {progress.step}, as asked; the same command goes on from here")
+            if progress.step < stage.last_step:
+                tell_stopping(run, progress, display, trackers)
             break
-    run.writer.wait()
+    with engine.pulse.doing("saving", patient=True):
+        report_saves(run.writer.wait(), display, trackers)
     assert saved_step == progress.step, "what was trained is saved"
     return progress.step >= stage.last_step
+
+
+def _take(run: Run, progress: Progress, data_step: int, rate: float, spike_above: float) -> StepReport:
+    """Take one step; again from the same state, it is the same step."""
+    training = run.recipe.training
+    return train_step(
+        run.engine,
+        on_device(run.corpus.micro_batches(data_step, run.share), run.device),
+        step=progress.step,
+        seed=training.seed,
+        learning_rate=rate,
+        highest_loss=math.inf if training.on_spike == "warn" else spike_above,
+    )
+
+
+def _spike_above(training: Training, progress: Progress) -> float:
+    if training.on_spike == "ignore":
+        return math.inf
+    return highest_loss(progress.losses, training.spike_window, training.spike_deviations)
+
+
+def _answer(
+    run: Run,
+    found: Diagnosis,
+    progress: Progress,
+    ledger: dict | None,
+    display: Display | Silent,
+    trackers: Trackers | None,
+) -> StepReport | None:
+    """Do what the recipe says about a bad step: stop; or have it left out, at once or after going back.
+
+    Returns:
+        The second run's report where that was sound and the step is taken; None otherwise.
+    """
+    training, step, tell = run.recipe.training, progress.step + 1, partial(_tell, display, trackers)
+    key = "on_spike" if found.what == "spike" else "on_nonfinite"
+    action = "taken" if found.report else getattr(training, key)
+    row = 0
+    while step - 1 - row in progress.bad_steps:
+        row += 1
+    too_many = action in ("skip", "rewind") and row >= training.bad_steps_in_a_row
+    if trackers:
+        entry = {"time": round(time.time(), 3), "step": step, "stage": run.recipe.name, "samples": ledger}
+        trackers.bad_step({**entry, **found.entry, "action": "stop" if too_many else action})
+    tell("spike" if found.what == "spike" else "nonfinite", step, found.words, verdict=found.verdict, ranks=found.ranks)
+    if found.report is not None:
+        return found.report
+    if action == "stop" or too_many:
+        why = f"; so were the {row} before it, training.bad_steps_in_a_row {row}" if too_many else ""
+        way_out = (
+            "It is not the samples: delete the newest checkpoints to go further back, and lower training.learning_rate."
+            if too_many
+            else f"Go on without them: training.{key}=skip (or rewind); or lower training.learning_rate."
+        )
+        if trackers:
+            trackers.event("stopping", step - 1, f"stopped before the update of step {step}")
+        raise FloatingPointError(
+            f"step {step} is bad{why}: stopped before its update. What was said above names the place, bad_steps.jsonl "
+            f"its samples.\n  {way_out}"
+        )
+    bad, skipped = [*progress.bad_steps, step], {*progress.skipped, step}
+    if action == "rewind":
+        if run.rewind(progress):
+            if training.rewind_skips == "since_checkpoint":
+                skipped |= set(range(progress.step + 1, step + 1))
+            if trackers:
+                trackers.rewind(progress.step)
+            left_out = sorted(one for one in skipped if one > progress.step)
+            words = f"back to the checkpoint of step {progress.step}; left out from there: {_ranges(left_out)}"
+            tell("rewound", step, words, to_step=progress.step)
+        else:
+            tell("rewound", step, "there is no checkpoint of this stage to go back to; the step alone is left out")
+    progress.bad_steps, progress.skipped = bad, sorted(skipped)
+    return None
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """`step 5`, or `steps 5 to 8`; they are one after another but for rare ones."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    whole = steps[-1] - steps[0] + 1 == len(steps)
+    return f"steps {steps[0]} to {steps[-1]}" if whole else f"steps {', '.join(map(str, steps))}"
+
+
+def _tell(display: Display | Silent, trackers: Trackers | None, kind: str, step: int, words: str, **more: Any) -> None:
+    """Say what happened, and write it down."""
+    display.say(words if kind == "stopping" else f"step {step}: {words}")
+    if trackers:
+        trackers.event(kind, step, words, **more)
+
+
+def tell_stopping(run: Run, progress: Progress, display: Display | Silent, trackers: Trackers | None) -> None:
+    """Say that the run ends here, and who has asked for it."""
+    step = progress.step
+    words = f"stopping after step {step}, as {run.stop.name} asked; the same command goes on from here"
+    _tell(display, trackers, "stopping", step, words)
+
+
+def report_saves(outcomes: Sequence[SaveOutcome], display: Display | Silent, trackers: Trackers | None) -> None:
+    """Write down which saves are whole; say which are not."""
+    for one in outcomes:
+        if one.error is not None:
+            _tell(display, trackers, "save_failed", one.step, one.error, where=one.where)
+            continue
+        if one.note:
+            display.say(f"step {one.step}: {one.note}")
+        if trackers:
+            words = f"saved in {one.seconds:.1f} s, {one.bytes / 2**20:,.1f} MiB ({one.where})"
+            trackers.event("saved", one.step, words, seconds=round(one.seconds, 3), bytes=one.bytes, where=one.where)
 
 
 def _throttled(report: StepReport, gradient_clip: float) -> str | None:
@@ -139,76 +291,6 @@ def _throttled(report: StepReport, gradient_clip: float) -> str | None:
         f"the pull's gradient {pull.grad_norm:.3g} is above the task's {pull.task_grad_norm:.3g}, and clipping shrinks "
         "both: learning is throttled. Lower ewc_lambda, or set coupling to decoupled or proximal."
     )
-
-
-def log_validation(
-    measured: dict[str, dict[str, float]],
-    run: Run,
-    progress: Progress,
-    display: Display | Silent,
-    trackers: Trackers | None,
-) -> None:
-    """Write down and show what was measured on held-out data."""
-    if not measured:
-        return
-    losses = {name: values["loss"] for name, values in measured.items()}
-    more = {f"{name}/{key}": one for name, values in measured.items() for key, one in values.items() if key != "loss"}
-    if trackers:
-        entry = {"step": progress.step, "stage": run.recipe.name, "validation_loss": losses}
-        trackers.metrics({**entry, "validation": more} if more else entry)
-    unit = "nats/pair" if run.recipe.form == "preference_pairs" else "nats/token"
-    parts = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    display.say(f"step {progress.step}: validation loss ({unit})  {parts}")
-
-
-def log_reading(
-    run: Run, data_step: int, progress: Progress, display: Display | Silent, trackers: Trackers | None
-) -> None:
-    """Write down and show how far each source of text has been read."""
-    if not isinstance(run.corpus, Corpus):
-        return
-    read = run.corpus.read_until(data_step, run.share.global_batch)
-    if trackers:
-        tokens = {name: count for name, (count, _) in read.items()}
-        epochs = {name: round(passes, 4) for name, (_, passes) in read.items() if passes is not None}
-        entry = {"step": progress.step, "stage": run.recipe.name}
-        trackers.metrics({**entry, "read_tokens": tokens, "read_epochs": epochs})
-    parts = [
-        f"{name} {count / 1e6:,.4g}M" + (f" ({passes:.3g})" if passes is not None else "")
-        for name, (count, passes) in read.items()
-    ]
-    display.say(f"step {progress.step}: read, tokens (epochs)  {'  '.join(parts)}")
-
-
-def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], form: str) -> str:
-    """What the stage has changed on held-out data, in a line for each source."""
-    lines = []
-    for name, values in after.items():
-        if (old := before.get(name)) is None:
-            continue
-        if form == "preference_pairs":
-            lines.append(
-                f"{name}: the chosen answer is the likelier one in {old['dpo_preferred']:.1%} of held-out pairs "
-                f"before, in {values['dpo_preferred']:.1%} after; margin of the rewards {values['dpo_margin']:+.3f}"
-            )
-        else:
-            what = "held-out answers" if form == "instructions" else "held-out text"
-            lines.append(
-                f"{name}: {what} cost {old['loss']:.3f} nats/token before, {values['loss']:.3f} after "
-                f"(perplexity {math.exp(old['loss']):.1f} before, {math.exp(values['loss']):.1f} after)"
-            )
-    return "\n".join(lines)
-
-
-def validate(run: Run) -> dict[str, dict[str, float]]:
-    """Loss (nats per target token, or per pair) and the objective's metrics on the held-out part of each source."""
-    measured = {}
-    for name in run.corpus.validation_names():
-        num_samples = run.corpus.num_validation_samples(name)
-        num_batches = min(run.recipe.evaluation.num_batches, -(-num_samples // run.share.global_batch))
-        batches = on_device(run.corpus.validation_batches(name, run.share, num_batches), run.device)
-        measured[name] = measure(run.engine, batches, num_batches)
-    return measured
 
 
 def _metrics(
@@ -302,35 +384,64 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def on_device(batches, device: torch.device):
-    """The batches' tensors where the model is."""
-    if device.type == "cpu":
-        return batches
-    return (
-        {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        for batch in batches
-    )
+REQUEUE = 75
+"""Exit code of a run that a scheduler asked to stop: EX_TEMPFAIL of sysexits.h, the same command goes on."""
+_BY_HAND = (signal.SIGINT, signal.SIGHUP)
+_ASKED_ONCE_SECONDS = 2.0
+"""A launcher hands on what its ranks were sent too: signals this close together are one."""
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asks for a stop at the end of the step; a second SIGINT is as usual."""
+    """A signal asks for a stop at the end of the step, whoever gets it; a second one ends the process at once."""
 
     def __init__(self, alone: bool, device: torch.device):
-        self._asked, self._alone, self._device = False, alone, device
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self._number, self._since, self._alone, self._device = 0, 0.0, alone, device
+        self._agreed = 0
+        # A thread hears them: the training thread may be inside a collective that does not return.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
 
-    def _ask(self, number: int, _) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+    def _listen(self, heard: int) -> None:
+        while numbers := os.read(heard, 64):
+            for number in numbers:
+                if not self._number:
+                    self._number, self._since = number, time.monotonic()
+                elif time.monotonic() - self._since > _ASKED_ONCE_SECONDS:
+                    os.write(2, b"ended at once, as asked a second time; the last checkpoint is whole\n")
+                    os._exit(128 + number)
 
     def requested(self) -> bool:
         """Whether any rank has been asked: signals do not reach all ranks within the same step."""
-        if self._alone:
-            return self._asked
-        asked = torch.tensor(float(self._asked), device=self._device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        # A scheduler's notice counts for more than an interrupt from the keyboard.
+        own = self._number + 256 * (self._number not in _BY_HAND) if self._number else 0
+        if not self._alone:
+            asked = torch.tensor(float(own), device=self._device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            own = int(asked.item())
+        self._agreed = own % 256
+        return self.agreed
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks have agreed to stop."""
+        return self._agreed > 0
+
+    @property
+    def name(self) -> str:
+        """Of the signal that was agreed on."""
+        return signal.Signals(self._agreed).name
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that stopped: 75 where a scheduler asked, 128 and the signal where a person did, 0 unasked."""
+        if not self._agreed:
+            return 0
+        return 128 + self._agreed if self._agreed in _BY_HAND else REQUEUE
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

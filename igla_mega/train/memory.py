@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from igla_mega.checkpoint import store
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory
 from igla_mega.data.batches import Corpus
@@ -59,7 +60,7 @@ def read_origin(folder: Path) -> Origin | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json_text.loads(path.read_bytes())
         origin = Origin(**{**content, "sources": tuple(content["sources"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Take the Fisher again: igla-mega fisher.") from None
@@ -92,8 +93,10 @@ def hold_file(engine: Engine, folder: Path) -> Origin:
     """
     ewc = engine.ewc
     assert ewc is not None, "asked for"
-    if (reason := store.damage(folder)) is not None:
-        raise ConfigError(f"{reason}.\n  Take the Fisher again: igla-mega fisher.")
+    try:
+        store.verify_together(folder, engine.mesh.host_group)
+    except ConfigError as error:
+        raise ConfigError(f"{error.breaches[0].splitlines()[0]}\n  Take the Fisher again: igla-mega fisher.") from None
     origin = read_origin(folder)
     if origin is None:
         raise ConfigError(f"{folder}: holds no Fisher ({ORIGIN} is missing).\n  Write one: igla-mega fisher.")

@@ -1,28 +1,34 @@
 """What a run writes about itself: metrics.jsonl, the ledger, TensorBoard, Weights & Biases."""
 
+import contextlib
 import json
 import os
+import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
+
+OF_STEPS = ("metrics", "ledger", "samples")
+"""Files that hold each step once: a run that goes back takes back what it wrote of later ones."""
 
 
 class Trackers:
     """Appends to the run folder's files; the main rank has one, the others none."""
 
     def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
-        rewind(run_dir / "metrics.jsonl", resume_step)
-        rewind(run_dir / "ledger.jsonl", resume_step)
-        self._metrics = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115 (closed by `close`)
-        self._ledger = open(run_dir / "ledger.jsonl", "a")  # noqa: SIM115
+        self._run_dir = run_dir
+        self._files: dict[str, IO[str]] = {}
+        self.rewind(resume_step)
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
-        self._closers: list[Callable[[], None]] = [self._metrics.close, self._ledger.close]
+        self._closers: list[Callable[[], None]] = []
         if logging.tensorboard:
             self._add_tensorboard(run_dir / "tensorboard")
         if logging.wandb != "off":
@@ -30,22 +36,53 @@ class Trackers:
 
     def metrics(self, entry: dict[str, Any]) -> None:
         """Write one object; numbers in it, also one level down, go to the trackers as scalars at `entry["step"]`."""
-        _append(self._metrics, entry)
+        self._line("metrics", entry)
         scalars = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         for group, values in entry.items():
             if isinstance(values, dict):
                 scalars |= {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        for write in self._scalars:
-            write(scalars, entry["step"])
+        for write in [*self._scalars]:
+            try:
+                write(scalars, entry["step"])
+            except OSError as error:
+                self._scalars.remove(write)
+                print(f"a tracker cannot write ({error}); it is left out until the next start", file=sys.stderr)
+        if losses := entry.get("validation_loss"):
+            self.event("evaluated", entry["step"], f"validation loss of {', '.join(losses)}", losses=losses)
+
+    def event(self, kind: str, step: int, message: str, **more: Any) -> None:
+        """Write what happened to the run: a line of events.jsonl, which is never taken back."""
+        self._line("events", event(kind, step, message, **more))
+
+    def bad_step(self, entry: dict[str, Any]) -> None:
+        """Write down a step that went wrong: a line of bad_steps.jsonl, which is never taken back."""
+        self._line("bad_steps", entry)
 
     def ledger(self, entry: dict[str, Any]) -> None:
         """Write which samples of which source a step consumed."""
-        _append(self._ledger, entry)
+        self._line("ledger", entry)
+
+    def sample(self, entry: dict[str, Any]) -> None:
+        """Write a text that the model has continued."""
+        self._line("samples", entry)
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written of the steps beyond `step`."""
+        for name in OF_STEPS:
+            if name in self._files:
+                self._files.pop(name).close()
+            rewind(self._run_dir / f"{name}.jsonl", step)
 
     def close(self) -> None:
         """Flush and close everything."""
-        for close in self._closers:
-            close()
+        for close in [*self._closers, *(file.close for file in self._files.values())]:
+            with contextlib.suppress(OSError):
+                close()
+
+    def _line(self, name: str, entry: dict[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = open(self._run_dir / f"{name}.jsonl", "a")  # noqa: SIM115 (closed by `close`)
+        _append(self._files[name], entry)
 
     def _add_tensorboard(self, folder: Path) -> None:
         from tensorboard.summary import Writer
@@ -81,26 +118,45 @@ class Trackers:
         self._closers.append(run.finish)
 
 
+def event(kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
+    """A line of a run's events.jsonl."""
+    return {"time": round(time.time(), 3), "step": step, "event": kind, "message": message, **more}
+
+
+def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> None:
+    """Add a line to a run's events.jsonl, where there are no trackers."""
+    with open(run_dir / "events.jsonl", "a") as file:
+        _append(file, event(kind, step, message, **more))
+
+
 def rewind(path: Path, step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint: entries beyond `step`, and a half-written last line."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = json_text.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and entry.get("step", 0) <= step:
+        if isinstance(entry, dict) and isinstance(entry.get("step", 0), int) and entry.get("step", 0) <= step:
             kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
 
+_unwritten: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+
+
 def _append(file, entry: dict[str, Any]) -> None:
-    file.write(json.dumps(entry) + "\n")
-    file.flush()
+    """Add a line; what a full disk does not take waits in memory, and goes before the next line."""
+    rest = _unwritten.pop(file, b"") + (json.dumps(entry) + "\n").encode()
+    try:
+        while rest:
+            rest = rest[os.write(file.fileno(), rest) :]
+    except OSError:
+        _unwritten[file] = rest
 
 
 def peak_memory_bytes(device: torch.device) -> int:

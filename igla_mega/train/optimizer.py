@@ -1,5 +1,6 @@
 """What the training step asks of an optimizer, and what a checkpoint needs to know of its state."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
@@ -13,6 +14,20 @@ from igla_mega.objective.ewc import Ewc, Pull
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class BadStep(FloatingPointError):
+    """A step that was not taken: nothing has been updated."""
+
+    def __init__(self, what: str, value: float, losses: Sequence[float] = ()):
+        """
+        Args:
+            what: `loss`, `gradient norm`, or `spike` (a loss that is finite and out of all proportion).
+            value: of the loss, or of the norm.
+            losses: this rank's, of each micro-batch, summed over its targets.
+        """
+        super().__init__(f"{what} {value}")
+        self.what, self.value, self.losses = what, value, list(losses)
+
+
 class Optimizer(Protocol):
     """AdamW over this rank's parameters (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
@@ -24,6 +39,9 @@ class Optimizer(Protocol):
 
         Returns:
             That norm, L2 over all parameters before clipping, and what the pull was while something is held.
+
+        Raises:
+            BadStep: the norm is not finite; nothing has been updated.
         """
 
     def slots(self) -> Iterator[Slot]:
@@ -63,7 +81,11 @@ def held_step(
         slots, gradients: of one another, in the same order; gradients reduced, divided and unscaled.
         adams: the optimizers that `update` steps.
         clip: clips the gradients and returns their norm.
+
+    Raises:
+        BadStep: that norm is not finite.
     """
+    clip = _finite(clip)
     if ewc is None or not ewc.holds:
         grad_norm = clip()
         update()
@@ -86,6 +108,15 @@ def held_step(
             hooks.callback(hook.remove)
         update()
     return grad_norm, pull
+
+
+def _finite(clip: Callable[[], float]) -> Callable[[], float]:
+    def checked() -> float:
+        if not math.isfinite(grad_norm := clip()):
+            raise BadStep("gradient norm", grad_norm)
+        return grad_norm
+
+    return checked
 
 
 def _draw_to_anchor(ewc: Ewc, slots: Sequence[Slot], adam: torch.optim.Optimizer) -> None:

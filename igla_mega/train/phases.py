@@ -11,10 +11,9 @@ from rich.table import Table
 
 from igla_mega.checkpoint.store import Progress
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Dataset, Share
+from igla_mega.data.batches import Corpus, Dataset, Share, on_device
 from igla_mega.objective.ewc import Origin
 from igla_mega.plan.stages import Stage, weights_of
-from igla_mega.train.loop import on_device
 from igla_mega.train.memory import consolidate, hold_file
 from igla_mega.train.metrics import Trackers
 from igla_mega.train.progress import Display, Silent
@@ -104,10 +103,10 @@ def next_stage(stages: Sequence[Stage], progress: Progress) -> int:
     unfinished = next((i for i, stage in enumerate(stages) if progress.step < stage.last_step), len(stages))
     before = unfinished - 1
     trained = before == progress.stage and progress.step == stages[before].last_step
-    return before if trained and _finishes(stages[before]) else unfinished
+    return before if trained and finishes(stages[before]) else unfinished
 
 
-def _finishes(stage: Stage) -> bool:
+def finishes(stage: Stage) -> bool:
     """Whether there is more to the end of a stage than its last step."""
     asked = stage.recipe.memory
     return bool(stage.domain) or (asked is not None and asked.ewc_lambda > 0)
@@ -174,7 +173,7 @@ class Learning:
             origin = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
             self.display.say(f"EWC: {stage.name} is held from here on ({_words(origin)})")
         progress.stage = index + 1
-        return _finishes(stage)
+        return finishes(stage)
 
     def _consolidate(self, weights: Mapping[str, float], stage: Stage, sources: tuple[str, ...]) -> Origin:
         asked = self.recipe.memory

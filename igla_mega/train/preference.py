@@ -3,6 +3,8 @@ all pairs, kept beside the run. All three go through the same code and give the 
 
 import hashlib
 import itertools
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
-from igla_mega.data.batches import Share
+from igla_mega.data.batches import Share, on_device
 from igla_mega.data.conversations import Pairs
 from igla_mega.objective import dpo
 from igla_mega.objective.language import Batch
-from igla_mega.train.loop import on_device
 from igla_mega.train.progress import Display, Silent
 from igla_mega.train.step import Engine, Objective, scheduled
 
@@ -79,8 +81,11 @@ def cache(engine: Engine, pairs: Pairs, share: Share, base: str, folder: Path, d
     known: list = [file.is_file()]
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0]:
-        with np.load(file) as kept:
-            pairs.reference = {name: kept[name] for name in kept.files}
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                pairs.reference = {name: kept[name] for name in kept.files}
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ConfigError(f"{file}: cannot be read ({error}).\n  Remove it: it is made again.") from None
         return
     names = list(pairs.readers)
     found = {}

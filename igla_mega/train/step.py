@@ -19,7 +19,8 @@ from igla_mega.objective.language import Batch
 from igla_mega.ops.zigzag import zigzag_shard
 from igla_mega.parallel import Axis, Mesh
 from igla_mega.plan.layout import Layout
-from igla_mega.train.optimizer import Optimizer
+from igla_mega.train.optimizer import BadStep, Optimizer
+from igla_mega.train.pulse import Pulse
 
 ForwardStep = Callable[[Iterator[Batch], nn.Module], Any]
 """megatron-core's: runs one micro-batch through a chunk; the report that its loss gives is fp64: the summed loss, the
@@ -51,6 +52,8 @@ class Engine:
     objective: Objective = Objective()
     adapters: Switch | None = None
     """Turns the low-rank adapters off; None where all weights train."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Where this rank is."""
 
     def slots(self) -> Iterator[Slot]:
         """Walk over all that a checkpoint keeps of this rank."""
@@ -74,12 +77,26 @@ class StepReport:
     """Of a mixture of experts: what each had to do."""
 
 
-def train_step(engine: Engine, batches: Iterator[Batch], *, step: int, seed: int, learning_rate: float) -> StepReport:
+def train_step(
+    engine: Engine,
+    batches: Iterator[Batch],
+    *,
+    step: int,
+    seed: int,
+    learning_rate: float,
+    highest_loss: float = math.inf,
+) -> StepReport:
     """Take one optimizer step over `layout.num_microbatches` micro-batches drawn from `batches`.
 
+    Args:
+        highest_loss: beyond it the loss is taken for a spike, nats.
+
     Raises:
-        FloatingPointError: the loss is not finite; nothing has been updated.
+        BadStep: the loss or the gradient's norm is not finite, or a spike, on every rank alike; nothing has been
+            updated.
     """
+    pulse = engine.pulse
+    pulse.step = step + 1
     # Randomness belongs to the step, not to the process: a resumed run, in any layout, draws the same.
     torch.manual_seed(seed + step)
     engine.optimizer.zero_grad()
@@ -89,14 +106,15 @@ def train_step(engine: Engine, batches: Iterator[Batch], *, step: int, seed: int
         batches = engine.objective.completed(engine, batches)
     if engine.adapters:
         batches = _keyed(batches, engine, step, seed)
-    sums = forward_backward(engine, batches, forward_only=False)
+    reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=False)
+    pulse.at("loss")
+    sums = _summed(engine, reports)
     loss, *metrics = means(sums)
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step + 1}: the loss is {loss}; stopped before the update, nothing is lost.\n"
-            "  Lower training.learning_rate, or look at this step's samples in ledger.jsonl."
-        )
+    if not (math.isfinite(loss) and loss <= highest_loss):
+        what = "spike" if math.isfinite(loss) else "loss"
+        raise BadStep(what, loss, [report[0].item() for report in reports])
     # The pull is added there, to reduced gradients: once a step, not once a rank.
+    pulse.at("optimizer")
     grad_norm, pull = engine.optimizer.step(learning_rate, engine.ewc)
     load = collect(engine.chunks, sums[1])
     if load is not None and engine.adapters is None:
@@ -115,9 +133,10 @@ def measure(engine: Engine, batches: Iterator[Batch], num_batches: int) -> dict[
     for chunk in engine.chunks:
         chunk.eval()
     total = [0.0] * (2 + len(engine.objective.metrics))
-    for _ in range(num_batches):
-        own = engine.objective.completed(engine, batches) if engine.objective.completed else batches
-        total = [a + b for a, b in zip(total, forward_backward(engine, own, forward_only=True), strict=True)]
+    with engine.pulse.doing("validation"):
+        for _ in range(num_batches):
+            own = engine.objective.completed(engine, batches) if engine.objective.completed else batches
+            total = [a + b for a, b in zip(total, forward_backward(engine, own, forward_only=True), strict=True)]
     for chunk in engine.chunks:
         chunk.train()
     return dict(zip(("loss", *engine.objective.metrics), means(total), strict=True))
@@ -131,12 +150,14 @@ def means(sums: Sequence[float]) -> list[float]:
 def forward_backward(engine: Engine, batches: Iterator[Batch], *, forward_only: bool) -> list[float]:
     """Run megatron-core's schedule; return the report's sums over the global batch: loss, targets, metrics."""
     reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=forward_only)
+    return _summed(engine, reports)
+
+
+def _summed(engine: Engine, reports: list) -> list[float]:
     sums = torch.zeros(2 + len(engine.objective.metrics), dtype=torch.float64)
     # Tensor-parallel ranks of the last stage all hold the same loss; one of them counts.
     if reports and engine.mesh.tensor.rank == 0:
         sums = torch.stack(reports).sum(0)
-        if not forward_only and not torch.isfinite(sums[0]):
-            print(f"rank {engine.mesh.rank}: the loss of its micro-batches is {sums[0].item()}", flush=True)
     sums = sums.to(next(engine.chunks[0].parameters()).device)
     dist.all_reduce(sums)
     return sums.tolist()
@@ -150,7 +171,7 @@ def scheduled(
     # Each interleaved chunk walks over the same micro-batches by itself.
     iterators = _tee(batches, len(chunks), layout.num_microbatches) if several else [batches]
     told = [_told(iterator, engine, chunk) for iterator, chunk in zip(iterators, chunks, strict=True)]
-    own = [_own_tokens(iterator, engine.mesh.context) for iterator in told]
+    own = [engine.pulse.drawn(_own_tokens(iterator, engine.mesh.context)) for iterator in told]
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=own if several else own[0],

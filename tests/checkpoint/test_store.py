@@ -15,7 +15,8 @@ import tiny
 import torch.distributed as dist
 
 from igla_mega.assemble import load_into
-from igla_mega.checkpoint import store
+from igla_mega.checkpoint import adapters, integrity, remote, store
+from igla_mega.checkpoint.local import Local, folder_of
 from igla_mega.checkpoint.pieces import Reader
 from igla_mega.config.errors import ConfigError
 
@@ -223,23 +224,93 @@ def save_on_a_full_disk(recipe, folder: str):
     writer.wait()
     if dist.get_rank() == dist.get_world_size() - 1:  # of one rank's node alone
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     writer.save(engine.optimizer.slots(), store.Progress(step=2), "name: tiny\n")
-    try:
-        writer.wait()
-    except RuntimeError as error:
-        return str(error)
+    (outcome,) = writer.wait()
+    with pytest.raises(RuntimeError, match="What was trained after step 1 is lost"):
+        writer.refuse_loss()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    tiny.steps(engine, 0, 1)  # the run goes on
+    writer.save(engine.optimizer.slots(), store.Progress(step=3), "name: tiny\n")
+    (after,) = writer.finish()
+    writer.refuse_loss()
+    return outcome, after
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_full_disk_leaves_the_checkpoint_before_whole_and_every_rank_says_so(num_ranks, tmp_path):
     started = time.monotonic()
     messages = ranks.run(num_ranks, save_on_a_full_disk, tiny.recipe(tensor_parallel=num_ranks), str(tmp_path))
-    assert time.monotonic() - started < 30
-    for message in messages:
-        assert "step 2 could not be written" in message and "The checkpoint of step 1 is whole" in message
-    assert store.steps_in(tmp_path) == [1] and store.damage(store.step_dir(tmp_path, 1)) is None
+    assert time.monotonic() - started < 60
+    for failed, after in messages:
+        assert "step 2 could not be written" in failed.error and "The checkpoint of step 1 is whole" in failed.error
+        assert "File too large" in failed.error
+        assert (failed.step, failed.bytes, failed.where) == (2, 0, "shared")
+        assert after.error is None and after.bytes > 100_000 and "saves succeed again" in after.note
+    assert store.steps_in(tmp_path) == [1, 3] and store.damage(store.step_dir(tmp_path, 1)) is None
     assert not list(tmp_path.glob(".writing_*"))
+
+
+def save_without_its_mount(recipe, folder: str):
+    engine, _ = tiny.engine(recipe)
+    root = Path(folder, "checkpoints")
+    writer = store.CheckpointWriter(root, engine.mesh, store.Retention(3), asynchronous=True)
+    outcomes = []
+    for step in (1, 2, 3):
+        dist.barrier()
+        if dist.get_rank() == 0 and step == 2:
+            os.rename(root, Path(folder, "away"))
+        if dist.get_rank() == 0 and step == 3:
+            os.rename(Path(folder, "away"), root)
+        dist.barrier()
+        writer.save(engine.optimizer.slots(), store.Progress(step=step), "name: tiny\n")
+        outcomes += writer.wait()
+    return outcomes
+
+
+def test_a_mount_that_is_lost_fails_saves_until_it_is_back_and_nothing_is_written_beside_it(tmp_path):
+    for outcomes in ranks.run(2, save_without_its_mount, tiny.recipe(**TP), str(tmp_path)):
+        assert [outcome.error is None for outcome in outcomes] == [True, False, True]
+        assert "the folder is gone" in outcomes[1].error
+    assert store.steps_in(tmp_path / "checkpoints") == [1, 3] and not (tmp_path / "away").exists()
+
+
+def save_within(recipe, folder: str, most: int | None):
+    engine, _ = tiny.engine(recipe)
+    tiny.steps(engine, 0, SAVED)
+    writer = store.CheckpointWriter(
+        Path(folder), engine.mesh, store.Retention(3), asynchronous=True, staging_bytes=most
+    )
+    slots = list(engine.optimizer.slots())
+    own = store._Staging(most)
+    state = store._to_write(slots, engine.mesh, own)
+    late = sum(pieces.made_late(at) for pieces in state.values() for at in pieces.pieces)
+    writer.save(slots, store.Progress(step=SAVED), "name: tiny\n")
+    for slot in slots:  # what training goes on to do
+        for values in slot.values.values():
+            values.fill_(-7.0)
+    (outcome,) = writer.finish()
+    return own.bytes, own.late_bytes, late, outcome.note
+
+
+@pytest.mark.parametrize("layout", [TP, {"distributed_optimizer": True}, FSDP], ids=str)
+def test_a_save_that_stages_less_than_it_writes_is_the_same_save(layout, tmp_path):
+    digests = []
+    for most in (None, 200_000, 0):
+        folder = tmp_path / str(most)
+        for staged, late, pieces, note in ranks.run(2, save_within, tiny.recipe(**layout), str(folder), most):
+            assert most is None or staged <= most
+            assert (late > 0) == (pieces > 0) == (most is not None) and (note is not None) == (late > 0)
+            assert note is None or "staging_memory" in note
+        checkpoint = store.step_dir(folder, SAVED)
+        assert store.damage(checkpoint) is None
+        digests.append(ranks.run(1, tensors_of, str(checkpoint))[0])
+    assert digests[0] == digests[1] == digests[2]
+
+
+def tensors_of(folder: str) -> dict[str, list]:
+    reader = Reader(Path(folder))
+    return {name: adapters._whole(reader, name).flatten()[:50].tolist() for name in sorted(reader.shapes())}
 
 
 def test_retention_keeps_the_last_and_every_nth():
@@ -264,3 +335,232 @@ def test_the_manifest_covers_every_file(tmp_path):
     checkpoint = store.step_dir(tmp_path, SAVED)
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     assert files.keys() | {"manifest.json"} == {path.name for path in checkpoint.iterdir()}
+
+
+@pytest.mark.parametrize("hurt, word", [(flip, "digest"), (truncate, "bytes"), (os.remove, "missing")])
+def test_no_tensor_is_read_from_a_checkpoint_before_its_digests_are_checked(hurt, word, tmp_path):
+    ranks.run(1, save_and_go_on, tiny.recipe(), str(tmp_path), SAVED)
+    checkpoint = store.step_dir(tmp_path, SAVED)
+    name = next(iter(Reader(checkpoint).shapes()))
+    adapters._whole(Reader(checkpoint), name)
+    # What was checked is not checked again, until the checkpoint is another.
+    assert integrity.is_verified(checkpoint)
+    os.utime(checkpoint / "manifest.json", ns=(1, 1))
+    hurt(checkpoint / "__0_0.distcp")
+    with pytest.raises(ConfigError, match=rf"__0_0.distcp .*{word}"):
+        adapters._whole(Reader(checkpoint), name)
+
+
+def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path):
+    folder = store.step_dir(tmp_path, 1)
+    folder.mkdir()
+    (tmp_path / "secret").write_text("x")
+    for name in ("../secret", "/etc/passwd"):
+        (folder / "manifest.json").write_text(json.dumps({"files": {name: {"bytes": 1, "blake2b": ""}}}))
+        assert "outside the checkpoint" in store.damage(folder)
+    for content in ("", "[]", '{"files": {"a": 3}}', '{"files": {"a": {"bytes": "1", "blake2b": 2}}}'):
+        (folder / "manifest.json").write_text(content)
+        assert "manifest.json cannot be read" in store.damage(folder)
+
+
+def test_check_lists_every_checkpoint_of_a_run_and_names_what_is_damaged_extra_or_unfinished(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        folder = store.step_dir(root, step)
+        folder.mkdir(parents=True)
+        (folder / "a.bin").write_bytes(b"abc")
+        entry = {"bytes": 3, "blake2b": integrity.digest(folder / "a.bin")}
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {"a.bin": entry}}))
+    (root / ".writing_step_00000004").mkdir()
+    (store.step_dir(root, 1) / "extra.txt").write_text("x")
+    (store.step_dir(root, 2) / "a.bin").write_bytes(b"abd")
+    (store.step_dir(root, 3) / "manifest.json").unlink()
+    for folder in (tmp_path / "run", root):
+        lines, damages = integrity.report(folder)
+        assert "step_00000001: every file" in lines[0] and "extra.txt" in lines[1] and "never finished" in lines[-1]
+        assert "step_00000002: a.bin" in damages[0] and "step_00000003: manifest.json is missing" in damages[1]
+    assert integrity.report(store.step_dir(root, 1))[1] == []
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        integrity.report(tmp_path / "run" / "nothing")
+
+
+def two_level(recipe, folder: str, nodes: list[int], lost: int | None = None):
+    """Save step 2 on shared storage and step 4 on each node, train on to `LAST`."""
+    os.environ["GROUP_RANK"] = str(nodes[dist.get_rank()])
+    engine, _ = tiny.engine(recipe)
+    tiny.steps(engine, 0, SAVED)
+    local = Local(folder_of(f"{folder}/node{{node}}", "run"), engine.mesh, engine.mesh.host_group, "same")
+    writer = store.CheckpointWriter(
+        Path(folder, "shared"), engine.mesh, store.Retention(3), asynchronous=True, local=local
+    )
+    writer.save(engine.slots(), store.Progress(step=SAVED), "name: tiny\n")
+    reports = tiny.steps(engine, SAVED, 2 * SAVED)
+    writer.save(engine.slots(), store.Progress(step=2 * SAVED), "name: tiny\n", local=True)
+    reports += tiny.steps(engine, 2 * SAVED, LAST)
+    assert [(outcome.where, outcome.error) for outcome in writer.finish()] == [("shared", None), ("local", None)]
+    return reports
+
+
+def resume_two_level(recipe, folder: str, nodes: list[int], layout: str = "same"):
+    os.environ["GROUP_RANK"] = str(nodes[dist.get_rank()])
+    engine, shards = tiny.engine(recipe)
+    for slot in engine.slots():
+        for values in slot.values.values():
+            values.fill_(0.123)
+    said = []
+    local = Local(folder_of(f"{folder}/node{{node}}", "run"), engine.mesh, engine.mesh.host_group, layout)
+    path, progress = store.find(Path(folder, "shared"), engine.mesh, said.append, local=local)
+    load_into(engine, shards, path, progress.step)
+    return progress.step, tiny.steps(engine, progress.step, LAST), said
+
+
+LEVELS = [(2, TP), (2, {"distributed_optimizer": True}), (2, {"distributed_optimizer": True, **BF16}), (2, FSDP),
+          (2, {"distributed_optimizer": False, **BF16}), (2, {**PP, **TIED}), (4, {**FSDP, **TP})]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEVELS, ids=label)
+def test_a_resume_from_the_nodes_own_disks_repeats_an_unbroken_run_bit_for_bit(case, tmp_path):
+    num_ranks, recipe = case[0], tiny.recipe(**case[1])
+    nodes = [rank * 2 // num_ranks for rank in range(num_ranks)]
+    unbroken = ranks.run(num_ranks, two_level, recipe, str(tmp_path), nodes)[0]
+    files = [path.parent.name for path in tmp_path.glob("node0/run/step_00000004/rank_*/manifest.json")]
+    assert sorted(files) == [f"rank_{rank:05d}" for rank in range(num_ranks // 2)], "each node its ranks' own"
+    step, reports, _ = ranks.run(num_ranks, resume_two_level, recipe, str(tmp_path), nodes)[0]
+    assert step == 4 and reports == unbroken[2:]
+
+
+def test_a_resume_without_one_nodes_disk_takes_the_shared_checkpoint_and_says_so(tmp_path):
+    recipe = tiny.recipe(**FSDP)
+    unbroken = ranks.run(2, two_level, recipe, str(tmp_path), [0, 1])[0]
+    flip(tmp_path / "node1/run/step_00000004/rank_00001/__0_0.distcp")
+    shutil.copytree(tmp_path, tmp_path.with_name("lost"))
+    shutil.rmtree(tmp_path.with_name("lost") / "node1")
+    for folder, layout, words in [
+        (tmp_path, "same", "digest"),
+        (tmp_path.with_name("lost"), "same", "not whole on all nodes"),
+        (tmp_path, "another", ""),
+    ]:
+        step, reports, said = ranks.run(2, resume_two_level, recipe, str(folder), [0, 1], layout)[0]
+        assert step == SAVED and reports == unbroken and words in "".join(said)
+
+
+def test_what_a_node_keeps_beyond_the_step_that_was_resumed_is_removed(tmp_path):
+    recipe = tiny.recipe(**FSDP)
+    ranks.run(2, two_level, recipe, str(tmp_path), [0, 1])
+    flip(tmp_path / "node1/run/step_00000004/rank_00001/__0_0.distcp")
+    ranks.run(2, resume_two_level, recipe, str(tmp_path), [0, 1])
+    assert not list(tmp_path.glob("node*/run/step_*"))
+
+
+def test_the_folder_of_a_node_is_named_by_number_host_and_environment(monkeypatch):
+    for name in ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NODEID", "3")
+    monkeypatch.setenv("SCRATCH", "/nvme")
+    assert folder_of("$SCRATCH/node{node}", "run-1") == Path("/nvme/node3/run-1")
+    with pytest.raises(ConfigError, match=r"NOWHERE\} is not set"):
+        folder_of("${NOWHERE}/x", "run-1")
+
+
+def save_remotely(recipe, folder: str, address: str, last_step: int = 3, break_at: int | None = None):
+    engine, _ = tiny.engine(recipe)
+    writer = store.CheckpointWriter(
+        Path(folder), engine.mesh, store.Retention(2), asynchronous=True, remote=remote.Remote(address)
+    )
+    outcomes = []
+    for step in range(1, last_step + 1):
+        if step == break_at:
+            writer._uploads.remote.put = no_space
+        tiny.steps(engine, step - 1, step)
+        writer.save(engine.slots(), store.Progress(step=step), "name: tiny\n")
+        outcomes += writer.finish()
+        vars(writer._uploads.remote).pop("put", None)
+    writer.refuse_loss()
+    return outcomes
+
+
+def no_space(*_):
+    raise OSError("the bucket is full")
+
+
+def found_remotely(recipe, folder: str, address: str):
+    engine, shards = tiny.engine(recipe)
+    said = []
+    found = store.find(Path(folder), engine.mesh, said.append, remote=remote.Remote(address))
+    if found:
+        load_into(engine, shards, found[0], found[1].step)
+    return found and found[1].step, said
+
+
+def test_whole_checkpoints_are_copied_to_a_remote_folder_which_an_empty_run_resumes_from(tmp_path):
+    recipe, address = tiny.recipe(**TP), f"file://{tmp_path}/bucket/run"
+    outcomes = ranks.run(2, save_remotely, recipe, str(tmp_path / "run"), address, 4, 3)[0]
+    where = [(outcome.step, outcome.where, outcome.error is None) for outcome in outcomes]
+    assert where == [
+        (1, "shared", True), (1, "remote", True), (2, "shared", True), (2, "remote", True),
+        (3, "shared", True), (3, "remote", False), (4, "shared", True), (4, "remote", True),
+    ]  # fmt: skip
+    assert "the bucket is full" in outcomes[5].error
+    bucket = tmp_path / "bucket" / "run"
+    assert store.steps_in(bucket) == [2, 4], "two are kept, and the half of step 3 is none"
+    assert remote.report(address)[1] == []
+    step, said = ranks.run(2, found_remotely, recipe, str(tmp_path / "new"), address)[0]
+    assert step == 4 and "copying step 4" in said[0]
+    assert store.damage(store.step_dir(tmp_path / "new", 4)) is None
+    flip(bucket / "step_00000004" / "__1_0.distcp")
+    assert "__1_0.distcp" in remote.report(address)[1][0]
+    step, said = ranks.run(2, found_remotely, recipe, str(tmp_path / "newer"), address)[0]
+    assert step == 2 and "digest" in said[1]
+    (bucket / "step_00000002" / "manifest.json").unlink()
+    (bucket / "step_00000004" / "manifest.json").unlink()
+    assert ranks.run(2, found_remotely, recipe, str(tmp_path / "newest"), address)[0][0] is None
+
+
+def test_a_checkpoint_at_an_address_is_copied_once_for_eval_and_its_like(tmp_path, monkeypatch):
+    monkeypatch.setenv("IGLA_CACHE", str(tmp_path / "cache"))
+    address = f"file://{tmp_path}/bucket"
+    ranks.run(1, save_remotely, tiny.recipe(), str(tmp_path / "run"), address, 2)
+    from igla_mega.checkpoint.single import resolve_checkpoint
+
+    newest = resolve_checkpoint(Path(address))
+    assert newest.name == "step_00000002" and store.damage(newest) is None
+    assert resolve_checkpoint(Path(f"{address}/step_00000001")).name == "step_00000001"
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        resolve_checkpoint(Path(f"{address}/step_00000009"))
+
+
+def save_to_s3(recipe, folder: str, address: str, environment: dict[str, str]):
+    os.environ.update(environment)
+    return save_remotely(recipe, folder, address, 3)
+
+
+def find_in_s3(recipe, folder: str, address: str, environment: dict[str, str]):
+    os.environ.update(environment)
+    return found_remotely(recipe, folder, address)
+
+
+def test_an_s3_server_holds_the_checkpoints_that_are_kept_and_an_empty_run_resumes_from_it(tmp_path):
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        environment = {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        import boto3
+
+        client = boto3.client("s3", "us-east-1", aws_access_key_id="key", aws_secret_access_key="secret",
+                              endpoint_url=environment["AWS_ENDPOINT_URL"])  # fmt: skip
+        client.create_bucket(Bucket="runs")
+        recipe, address = tiny.recipe(**TP), "s3://runs/team/run"
+        outcomes = ranks.run(2, save_to_s3, recipe, str(tmp_path / "run"), address, environment)[0]
+        assert [outcome.error for outcome in outcomes] == [None] * 6
+        listed = client.list_objects_v2(Bucket="runs")["Contents"]
+        assert {entry["Key"].split("/")[2] for entry in listed} == {"step_00000002", "step_00000003"}
+        step, said = ranks.run(2, find_in_s3, recipe, str(tmp_path / "new"), address, environment)[0]
+        assert step == 3 and "copying step 3" in said[0]
+        client.delete_object(Bucket="runs", Key="team/run/step_00000003/manifest.json")
+        assert ranks.run(2, find_in_s3, recipe, str(tmp_path / "newer"), address, environment)[0][0] == 2
+    finally:
+        server.stop()

@@ -158,7 +158,7 @@ def test_a_broken_key_does_not_bring_breaches_of_its_consequences():
     [
         ("learning_rate=3", "learning_rate: no such key; did you mean `training.learning_rate`?"),
         ("training.hidden_size=3", "training.hidden_size: no such key; did you mean `model.hidden_size`?"),
-        ("optimizer.zzz=3", "optimizer.zzz: no such key. Known here: type, beta1, beta2, epsilon."),
+        ("optimizer.zzz=3", "optimizer.zzz: no such key. Known here: type, beta1, beta2, epsilon, fused."),
         (
             "model.hidden_size=null",
             "model.hidden_size: missing. Width of the residual stream, in channels. At least 1.",
@@ -175,6 +175,7 @@ def test_a_broken_key_does_not_bring_breaches_of_its_consequences():
         ("koshey={tier: 11}", "koshey.tier: 11 is out of range: it must be at most 10."),
         ("lora={rank: 4}", "lora.alpha: missing. Scale: an adapter's output is multiplied by alpha / rank. Above 0."),
         ("curriculum={phases: []}", "curriculum.phases: empty; it needs at least one."),
+        ("evaluation.needle={depths: [101]}", "needle.depths.0: 101 is out of range: it must be at most 100."),
         ("name=7", "name: 7 is not text (in quotes, if it looks like a number)."),
         ("training.total_steps", "--set training.total_steps: write KEY=VALUE"),
         ("training..x=3", "write KEY=VALUE"),

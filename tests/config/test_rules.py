@@ -281,6 +281,49 @@ def test_a_sound_recipe_has_no_breach():
             "distributed.strategy: FSDP with pipeline_parallel 2 is not proved to train exactly, so it is refused. "
             "Use strategy DDP (its optimizer state is sharded too), or pipeline_parallel 1.",
         ),
+        (
+            {"checkpoint": {"local_folder": "/nvme", "local_every_steps": 2000}},
+            "checkpoint.local_every_steps: 2000 is not below checkpoint.every_steps 1000. Use at most 500, or leave "
+            "both local keys out.",
+        ),
+        (
+            {"checkpoint": {"local_every_steps": 10}},
+            "checkpoint.local_folder: missing, and checkpoint.local_every_steps is given. Name a folder of each node.",
+        ),
+        (
+            {"checkpoint": {"local_folder": "/nvme/{rank}", "local_every_steps": 10}},
+            "checkpoint.local_folder: {rank} stands for nothing. Use {node} or {host}.",
+        ),
+        (
+            {"checkpoint": {"local_folder": " ", "local_every_steps": 10}},
+            "checkpoint.local_folder: empty. Name a folder of each node, or set it to null.",
+        ),
+        (
+            {"checkpoint": {"remote": "bucket/run"}},
+            "checkpoint.remote: 'bucket/run' is no address. Give one with its kind, such as s3://bucket/run or "
+            "file:///backup/run, or set it to null.",
+        ),
+        (
+            {"evaluation": {"needle": {"lengths": [128, 512]}}},
+            "evaluation.needle.lengths: 512 is longer than training.sequence_length 256. Use at most 256.",
+        ),
+        (
+            {"evaluation": {"prompts": [" "]}},
+            "evaluation.prompts: ' ' is no text to continue. Write one, or remove it.",
+        ),
+        (
+            {"evaluation": {"tasks": {"names": ["arc", "arc"]}}},
+            "evaluation.tasks.names: arc is there twice. Remove one.",
+        ),
+        (
+            {"distributed": {"precision": "FP8", "kernels": "local"}},
+            "distributed.precision: FP8 is Transformer Engine's, and distributed.kernels is local. "
+            "Use kernels te or auto, or precision BF16.",
+        ),
+        (
+            {"distributed": {"cuda_graphs": True, "strategy": "FSDP"}},
+            "distributed.cuda_graphs: true with strategy FSDP: such layers cannot be recorded. Set cuda_graphs=false.",
+        ),
     ],
 )
 def test_a_breach_is_one_line_with_both_numbers_and_the_way_out(change, says):
@@ -402,3 +445,70 @@ def test_a_capacity_that_drops_most_tokens_is_remarked_on_with_the_rate():
     [line] = rules.warnings(Recipe.model_validate(merge(SMALL, {"moe": {"num_experts": 8, "num_experts_per_tok": 1}})))
     assert line.startswith("moe.num_experts_per_tok: 1 gives the one expert a weight of 1") and "pre_softmax" in line
     assert said(1.25) == [] and rules.warnings(Recipe.model_validate(SMALL)) == []
+
+
+def fp8(**distributed):
+    return {"distributed": {"precision": "fp8", **distributed}}
+
+
+def test_fp8_is_taken_in_either_case_and_refused_where_there_is_no_gpu():
+    recipe = Recipe.model_validate(merge(SMALL, fp8()))
+    assert recipe.distributed.precision == "FP8" and recipe.distributed.fp8_recipe == "tensorwise"
+    assert rules.breaches(recipe) == rules.breaches(recipe, 2, "cuda") == []
+    [breach] = rules.breaches(recipe, 2, "cpu")
+    assert breach.startswith("distributed.precision: FP8 needs a GPU") and "BF16" in breach
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (fp8(kernels="local"), "distributed.kernels is local. Use kernels te or auto, or precision BF16"),
+        (fp8(strategy="FSDP"), "FP8 with strategy FSDP is not proved"),
+        (merge(fp8(), {"model": {"intermediate_size": 690}}), "model.intermediate_size: 690 is no multiple of 16"),
+        (
+            merge(fp8(tensor_parallel=2), {"model": {"intermediate_size": 688 + 16}, "training": {"total_steps": 9}}),
+            None,
+        ),
+        (fp8(tensor_parallel=2), "688 is no multiple of 16 x distributed.tensor_parallel 2"),
+        (
+            merge(fp8(tensor_parallel=2), {"model": {"hidden_size": 336, "num_heads": 42, "intermediate_size": 704}}),
+            "model.hidden_size: 336 is no multiple of 16 x distributed.tensor_parallel 2",
+        ),
+        (fp8(fp8_recipe="mxfp8"), "no multiple of 32, which distributed.fp8_recipe mxfp8 needs. Use 672 or 704"),
+    ],
+)
+def test_fp8_says_what_does_not_go_with_it(change, says):
+    found = breaches(change)
+    assert found == [] if says is None else len(found) == 1 and says in found[0]
+
+
+def test_fp8_trains_no_adapters():
+    assert any("FP8 beside `lora:`" in one for one in breaches({**fp8(), "lora": {"rank": 4, "alpha": 8}}, under=TUNE))
+
+
+GRAPHS = {"distributed": {"cuda_graphs": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"distributed": {"gradient_checkpointing": True}}, "gradient_checkpointing full"),
+        ({"distributed": {"strategy": "FSDP"}}, "strategy FSDP"),
+        ({"distributed": {"context_parallel": 2}}, "context_parallel 2"),
+        ({"data": {"document_mask": True}}, "packed documents"),
+        (MOE, "`moe:`"),
+        ({"koshey": {"ewc_enabled": True}}, "the Fisher pass"),
+        ({"evaluation": {"prompts": ["Once"]}}, "evaluation.prompts"),
+    ],
+)
+def test_layers_that_cannot_be_recorded_are_named(change, says):
+    assert breaches(GRAPHS) == []
+    [breach] = breaches(merge(GRAPHS, change))
+    assert breach.startswith("distributed.cuda_graphs: true with ") and says in breach and "cuda_graphs=false" in breach
+
+
+def test_layers_are_recorded_in_a_run_of_one_stage_alone():
+    stage = merge(SMALL, GRAPHS)
+    assert rules.breaches(Recipe.model_validate({"stages": [stage]})) == []
+    found = rules.breaches(Recipe.model_validate({"stages": [stage, stage]}))
+    assert [one.split(":")[0] for one in found] == [f"stages.{i}.distributed.cuda_graphs" for i in (0, 1)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.model.spec import CoreAttention, RMSNorm, use_transformer_engine
+from igla_mega.model.spec import CoreAttention, RMSNorm, fp8_settings, use_transformer_engine
 
 
 def dense_attention(query, key, value):
@@ -94,3 +94,18 @@ def test_transformer_engine_asked_for_by_name_and_absent_is_an_error():
         use_transformer_engine("te", torch.device("cpu"))
     assert "kernels=local" in str(raised.value)
     assert not any(use_transformer_engine(word, torch.device("cpu")) for word in ("auto", "local", "require"))
+
+
+def test_fp8_without_transformer_engine_says_the_way_out():
+    with pytest.raises(ConfigError, match="FP8 needs Transformer Engine") as raised:
+        fp8_settings("tensorwise", torch.device("cpu"), transformer_engine=False)
+    assert "precision=BF16" in str(raised.value)
+
+
+def test_an_fp8_recipe_that_the_gpu_lacks_names_those_it_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert fp8_settings("blockwise", torch.device("cuda"), True) == {"fp8": "hybrid", "fp8_recipe": "blockwise"}
+    with pytest.raises(ConfigError, match=r"needs compute capability 10\.0, and NVIDIA H200 has 9\.0") as raised:
+        fp8_settings("mxfp8", torch.device("cuda"), True)
+    assert "Use tensorwise or delayed or blockwise" in str(raised.value)

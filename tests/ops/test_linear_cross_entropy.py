@@ -103,6 +103,18 @@ def test_without_gradients_the_loss_is_the_same_bit_for_bit():
     assert loss.double() == expected and not loss.requires_grad
 
 
+def test_a_sum_that_is_given_gets_the_weights_gradient_and_a_pass_without_gradients_leaves_it_alone():
+    hidden, weight, labels, mask = inputs()
+    _, grad_hidden, grad_weight = in_one_pass(hidden, weight, labels, mask)
+    weight, into = weight.requires_grad_(), torch.ones(VOCAB, HIDDEN)
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, mask, vocab_size=VOCAB, into=into)
+    assert (into == 1).all()
+    linear_cross_entropy(hidden.requires_grad_(), weight, labels, mask, vocab_size=VOCAB, into=into).backward()
+    torch.testing.assert_close(into.double() - 1, grad_weight, rtol=0, atol=5e-6)
+    assert weight.grad is None and torch.equal(hidden.grad.double(), grad_hidden)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_the_other_input_may_be_frozen(frozen):
     hidden, weight, labels, mask = inputs()

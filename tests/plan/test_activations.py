@@ -21,6 +21,12 @@ QUICK = (
     "pipeline 2",
     "context 2, full",
     "data 2, distributed optimizer",
+    "FSDP 2",
+    "FSDP 2, bf16, full, wide",
+    "experts",
+    "LoRA",
+    "DPO, cached",
+    "held back by a Fisher",
 )
 
 
@@ -35,13 +41,12 @@ def bench():
     return module
 
 
-def measured(distributed: dict, model: dict) -> dict:
-    return bench().measure(distributed, model)
+def measured(name: str) -> dict:
+    return bench().measure(bench().CASES[name])
 
 
 def worst_error(name: str) -> float:
-    num_ranks, distributed, model = bench().CASES[name]
-    reports = ranks.run(num_ranks, measured, distributed, model)
+    reports = ranks.run(bench().CASES[name].ranks, measured, name)
     return max(abs(row["error"]) for row in bench().largest(reports))
 
 
@@ -51,11 +56,19 @@ def test_the_peak_of_a_step_is_what_the_allocator_says_within_a_twentieth(name):
     assert worst_error(name) < 0.05
 
 
+BEYOND_A_TWENTIETH = {
+    "tensor 2, sequence parallel, full",
+    "tensor 2 x pipeline 2, selective",
+    "LoRA, bf16, full",
+    "4 bits, LoRA, bf16, full",
+}
+"""Planned 6 to 7 % off since layers are fused, for a reason not found yet."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in bench().CASES if name not in QUICK and not name.startswith("FSDP")])
-def test_it_is_nearly_so_in_every_other_layout_and_recomputation(name):
-    # How long a message lingers is chance: on loaded cores these were off by up to 0.07.
-    assert worst_error(name) < 0.1
+@pytest.mark.parametrize("name", [name for name in bench().CASES if name not in QUICK])
+def test_it_is_so_in_every_other_layout_and_recomputation(name):
+    assert worst_error(name) < (0.08 if name in BEYOND_A_TWENTIETH else 0.05)
 
 
 def layout_of(**distributed):

@@ -135,11 +135,14 @@ def test_scaling_goes_to_a_page_of_its_own(tmp_path):
     [
         ({"gpu": "a10"}, r"--gpu a10: no such hardware; did you mean .*a100-80gb"),
         ({"gpu": "abacus"}, "--gpu abacus: no such hardware"),
-        ({"price": 0.0}, "--price: 0 is not above 0"),
-        ({"price": -1.0}, "--price: -1 is not above 0"),
+        ({"price": 0.0}, "--price: 0 is no price above 0"),
+        ({"price": -1.0}, "--price: -1 is no price above 0"),
         ({"gpus": "0"}, "--gpus 0: 0 is not a whole number of at least 1"),
         ({"gpus": "8,x"}, "x is not a whole number"),
         ({"gpus": "8,"}, "nothing is not a whole number"),
+        ({"gpus": "²"}, "² is not a whole number"),
+        ({"price": float("nan")}, "--price: nan is no price above 0"),
+        ({"price": float("inf")}, "--price: inf is no price above 0"),
         ({"samples": 0}, "--samples: 0 is not above 0"),
         ({"gpus": "7"}, "512 sequences does not divide among 7 data-parallel ranks"),
         ({"calibration": Path("no.json")}, "no such file"),
@@ -182,7 +185,10 @@ def test_a_calibration_is_used_and_one_of_another_gpu_with_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"hardware": "h200"}', '{"hardware": "h200", "rates": {"gem": 1}}',
-                                     '{"hardware": "h200", "rates": {"gemm": -1}}'])  # fmt: skip
+                                     '{"hardware": "h200", "rates": {"gemm": -1}}',
+                                     '{"hardware": "h200", "rates": {"gemm": 50}}', '{"hardware": null, "rates": {}}',
+                                     '{"hardware": "h200", "rates": {}, "gemm_sizes": [[1]]}',
+                                     '{"hardware": "h200", "rates": {}, "gemm_sizes": [[0, 0.5]]}'])  # fmt: skip
 def test_a_broken_calibration_is_refused(content, tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(content)
@@ -201,6 +207,8 @@ def test_a_file_adds_hardware(tmp_path):
     assert (found["hardware"]["memory_bytes"], found["price_per_gpu_hour"]) == (100e9, 2.5)
     file.write_text(yaml.safe_dump({"my-gpu": {"like": "h100", "memroy_bytes": 1, "price": 0}, "other": {"price": 1}}))
     said = refusal("pretrain_7b", hardware=file)
+    file.write_text(yaml.safe_dump({"my-gpu": {"like": "h100", "node_size": 0.5}}))
+    assert "my-gpu.node_size: 0.5 is no whole number" in refusal("pretrain_7b", hardware=file)
     for word in (
         "did you mean `memory_bytes`?",
         "my-gpu.price: 0 is not a number above 0",
@@ -267,3 +275,46 @@ def test_the_answer_does_not_take_long():
     started = time.process_time()
     plan("moe_8x7b").text()
     assert time.process_time() - started < 3.0
+
+
+def in_words(found: dict) -> str:
+    """As the README's table has it: time, cost, share of the peak, GiB of the fullest GPU."""
+    days, dollars = found["days"], found["dollars"]
+    time = f"{days:.1f} days" if days >= 2 else f"{days * 24:.1f} h"
+    cost = (
+        f"${dollars:.0f}"
+        if dollars < 1000
+        else f"${dollars / 1000:.1f}k"
+        if dollars < 1e4
+        else f"${dollars / 1000:.0f}k"
+    )
+    fullest = max(part["memory"]["total"] for part in found["parts"]) / 2**30
+    return f"{time}, {cost}, {found['mfu']:.0%}, {fullest:.0f}".replace("%", " %")
+
+
+@pytest.mark.parametrize("name", list(packaged()))
+def test_the_readme_says_what_the_plan_says(name):
+    row = next(
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith(f"| `{name}` | ") and "$" in line
+    )
+    assert in_words(values(name)) in row, f"the README's row should say {in_words(values(name))}"
+
+
+def test_recipe_1_without_recomputation_and_recipe_7_meet_their_targets():
+    open_recompute = values("pretrain_7b", overrides=["distributed.gradient_checkpointing=null"])
+    assert open_recompute["days"] * 400e9 / open_recompute["tokens"] < 17.5
+    assert f"without recomputation {open_recompute['days']:.1f} days" in (ROOT / "README.md").read_text()
+    assert values("moe_8x7b")["days"] < 10.5
+
+
+def test_interleaved_stages_are_weighed_where_layers_are_pipelined_and_chosen_for_their_shorter_bubble():
+    deep = ["distributed.strategy=DDP", "distributed.pipeline_parallel=8", "training.batch_size=64"]
+    chosen = values("pretrain_7b", overrides=[*deep, "distributed.tensor_parallel=8"])["parts"][0]
+    assert chosen["layout"]["virtual_pipeline"] > 1
+    plainer = [other["reason"] for other in chosen["others"] if "virtual" not in other["layout"]]
+    assert any("bubble takes" in reason for reason in plainer)
+    kept = values("pretrain_7b", overrides=[*deep, "distributed.tensor_parallel=8", "distributed.virtual_pipeline=1"])
+    assert kept["parts"][0]["layout"]["virtual_pipeline"] == 1
+    assert kept["parts"][0]["tokens_per_second"] < chosen["tokens_per_second"]

@@ -1,163 +1,216 @@
+import base64
 import json
-import math
+import os
 import re
 import subprocess
 import sys
+import time
+import zlib
 
+import numpy as np
 import pytest
+from report_runs import append, small_run, train_entry
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump, load_recipe
-from igla_mega.report.page import MAX_POINTS, _smooth, _thin, tokens_by_source, write_report
-
-
-def train_entry(step):
-    return {
-        "step": step,
-        "stage": "toy",
-        "loss": 8 * math.exp(-step / 80) + 1,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-3,
-        "tokens": step * 100,
-        "tokens_per_second": 5000.0,
-        "step_seconds": 0.02,
-        "tflops_per_device": 0.1,
-        "mfu": None,
-        "memory_bytes": 2**30,
-    }
+from igla_mega.report import page as page_module
+from igla_mega.report.page import MAX_KEYS, STALE_SECONDS, Page, _flat, write_report
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    entries = [{"step": 0, "unigram_entropy": 6.2}]
-    for step in range(1, 201):
-        entries.append(train_entry(step))
-        if step % 50 == 0:
-            entries.append({"step": step, "stage": "toy", "validation_loss": {"web": 3.5, "code": 2.5}})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries) + '{"step": 201, "lo')
-    (tmp_path / "recipe.yaml").write_text(dump(load_recipe("pretrain_7b")))
+    folder = small_run(tmp_path / "run")
+    (folder / "recipe.yaml").write_text(dump(load_recipe("pretrain_7b")))
     ledger = [
         {"step": s, "sources": {"web": {"samples": [3 * s, 3 * s + 3]}, "code": {"samples": [s, s + 1]}}}
         for s in range(1, 201)
     ]
-    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in ledger) + "{")
-    return tmp_path
+    append(folder / "ledger.jsonl", *ledger)
+    return folder
 
 
-def test_the_page_holds_all_plots_and_needs_no_network(run_dir):
-    page = write_report(run_dir).read_text()
-    for title in ("Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "Tokens by source"):
-        assert f"<h2>{title}</h2>" in page
-    for line in ("training, running mean", "validation, web", "validation, code", "unigram entropy", "data.mix"):
-        assert f'"name":"{line}"' in page
-    assert "Model FLOP/s utilization" not in page, "no device has a known peak here"
-    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(https?:)?//""", page)
-    assert page.count("plotly.js v") == 1
+def data_of(path) -> dict:
+    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), flags=re.S)
+    return json.loads(data)
 
 
-def test_the_head_says_name_steps_tokens_and_last_losses(run_dir):
-    page = write_report(run_dir).read_text()
-    assert "<h1>pretrain_7b</h1>" in page and "5.93B parameters" in page
-    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
-    assert facts["steps"] == "200" and facts["tokens"] == "20k" and facts["validation, code"] == "2.500"
+def rows_of(packed) -> dict[str, np.ndarray]:
+    """What the page's script makes of packed rows."""
+    content, at, found = zlib.decompress(base64.b64decode(packed["blob"])), 0, {}
+    for name, kind, scale in packed["names"]:
+        size, dtype = (8, np.float64) if kind == "d" else (4, np.float32)
+        block = np.frombuffer(content, np.uint8, size * packed["rows"], at).reshape(size, -1).T.copy()
+        values, at = block.view(dtype).reshape(-1), at + size * packed["rows"]
+        found[name] = np.cumsum(values) * scale if kind == "d" else values
+    return found
 
 
-def test_a_run_with_only_metrics_has_a_page_too(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": NaN}\n')
-    page = write_report(tmp_path).read_text()
-    assert "<h2>Loss</h2>" in page and "Tokens by source" not in page
+def test_the_page_holds_the_run_and_needs_no_network(run_dir):
+    path = write_report(run_dir)
+    text, data = path.read_text(), data_of(path)
+    assert path == run_dir / "report.html" and len(text) < 250_000
+    rows = rows_of(data["runs"][0]["rows"])
+    assert rows["step"].tolist() == list(range(1, 201)) and rows["tokens"][-1] == 20_000
+    assert rows["loss"][0] == pytest.approx(train_entry(1)["loss"], rel=1e-6)
+    assert rows["seconds"] == pytest.approx(np.arange(1, 201) * 0.02, abs=1e-3)
+    assert "mfu" not in rows, "no device has a known peak here"
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(https?:)?//""", text)
+    assert "connect-src &#x27;none&#x27;" in text and "default-src &#x27;none&#x27;" in text
 
 
-@pytest.mark.parametrize("content", [None, "", '{"step": 1, "los', '{"step": 0, "unigram_entropy": 6.0}\n'])
-def test_a_folder_without_a_training_step_is_refused_in_words(tmp_path, content):
+def test_every_script_beside_the_page_is_a_part_of_it():
+    assert {path.stem for path in page_module.ASSETS.glob("*.js")} == {*page_module.SCRIPTS, "uPlot.min"}
+
+
+def test_the_head_says_state_steps_tokens_and_last_losses(run_dir):
+    summary = Page([run_dir]).runs[0].summary()
+    facts = dict(summary["facts"])
+    assert summary["state"] == "running" and summary["total_steps"] == 100_000
+    assert facts["step"] == "200 of 100,000" and facts["tokens"] == "20k" and facts["validation, code"] == "2.700"
+    assert facts["devices"] == "4" and facts["time left"] == "33 min"
+    assert summary["subtitle"].startswith("5.93B parameters, sequences of 8,192 tokens")
+
+
+@pytest.mark.parametrize(
+    ("event", "later", "state"),
+    [
+        (None, 1.0, "running"),
+        (None, STALE_SECONDS + 30, "stale"),
+        ("stopping", 1.0, "stopped"),
+        ("finished", 1e6, "finished"),
+        ("hang", 1e6, "hung"),
+        ("resumed", 1.0, "running"),
+    ],
+)
+def test_a_run_is_running_finished_stopped_or_stale(run_dir, event, later, state):
+    if event:
+        append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": "stopping", "message": ""})
+        append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": event, "message": ""})
+    found = Page([run_dir]).runs[0].summary(now=os.stat(run_dir / "metrics.jsonl").st_mtime + later)
+    assert found["state"] == state
+
+
+def test_a_run_of_long_steps_is_not_stale_within_a_few_of_them(tmp_path):
+    append(tmp_path / "metrics.jsonl", *({**train_entry(step), "step_seconds": 120.0} for step in range(1, 9)))
+    summary = Page([tmp_path]).runs[0].summary
+    assert summary(now=time.time() + 600)["state"] == "running" and summary(now=time.time() + 2000)["state"] == "stale"
+
+
+def test_a_run_says_on_how_many_devices_it_goes_on(run_dir):
+    append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": "resumed", "message": "", "ranks": 56})
+    assert dict(Page([run_dir]).runs[0].summary()["facts"])["devices"] == "56"
+
+
+def test_a_run_that_took_its_last_step_is_finished(run_dir):
+    append(run_dir / "metrics.jsonl", train_entry(100_000))
+    assert Page([run_dir]).runs[0].summary()["state"] == "finished"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "los', '{"step": 0, "unigram_entropy": 6.0}\n', "\0\0\0\n"])
+def test_of_an_empty_or_broken_run_what_there_is_is_shown_and_what_is_broken_said(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_text(dump(load_recipe("pretrain_7b")))
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl with a training step"):
+    [run] = data_of(write_report(tmp_path))["runs"]
+    assert run["rest"]["problems"][0].startswith("metrics.jsonl: ") and "rows" not in run
+    assert run["summary"]["state"] == "empty" and "hidden_size: 4096" in run["rest"]["recipe"]
+
+
+def test_a_folder_of_no_run_is_refused_in_words(tmp_path):
+    with pytest.raises(ConfigError, match="not the folder of a run: it has none of metrics"):
         write_report(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         write_report(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        write_report(tmp_path / "file")
 
 
-def test_names_are_text_on_the_page_and_never_markup(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        json.dumps({"step": 1, "loss": 1.0})
-        + "\n"
-        + json.dumps({"step": 1, "validation_loss": {"<script>alert(1)</script>": 2.0}})
+def test_a_page_that_cannot_be_written_names_the_way_out(run_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="Give another place: --out FILE"):
+        write_report(run_dir, out=tmp_path / "file" / "page.html")
+    assert write_report(run_dir, out=tmp_path / "new" / "page.html").is_file()
+    assert not (run_dir / "report.html").exists()
+
+
+def test_names_are_data_on_the_page_and_never_markup(tmp_path):
+    evil = "</script><script>alert(1)</script><!--"
+    append(
+        tmp_path / "metrics.jsonl",
+        {"step": 1, "loss": 1.0, "stage": evil, evil: 2.0},
+        {"step": 1, "validation_loss": {evil: 2.0}},
     )
-    page = write_report(tmp_path).read_text()
-    assert "<script>alert(1)" not in page
+    append(tmp_path / "samples.jsonl", {"step": 1, "prompt": evil, "text": evil})
+    append(tmp_path / "events.jsonl", {"step": 1, "event": evil, "message": evil})
+    (tmp_path / "recipe.yaml").write_text(f"name: '{evil}'\n")
+    path = write_report(tmp_path)
+    assert "<script>alert" not in path.read_text() and path.read_text().count("<!--") == 0
+    assert data_of(path)["runs"][0]["rest"]["samples"][0]["text"] == evil
 
 
-def test_the_ledger_is_counted_in_tokens_where_their_number_is_known():
-    first, second = {"web": {"samples": [0, 3]}}, {"web": {"samples": [3, 7]}, "code": {"samples": [0, 1]}}
-    ledger = [{"step": 1, "sources": first}, {"step": 2, "sources": second}]
-    assert tokens_by_source(ledger, 10) == {"web": 70, "code": 10}
-    assert tokens_by_source(ledger, None) == {"web": 7, "code": 1}
+def test_a_name_that_no_text_can_hold_is_no_hindrance(tmp_path):
+    folder = small_run(tmp_path / os.fsdecode(b"run\xff"), steps=3)
+    append(folder / "samples.jsonl", {"step": 1, "prompt": "\ud800", "text": "\ud800"})
+    assert "<h1>run?</h1>" in write_report(folder).read_text()
 
 
-def test_a_phases_tokens_are_counted_in_its_own_length():
-    ledger = [{"step": 1, "sources": {"web": {"samples": [0, 3]}}, "sequence_length": 5}]
-    assert tokens_by_source(ledger, 10) == {"web": 15}
+def test_a_recipe_that_is_none_is_said_and_the_plots_do_without(run_dir):
+    for text in ("model: [", "[" * 5000, "nonsense: 1\n", "a: &a [1,1]\nb: &b [*a,*a]\nc: &c [*b,*b]\n"):
+        (run_dir / "recipe.yaml").write_text(text)
+        [run] = Page([run_dir]).news(())["runs"]
+        assert any(problem.startswith("recipe.yaml: ") for problem in run["rest"]["problems"]), text
+        assert run["rows"]["rows"] == 200
 
 
-def test_a_run_over_phases_shows_what_was_forgotten_and_the_pull(run_dir):
-    matrix = {
-        "step": 200,
-        "stage": "books",
-        "domains": ["code", "<books>"],
-        "phases": ["code", "<books>"],
-        "forgetting_matrix": [[2.5, None], [3.25, 2.0]],
-        "backward_transfer": -0.75,
-    }
-    pulled = {**train_entry(201), "ewc_nats": 0.1, "ewc_grad_norm": 0.5, "task_grad_norm": 1.0}
-    entries = (run_dir / "metrics.jsonl").read_text().splitlines()[:-1]
-    (run_dir / "metrics.jsonl").write_text("\n".join([*entries, json.dumps(matrix), json.dumps(pulled), ""]))
-    page = write_report(run_dir).read_text()
-    for title in ("Forgetting", "What is held", "Gradient norm of the pull"):
-        assert f"<h2>{title}</h2>" in page
-    assert '[["2.500",""],["3.250","2.000"]]' in page and '"z":[[0.0,null],[0.75,0.0]]' in page
-    assert "<books>" not in page.split("</head>")[1].split("<details>")[0]
+def test_runs_beside_each_other_differ_in_the_keys_that_differ(run_dir, tmp_path):
+    other = small_run(tmp_path / "other" / "run")
+    (other / "recipe.yaml").write_text(dump(load_recipe("pretrain_7b", overrides=["training.learning_rate=1e-4"])))
+    found = data_of(write_report(run_dir, [other]))
+    assert [run["name"] for run in found["runs"]] == [f"{run_dir.parent.name}/run", "other/run"]
+    assert found["difference"]["rows"] == [["training.learning_rate", "0.0003", "0.0001"]]
 
 
-def test_a_long_line_is_thinned_to_its_means():
-    steps, values = _thin(list(range(10 * MAX_POINTS)), [float(i % 2) for i in range(10 * MAX_POINTS)])
-    assert len(steps) == MAX_POINTS and set(values) == {0.5}
+def test_a_small_file_of_many_aliases_makes_no_large_difference():
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}" for i in range(1, 40)]
+    start = time.process_time()
+    assert len(_flat("\n".join(lines))) <= MAX_KEYS and time.process_time() - start < 10
 
 
-def test_the_running_mean_of_a_constant_is_that_constant():
-    assert _smooth([3.0] * 100) == pytest.approx([3.0] * 100)
+def test_what_is_new_is_what_the_page_lacks(run_dir):
+    page = Page([run_dir])
+    [first] = page.news(())["runs"]
+    [second] = page.news([first["since"]])["runs"]
+    assert "rows" not in second and second["rest"] == {}
+    append(run_dir / "metrics.jsonl", *({**train_entry(step), "stage": "books"} for step in (201, 202)))
+    page.update()
+    [third] = page.news([second["since"]])["runs"]
+    assert third["rest"] == {}, "nothing but rows"
+    assert third["first"] == 200 and rows_of(third["rows"])["step"].tolist() == [201, 202]
+    for mark in ("", "x", "9.9.9", "-1.0.0", "1.2", "9" * 5000):
+        assert page.news([mark])["runs"][0]["first"] == 0
+
+
+def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "MAX_ROWS", 1000)
+    append(tmp_path / "metrics.jsonl", *(train_entry(step) for step in range(1, 5001)))
+    [run] = Page([tmp_path]).news(())["runs"]
+    assert (
+        run["rows"]["rows"] == 1000
+        and "5,000 steps: drawn are the least and the most of each 10" in run["rest"]["problems"][0]
+    )
+    assert rows_of(run["rows"])["loss"].max() == pytest.approx(train_entry(1)["loss"])
+
+
+def test_values_of_a_long_run_keep_five_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "EXACT_ROWS", 100)
+    append(tmp_path / "metrics.jsonl", *(train_entry(step) for step in range(1, 201)))
+    rows = rows_of(Page([tmp_path]).news(())["runs"][0]["rows"])
+    assert rows["loss"] == pytest.approx([train_entry(step)["loss"] for step in range(1, 201)], rel=2**-16)
+    assert rows["step"].tolist() == list(range(1, 201))
 
 
 def test_the_page_is_written_without_torch():
     subprocess.run(
-        [sys.executable, "-c", "import sys, igla_mega.report.page; sys.exit('torch' in sys.modules)"], check=True
+        [sys.executable, "-c", "import sys, igla_mega.report.serve; sys.exit('torch' in sys.modules)"], check=True
     )
-
-
-def test_the_load_of_experts_is_drawn_over_steps_with_what_each_layer_drops(run_dir):
-    lines = []
-    for step in range(1, 1001):
-        busy = 0.5 + 0.4 * step / 1000
-        lines.append(
-            {
-                **train_entry(step),
-                "moe_aux_loss": 1.1, "moe_drop_rate": 0.02, "moe_router_entropy": 0.6, "moe_max_violation": busy,
-                "expert_load": [[busy, 1 - busy], [0.5, 0.5]],
-                "moe_layers": {"drop_rate": [0.03, 0.01], "max_violation": [2 * busy - 1, 0.0]},
-            }
-        )  # fmt: skip
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = write_report(run_dir).read_text()
-    for title in ("Load of the experts", "Busiest expert", "Dropped visits by layer", "Balance of the experts"):
-        assert f"<h2>{title}</h2>" in page
-    [rows] = re.findall(r'"y":(\["0\.0","0\.1","1\.0","1\.1"\])', page)
-    assert json.loads(rows) == ["0.0", "0.1", "1.0", "1.1"]
-    heat = re.search(r'"z":(\[\[.*?\]\]),', page)
-    values = json.loads(heat[1])
-    assert len(values) == 4 and len(values[0]) <= 400, "means over stretches of steps"
-    assert values[0][-1] == pytest.approx(1.8, abs=0.01) and values[1][-1] == pytest.approx(0.2, abs=0.01)
-    assert values[2][0] == 1.0
-
-
-def test_a_dense_run_has_no_page_of_experts(run_dir):
-    assert "Load of the experts" not in write_report(run_dir).read_text()

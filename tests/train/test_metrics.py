@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import pytest
@@ -101,3 +102,20 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
 def test_peaks_are_positive_and_of_a_sane_size():
     assert 10e6 < metrics.peak_memory_bytes(torch.device("cpu")) < 1e12
     assert 1e8 < metrics.measured_peak_flops(torch.float32) < 1e14
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp_path, monkeypatch):
+    really, full = os.write, False
+
+    def write(descriptor: int, content: bytes) -> int:
+        if full and len(content) < 12:
+            raise OSError(28, "No space left on device")
+        return really(descriptor, content[:12] if full else content)
+
+    monkeypatch.setattr(metrics.os, "write", write)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for step in range(1, 6):
+            full = step in (2, 3)
+            metrics._append(file, {"step": step})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]

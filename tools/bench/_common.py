@@ -200,7 +200,7 @@ def engine_and_step(
         engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine))
 
     def batches() -> Iterator[dict]:
-        rows = num_rows // layout.data
+        rows = layout.micro_batch_size * rows_per_sample
         for tokens in random_tokens(num_rows, sequence + 1, vocab_size).split(rows)[mesh.data.rank :: layout.data]:
             positions = torch.arange(sequence).expand(rows, sequence)
             batch = {
@@ -265,12 +265,23 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+def results_path(name: str) -> Path:
+    """bench/results/<name>_<date>_<machine>.json."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in machine().lower()).split())
+    return REPOSITORY / "bench" / "results" / f"{name}_{time.strftime('%Y-%m-%d')}_{slug}.json"
+
+
+def cases_of(name: str) -> dict:
+    """The cases that today's file has already, of calls that took others."""
+    path = results_path(name)
+    return json.loads(path.read_text())["cases"] if path.exists() else {}
+
+
 def write(name: str, result: dict) -> None:
     """Write bench/results/<name>_<date>_<machine>.json, with the command."""
     import torch
 
-    slug = "-".join("".join(c if c.isalnum() else " " for c in machine().lower()).split())
-    path = REPOSITORY / "bench" / "results" / f"{name}_{time.strftime('%Y-%m-%d')}_{slug}.json"
+    path = results_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", f"tools/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     about = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__}

@@ -5,9 +5,12 @@ engine holds before it. Each case runs in processes of its own, one a rank; the 
 """
 
 import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from _common import Processes, Variant, write
+from _common import Processes, Variant, cases_of, write
 
 MODEL = {
     "hidden_size": 256,
@@ -19,44 +22,58 @@ MODEL = {
     "max_position": 256,
 }
 ROWS = 8
-CASES: dict[str, tuple[int, dict, dict]] = {
-    "one process": (1, {}, {}),
-    "recompute full": (1, {"gradient_checkpointing": "full"}, {}),
-    "recompute selective": (1, {"gradient_checkpointing": "selective"}, {}),
-    "bf16": (1, {"precision": "BF16"}, {}),
-    "bf16, recompute full": (1, {"precision": "BF16", "gradient_checkpointing": "full"}, {}),
-    "8 narrow layers": (1, {}, {"num_layers": 8, "hidden_size": 128, "intermediate_size": 512}),
-    "micro-batches of 2": (1, {"micro_batch_size": 2}, {}),
-    "micro-batches of 2, 8 layers, full": (
-        1,
-        {"micro_batch_size": 2, "gradient_checkpointing": "full"},
-        {"num_layers": 8},
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": PROJECTIONS}}
+NF4 = {**LORA, "quantization": {"bits": 4, "compute_dtype": "float32"}}
+MOE = {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "force_balanced": True}}
+"""Balanced, as the plan takes them to be."""
+FSDP = {"strategy": "FSDP", "micro_batch_size": 4}
+BF16_FULL = {"precision": "BF16", "gradient_checkpointing": "full"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine to measure."""
+
+    ranks: int = 1
+    distributed: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)
+    sections: dict = field(default_factory=dict)
+    """More of the recipe: `moe`, `lora`, ..."""
+
+
+CASES: dict[str, Case] = {
+    "one process": Case(),
+    "recompute full": Case(1, {"gradient_checkpointing": "full"}),
+    "recompute selective": Case(1, {"gradient_checkpointing": "selective"}),
+    "bf16": Case(1, {"precision": "BF16"}),
+    "bf16, recompute full": Case(1, BF16_FULL),
+    "8 narrow layers": Case(1, {}, {"num_layers": 8, "hidden_size": 128, "intermediate_size": 512}),
+    "micro-batches of 2": Case(1, {"micro_batch_size": 2}),
+    "micro-batches of 2, 8 layers, full": Case(
+        1, {"micro_batch_size": 2, "gradient_checkpointing": "full"}, {"num_layers": 8}
     ),
-    "vocabulary 32000": (1, {}, {"vocab_size": 32000}),
-    "vocabulary 32000, bf16": (1, {"precision": "BF16"}, {"vocab_size": 32000}),
-    "tensor 2": (2, {"tensor_parallel": 2}, {}),
-    "tensor 2, sequence parallel": (2, {"tensor_parallel": 2, "sequence_parallel": True}, {}),
-    "tensor 2, sequence parallel, full": (
-        2,
-        {"tensor_parallel": 2, "sequence_parallel": True, "gradient_checkpointing": "full"},
-        {},
+    "vocabulary 32000": Case(1, {}, {"vocab_size": 32000}),
+    "vocabulary 32000, bf16": Case(1, {"precision": "BF16"}, {"vocab_size": 32000}),
+    "tensor 2": Case(2, {"tensor_parallel": 2}),
+    "tensor 2, sequence parallel": Case(2, {"tensor_parallel": 2, "sequence_parallel": True}),
+    "tensor 2, sequence parallel, full": Case(
+        2, {"tensor_parallel": 2, "sequence_parallel": True, "gradient_checkpointing": "full"}
     ),
-    "pipeline 2": (2, {"pipeline_parallel": 2, "micro_batch_size": 2}, {}),
-    "pipeline 2, 2 virtual stages": (
-        2,
-        {"pipeline_parallel": 2, "virtual_pipeline": 2, "micro_batch_size": 1},
-        {},
+    "pipeline 2": Case(2, {"pipeline_parallel": 2, "micro_batch_size": 2}),
+    "pipeline 2, 2 virtual stages": Case(2, {"pipeline_parallel": 2, "virtual_pipeline": 2, "micro_batch_size": 1}),
+    "context 2": Case(2, {"context_parallel": 2}),
+    "context 2, full": Case(2, {"context_parallel": 2, "gradient_checkpointing": "full"}),
+    "data 2, distributed optimizer": Case(2, {"micro_batch_size": 4}),
+    "FSDP 2": Case(2, FSDP),
+    "FSDP 2, bf16, full": Case(2, {**FSDP, **BF16_FULL}),
+    "FSDP 2, bf16, full, wide": Case(
+        2, {**FSDP, **BF16_FULL, "micro_batch_size": 2}, {"hidden_size": 512, "intermediate_size": 1376}
     ),
-    "context 2": (2, {"context_parallel": 2}, {}),
-    "context 2, full": (2, {"context_parallel": 2, "gradient_checkpointing": "full"}, {}),
-    "data 2, distributed optimizer": (2, {"micro_batch_size": 4}, {}),
-    "FSDP 2": (2, {"micro_batch_size": 4, "strategy": "FSDP"}, {}),
-    "FSDP 2, bf16, full": (
-        2,
-        {"micro_batch_size": 4, "strategy": "FSDP", "gradient_checkpointing": "full", "precision": "BF16"},
-        {},
+    "FSDP 2, selective, two micro-batches": Case(
+        2, {**FSDP, "micro_batch_size": 2, "gradient_checkpointing": "selective"}
     ),
-    "tensor 2 x pipeline 2, selective": (
+    "tensor 2 x pipeline 2, selective": Case(
         4,
         {
             "tensor_parallel": 2,
@@ -65,13 +82,32 @@ CASES: dict[str, tuple[int, dict, dict]] = {
             "micro_batch_size": 2,
             "gradient_checkpointing": "selective",
         },
-        {},
     ),
+    "experts": Case(1, {}, {}, MOE),
+    "experts, bf16, full": Case(1, BF16_FULL, {}, MOE),
+    "experts, expert 2": Case(2, {"expert_parallel": 2, "micro_batch_size": 4}, {}, MOE),
+    "experts, FSDP 2": Case(2, {**FSDP, "expert_parallel": 1}, {}, MOE),
+    "LoRA": Case(1, {}, {}, LORA),
+    "LoRA, bf16, full": Case(1, BF16_FULL, {}, LORA),
+    "LoRA, tensor 2": Case(2, {"tensor_parallel": 2}, {}, LORA),
+    "LoRA, FSDP 2": Case(2, FSDP, {}, LORA),
+    "4 bits, LoRA": Case(1, {}, {}, NF4),
+    "4 bits, LoRA, bf16, full": Case(
+        1, BF16_FULL, {}, {**LORA, "quantization": {"bits": 4, "compute_dtype": "bfloat16"}}
+    ),
+    "DPO, cached": Case(1, {"micro_batch_size": 4}, {}, {"dpo": {}}),
+    "DPO, a second model": Case(1, {"micro_batch_size": 4}, {}, {"dpo": {"reference": "model"}}),
+    "DPO, LoRA": Case(1, {"micro_batch_size": 4}, {}, {"dpo": {}, **LORA}),
+    "held back by a Fisher": Case(1, {}, {}, {"continual": {"ewc_lambda": 10.0}}),
+    "held back by a Fisher, FSDP 2": Case(2, FSDP, {}, {"continual": {"ewc_lambda": 10.0}}),
 }
 
 
 def allocated_peak(step: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator has handed out at once during `step`, beyond those it had before."""
+    """Most bytes that torch's CPU allocator has handed out at once during `step`, beyond those it had before.
+
+    What was there before and is freed is not taken off (with FSDP the gradients of the step before).
+    """
     import torch
     from torch._C._profiler import _EventType
 
@@ -82,63 +118,92 @@ def allocated_peak(step: Callable[[], object]) -> int:
     while waiting:
         event = waiting.pop()
         if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
         waiting.extend(event.children)
     now = most = 0
-    for _, size in sorted(found, key=lambda allocation: allocation[0]):
-        now += size
+    own: dict[int, int] = {}
+    for _, address, size in sorted(found, key=lambda allocation: allocation[0]):
+        # A block that another thread freed (gloo's) is not heard of again until its place is given out anew.
+        now -= own.pop(address, 0)
+        if size > 0:
+            own[address] = size
+            now += size
         most = max(most, now)
     return most
 
 
-def measure(distributed: dict, model: dict) -> dict:
-    """Build this rank's engine, take a few steps, and compare the smallest of them with the plan.
-
-    Returns:
-        Pipeline rank, bytes held, bytes of the step's peak beyond these, measured and predicted, and when that is.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from igla_mega import host, parallel
-    from igla_mega.assemble import build_engine
+def recipe_of(case: Case):
+    """The case as a recipe."""
     from igla_mega.config.schema import Recipe
-    from igla_mega.plan import activations, parameters
-    from igla_mega.plan.layout import choose_layout
-    from igla_mega.train.step import train_step
 
-    sizes = {**MODEL, **model}
-    recipe = Recipe.model_validate(
+    pairs = 2 if "dpo" in case.sections else 1
+    return Recipe.model_validate(
         {
             "name": "memory",
-            "model": sizes,
-            "training": {"learning_rate": 1e-3, "batch_size": ROWS, "total_steps": 10},
+            "model": {**MODEL, **case.model},
+            "training": {"learning_rate": 1e-3, "batch_size": ROWS // pairs, "total_steps": 10},
             "distributed": {
                 "strategy": "DDP",
                 "precision": "FP32",
                 "tensor_parallel": 1,
                 "pipeline_parallel": 1,
                 "micro_batch_size": ROWS,
-                **distributed,
+                **case.distributed,
             },
+            **({"base_model": "random"} if {"lora", "dpo"} & set(case.sections) else {}),
+            **case.sections,
         }
     )
+
+
+def measure(case: Case) -> dict:
+    """Build this rank's engine, take a few steps, and compare the smallest of them with the plan.
+
+    Returns:
+        Pipeline rank; bytes that stay, bytes of weights, and bytes of the step's peak beyond what stays, measured and
+        predicted; and when the peak is.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from igla_mega import host, parallel
+    from igla_mega.assemble import build_engine, frozen_chunks
+    from igla_mega.objective.ewc import PER_TOKEN, Ewc, Origin
+    from igla_mega.plan import activations, parameters
+    from igla_mega.plan.layout import choose_layout
+    from igla_mega.train import preference
+    from igla_mega.train.step import train_step
+
+    recipe = recipe_of(case)
+    assert recipe.model is not None
     device = host.prepare()
     if not dist.is_initialized():
         parallel.start(device)
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
     mesh = parallel.build(layout, 1)
-    engine, _ = build_engine(recipe, layout, mesh, device)
-    length, rows = sizes["max_position"], layout.micro_batch_size
+    with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
+        base = _saved_base(recipe, layout, mesh, device, Path(folder)) if recipe.quantization is not None else None
+        engine, _ = build_engine(recipe, layout, mesh, device, base=base)
+    if recipe.dpo is not None:
+        mode = preference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
+        frozen = frozen_chunks(recipe, layout, mesh, device, None) if mode == "model" else ()
+        engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine, frozen))
+    if recipe.memory is not None:
+        ewc = Ewc(mesh, recipe.memory.ewc_lambda)
+        slots = list(engine.slots())
+        ewc.hold(slots, ewc.allocate(slots), Origin(PER_TOKEN, "model", 1, 1, 1, 1, (), ""))
+        engine = replace(engine, ewc=ewc)
+    length, rows = recipe.model.max_position, layout.micro_batch_size * layout.rows_per_sample
 
-    def batches():
+    def batches() -> Iterator[dict]:
         for _ in range(layout.num_microbatches):
-            tokens = torch.randint(0, sizes["vocab_size"], (rows, length + 1))
+            tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1))  # type: ignore[union-attr]
             yield {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
                 "loss_mask": torch.ones(rows, length),
                 "position_ids": torch.arange(length).expand(rows, length),
+                **({"reference": torch.zeros(rows)} if recipe.dpo is not None else {}),
             }
 
     def step() -> float:
@@ -152,11 +217,37 @@ def measure(distributed: dict, model: dict) -> dict:
     held = parameters.held(recipe, layout, stage, device="cpu", data_rank=mesh.data_context.rank)
     return {
         "stage": stage,
-        "held_bytes": held.weights + held.optimizer + (0 if layout.strategy == "FSDP" else held.gradients),
+        "held_bytes": held.weights
+        + held.optimizer
+        + held.memory
+        + (0 if layout.strategy == "FSDP" else held.gradients),
+        "weights_measured_bytes": _weight_bytes(engine.chunks),
+        "weights_predicted_bytes": held.weights,
         "measured_bytes": peak,
         "predicted_bytes": planned.total,
         "moment": planned.moment,
     }
+
+
+def _weight_bytes(chunks) -> int:
+    """Of all parameters, and of the buffers that hold codes."""
+    from igla_mega.model.nf4 import Nf4
+
+    found = [getattr(p, "_local_tensor", p) for chunk in chunks for p in chunk.parameters()]
+    found += [b for chunk in chunks for m in chunk.modules() if isinstance(m, Nf4) for b in m.buffers()]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(storages.values())
+
+
+def _saved_base(recipe, layout, mesh, device, folder: Path) -> Path:
+    """A checkpoint of random weights, to be coded in 4 bits."""
+    from igla_mega.assemble import build_engine
+    from igla_mega.checkpoint import store
+
+    plain = recipe.model_copy(update={"lora": None, "quantization": None})
+    engine, _ = build_engine(plain, layout, mesh, device)
+    store.save_folder(folder / "base", engine.slots(), {}, mesh)
+    return folder / "base"
 
 
 def largest(reports: list[dict]) -> list[dict]:
@@ -168,8 +259,8 @@ def largest(reports: list[dict]) -> list[dict]:
     return found
 
 
-def _case(distributed: dict, model: dict) -> Callable[[], dict]:
-    report = measure(distributed, model)
+def _case(case: Case) -> Callable[[], dict]:
+    report = measure(case)
     return lambda: report
 
 
@@ -182,15 +273,15 @@ class _EveryRank(Processes):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="beside what the same day's file has of other cases")
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
     args = parser.parse_args()
     table: dict[str, list[dict]] = {}
     print(f"{'':38} {'stage':>5} {'measured MiB':>12} {'plan MiB':>9} {'error':>7}  moment of the peak, by the plan")
-    for name, (num_ranks, distributed, model) in CASES.items():
+    for name, case in CASES.items():
         if args.only and name not in args.only:
             continue
-        processes = _EveryRank(Variant(_case, (distributed, model), num_ranks, threads=1))
+        processes = _EveryRank(Variant(_case, (case,), case.ranks, threads=1))
         table[name] = largest(processes.results())
         processes.stop()
         for row in table[name]:
@@ -200,7 +291,7 @@ def main() -> None:
                 flush=True,
             )
     if args.write:
-        write("memory", {"model": MODEL, "rows": ROWS, "cases": table})
+        write("memory", {"model": MODEL, "rows": ROWS, "cases": {**cases_of("memory"), **table}})
 
 
 if __name__ == "__main__":

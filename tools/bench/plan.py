@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, REPOSITORY, VOCAB, Processes, Variant, engine_step, write
+from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, REPOSITORY, VOCAB, Processes, Variant, cases_of, engine_step, write
 
 CORES = 2
 CASES: dict[str, tuple[str, int, dict]] = {
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
     parser.add_argument("--calibrations", type=Path, help="folder to keep calibrations in, and to take them from")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="beside what the same day's file has of other cases")
     args = parser.parse_args()
     table: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
@@ -122,7 +122,8 @@ def main() -> None:
             )
         found_calibrations = {p: json.loads(path.read_text()) for p, path in calibrations.items()}
     if args.write:
-        write("plan", {"rounds": args.rounds, "cases": table, "calibrations": found_calibrations})
+        cases = {**cases_of("plan"), **table}
+        write("plan", {"rounds": args.rounds, "cases": cases, "calibrations": found_calibrations})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""How much an asynchronous save of the laptop model delays the steps that run while it is written."""
+"""How much an asynchronous save of the laptop model delays the steps that run while it is written, and seconds to save
+and to load model B's weights and moments, beside torch's distributed checkpoint and safetensors."""
 
 import argparse
 import tempfile
@@ -44,6 +45,65 @@ def saving(folder: str, distributed: dict) -> Callable[[], dict]:
     return both
 
 
+def store_and_peers(folder: str) -> Callable[[], dict]:
+    """Each call saves and loads the same tensors in each way, and returns seconds: {way: (save, load)}."""
+    import shutil
+
+    import safetensors.torch
+    import torch.distributed.checkpoint as dcp
+
+    from igla_mega.checkpoint import store
+
+    engine, step = engine_and_step("B")
+    step()
+    slots = list(engine.slots())
+    tensors = {f"{slot.shard.name}.{kind}": v for slot in slots for kind, v in slot.values.items()}
+    group = engine.mesh.host_group
+
+    def dcp_load(path: Path) -> None:
+        dcp.load(tensors, checkpoint_id=path)
+
+    def safetensors_load(path: Path) -> None:
+        for name, values in safetensors.torch.load_file(path / "model.safetensors").items():
+            tensors[name].copy_(values)
+
+    def safetensors_save(path: Path) -> None:
+        path.mkdir()
+        safetensors.torch.save_file(tensors, path / "model.safetensors")
+
+    ways: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+        "ours": (lambda p: store.save_folder(p, slots, {}, engine.mesh), lambda p: store.load_slots(p, slots, group)),
+        "torch DCP": (lambda p: dcp.save(tensors, checkpoint_id=p), dcp_load),
+        "safetensors": (safetensors_save, safetensors_load),
+    }
+
+    def all_ways() -> dict:
+        found = {}
+        for name, calls in ways.items():
+            path, seconds = Path(folder, name.replace(" ", "_")), []
+            for call in calls:
+                started = time.perf_counter()
+                call(path)
+                seconds.append(time.perf_counter() - started)
+            shutil.rmtree(path)
+            found[name] = seconds
+        found["bytes"] = sum(values.nbytes for values in tensors.values())
+        return found
+
+    return all_ways
+
+
+def print_stores(rounds: list[dict]) -> dict:
+    """Medians of saving and of loading; the size is of all tensors together."""
+    table: dict = {"bytes": rounds[0]["bytes"]}
+    print(f"{rounds[0]['bytes'] / 2**20:.0f} MiB {'save ms':>20} {'load ms':>9}")
+    for name in (name for name in rounds[0] if name != "bytes"):
+        save, load = (sorted(r[name][which] for r in rounds)[len(rounds) // 2] for which in (0, 1))
+        table[name] = {"save_ms": round(save * 1e3, 1), "load_ms": round(load * 1e3, 1)}
+        print(f"{name:24} {save * 1e3:5.0f} {load * 1e3:9.0f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -76,8 +136,12 @@ def main() -> None:
                 "rounds": rounds,
             }
             print(f"{name:20} {step_ms:8.0f} {text(first):>20} {text(all_):>20} {waited * 1e3:17.0f}")
+        processes = Processes(Variant(store_and_peers, (folder,)))
+        processes.step()
+        stores = print_stores([processes.step()[1] for _ in range(args.rounds)])
+        processes.stop()
     if args.write:
-        write("save", {"rounds": args.rounds, "variants": table})
+        write("save", {"rounds": args.rounds, "variants": table, "stores": stores})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""The run page, live: a server of that page and of what is new, and of nothing else."""
+
+import errno
+import ipaddress
+import json
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.report.page import Page, policy
+
+DEFAULT_PORT = 8400
+PORTS_TRIED = 50
+"""Ports after a taken one that are looked at for a free one."""
+REQUEST_SECONDS = 30
+"""A connection that says nothing for so long is closed."""
+MAX_CONNECTIONS = 64
+
+
+class PageServer(ThreadingHTTPServer):
+    """Serves `/` (the page) and `/data?since=...` (what it lacks) to whoever names this host."""
+
+    daemon_threads = True
+
+    def __init__(self, page: Page, host: str, port: int):
+        self.page = page
+        self.lock = threading.Lock()
+        self.host = host
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        # The base class asks the name service who it is, which may take minutes where there is none.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.host, self.server_address[1]
+
+    def process_request(self, request, client_address) -> None:
+        if not self._slots.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request, client_address) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError | TimeoutError):  # a browser that went away is none
+            print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.server_port}/"
+
+    def knows(self, named: str | None) -> bool:
+        """Whether a Host header may ask: an address, `localhost`, or the name given with --host.
+
+        A page of elsewhere can make its own name point here (DNS rebinding), but not these.
+        The port is not looked at: a tunnel may have another.
+        """
+        try:
+            name = urlsplit(f"//{named or ''}").hostname or ""
+        except ValueError:
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return bool(name) and name in ("localhost", self.host.lower())
+        return True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: PageServer
+    server_version, sys_version = "igla-mega", ""
+    timeout = REQUEST_SECONDS
+
+    def do_GET(self) -> None:
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) != 1 or not self.server.knows(hosts[0]):
+            self._answer(403, "text/plain", b"This server answers to its own address only; see --host.\n")
+            return
+        path, query = self.path.partition("?")[::2]
+        if path == "/":
+            with self.server.lock:
+                self.server.page.update()
+                page = self.server.page.html(live=True)
+            self._answer(200, "text/html; charset=utf-8", page.encode())
+        elif path == "/data":
+            since = (parse_qs(query).get("since") or [""])[0].split(",")
+            with self.server.lock:
+                self.server.page.update()
+                news = self.server.page.news(since[: len(self.server.page.runs)])
+            self._answer(200, "application/json", json.dumps(news, allow_nan=False, separators=(",", ":")).encode())
+        else:
+            self._answer(404, "text/plain", b"There is / and nothing else.\n")
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: int, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(content))),
+            ("Content-Security-Policy", f"{policy(live=True)}; frame-ancestors 'none'"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Cross-Origin-Opener-Policy", "same-origin"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args) -> None:
+        """A poll every two seconds is no news."""
+
+
+def open_server(folders: Sequence[Path], host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> PageServer:
+    """Open the page's server; port 0 takes a free one.
+
+    Raises:
+        ConfigError: no run there, the port is taken or not allowed, or the host is not this machine's.
+    """
+    host = host.strip("[]")
+    if not host:
+        raise ConfigError("--host: empty. Take 127.0.0.1; 0.0.0.0 answers on every address of this machine.")
+    page = Page(folders)
+    try:
+        return PageServer(page, host, port)
+    except (TypeError, ValueError):  # what the name service cannot be asked
+        raise ConfigError(
+            f"--host {host}: not a host's name.\n  Take 127.0.0.1, and a tunnel from elsewhere."
+        ) from None
+    except OSError as error:
+        raise ConfigError(_why(error, host, port)) from None
+
+
+def serve(folders: Sequence[Path], host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        ConfigError: as `open_server`.
+    """
+    try:
+        with open_server(folders, host, port) as server:
+            print(f"{', '.join(map(str, folders))}: {server.url}  (Ctrl-C ends it)", flush=True)
+            if not _is_loopback(server.host):
+                print(f"note: whoever reaches {server.host} can read this page: it has no password.", flush=True)
+            server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        print("\nended", flush=True)
+
+
+def _why(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        free = _free_port(host, port)
+        way = f"Take the next free one: --port {free}." if free else "Take a free one: --port 0."
+        return f"--port {port}: already in use on {host}.\n  {way}"
+    if error.errno == errno.EACCES:
+        return f"--port {port}: not allowed to this user: below 1024 it is the system's.\n  Take --port {DEFAULT_PORT}."
+    return (
+        f"--host {host}: {error.strerror}: not an address of this machine.\n"
+        "  Take 127.0.0.1, and a tunnel from elsewhere."
+    )
+
+
+def _free_port(host: str, port: int) -> int | None:
+    for candidate in range(port + 1, min(port + 1 + PORTS_TRIED, 65536)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+            try:
+                one.bind((host, candidate))
+            except OSError:
+                continue
+            return candidate
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
