@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <bit>
 #include <tuple>
 
 #include "checks.h"
@@ -41,6 +42,34 @@ Vec get(const T* from, int64_t lanes) {
 template <class T>
 void put(T* to, int64_t lanes, Vec v) {
   lanes == kLanes ? store(to, v) : store_part(to, lanes, v);
+}
+
+// The sum of a row's term(i, lanes), in the order of torch's own sum: in blocks, and their sums again in blocks. So an
+// RMSNorm has the bits of one written in torch, and the error hardly grows with the width.
+template <class Term>
+float sum_row(int64_t count, const Term& term) {
+  constexpr int64_t kAcross = 4, kLevels = 4, kStep = kAcross * kLanes;
+  const int64_t steps = count / kStep;
+  const auto log2_steps = static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(std::max<int64_t>(steps, 1) - 1)));
+  const int64_t log2_block = std::max<int64_t>(4, log2_steps / kLevels);
+  Vec sums[kLevels][kAcross] = {};
+  for (int64_t step = 0; step < steps;) {
+    for (int64_t k = 0; k < kAcross; ++k) sums[0][k] += term(step * kStep + k * kLanes, kLanes);
+    ++step;
+    for (int64_t level = 1; level < kLevels && step % (int64_t{1} << level * log2_block) == 0; ++level)
+      for (int64_t k = 0; k < kAcross; ++k) {
+        sums[level][k] += sums[level - 1][k];
+        sums[level - 1][k] = Vec{};
+      }
+  }
+  for (int64_t level = 1; level < kLevels; ++level)
+    for (int64_t k = 0; k < kAcross; ++k) sums[0][k] += sums[level][k];
+  int64_t i = steps * kStep;
+  for (; i + kLanes <= count; i += kLanes) sums[0][0] += term(i, kLanes);
+  for (int64_t k = 1; k < kAcross; ++k) sums[0][0] += sums[0][k];
+  float sum = i < count ? sum_lanes(term(i, count - i)) : 0.0f;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[0][0][lane];
+  return sum;
 }
 
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns)); }
@@ -81,12 +110,11 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
     torch::stable::parallel_for(0, rows, rows_per_task(columns), [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* from = in + row * columns;
-        Vec squares{};
-        for_each_vector(columns, [&](int64_t i, int64_t lanes) {
+        const float squares = sum_row(columns, [&](int64_t i, int64_t lanes) {
           const Vec v = get(from + i, lanes);
-          squares += v * v;
+          return v * v;
         });
-        const float s = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(columns) + static_cast<float>(epsilon));
+        const float s = 1.0f / std::sqrt(squares / static_cast<float>(columns) + static_cast<float>(epsilon));
         row_scale[row] = s;
         for_each_vector(columns, [&](int64_t i, int64_t lanes) {
           put(to + row * columns + i, lanes, get(from + i, lanes) * s * get(w + i, lanes));
@@ -123,11 +151,10 @@ std::tuple<Tensor, Tensor> rms_norm_gradient(const Tensor& grad, const Tensor& x
         for (int64_t row = sum * kRowsOfSum; row < std::min(rows, (sum + 1) * kRowsOfSum); ++row) {
           const int64_t at = row * columns;
           const float s = row_scale[row];
-          Vec dots{};
-          for_each_vector(columns, [&](int64_t i, int64_t lanes) {
-            dots += get(g + at + i, lanes) * get(w + i, lanes) * get(in + at + i, lanes);
+          const float dots = sum_row(columns, [&](int64_t i, int64_t lanes) {
+            return get(g + at + i, lanes) * get(w + i, lanes) * get(in + at + i, lanes);
           });
-          const float back = s * s * s * sum_lanes(dots) / static_cast<float>(columns);
+          const float back = s * s * s * dots / static_cast<float>(columns);
           for_each_vector(columns, [&](int64_t i, int64_t lanes) {
             const Vec upstream = get(g + at + i, lanes), v = get(in + at + i, lanes);
             put(part + i, lanes, get(part + i, lanes) + upstream * v * s);

@@ -60,6 +60,16 @@ def test_the_norm_and_its_gradients_are_those_of_the_formula(dtype, width, ways)
     )
 
 
+@pytest.mark.parametrize("width", [64, 4096, 100_003])
+def test_a_norm_is_as_exact_as_torchs_at_any_width(width):
+    x = random(200, width)
+    exact = (x.double().square().mean(-1) + EPSILON).rsqrt()
+    torchs = torch.rsqrt(x.square().mean(-1) + EPSILON)
+    ours = torch.ops.igla.rms_norm(x, torch.ones(width), EPSILON)[1]
+    ours_off, torchs_off = (((scale - exact) / exact).square().mean().sqrt() for scale in (ours, torchs))
+    assert ours_off <= 1.1 * torchs_off
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_swiglu_and_its_gradient_are_those_of_the_formula(dtype, width, ways):
