@@ -3,6 +3,7 @@
 The manifest goes last and is taken away first: what has none is no checkpoint, however much of it lies there.
 """
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -19,6 +20,7 @@ from igla_mega.checkpoint import integrity
 from igla_mega.config.errors import ConfigError
 
 _PIECE = 1 << 24
+_OWNER = "run_id"
 _PATIENCE = datetime.timedelta(hours=24)
 """Ranks wait for one another's uploads."""
 
@@ -78,6 +80,17 @@ class Remote:
         """That of a checkpoint, as it lies there."""
         path = self._path(step, integrity.MANIFEST)
         return self._system.cat_file(path) if self._system.exists(path) else None
+
+    def owner(self) -> str | None:
+        """Which run's checkpoints lie here, as `store.run_id` names it."""
+        path = f"{self._root}/{_OWNER}"
+        return self._system.cat_file(path).decode(errors="replace").strip() if self._system.exists(path) else None
+
+    def claim(self, run: str) -> None:
+        """Have the checkpoints here be those of one run, from which another then keeps away."""
+        with contextlib.suppress(Exception):  # of whatever kind the store's client knows; the first copy says it
+            self._system.makedirs(self._root, exist_ok=True)
+            self._system.pipe_file(f"{self._root}/{_OWNER}", f"{run}\n".encode())
 
     def put(self, folder: Path, step: int, names: list[str]) -> None:
         """Copy some files of a checkpoint there.
@@ -197,6 +210,7 @@ class Uploads:
     """Copies whole checkpoints to a remote folder in the background, in parts by rank; all ranks add the same steps.
 
     Args:
+        run: whose checkpoints they are, by `store.run_id`; those of another run there are left alone.
         ended: called with step, seconds, bytes and the error of each, on every rank.
         obsolete: which of the steps there may go.
     """
@@ -205,10 +219,11 @@ class Uploads:
         self,
         remote: Remote,
         root: Path,
+        run: str,
         ended: Callable[[int, float, int, str | None], None],
         obsolete: Callable[[list[int]], list[int]],
     ):
-        self.remote, self._root, self._ended, self._obsolete = remote, root, ended, obsolete
+        self.remote, self._root, self._run, self._ended, self._obsolete = remote, root, run, ended, obsolete
         # Collectives of its own: saves go on meanwhile.
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._steps: queue.Queue[int | None] = queue.Queue()
@@ -283,6 +298,10 @@ class Uploads:
             manifest = (folder / integrity.MANIFEST).read_bytes()
             if step in self._obsolete(sorted(self._open)):
                 return {}
+            if (owner := self.remote.owner()) is None:
+                self.remote.claim(self._run)
+            elif owner != self._run:
+                return f"another run ({owner}) keeps its checkpoints there; set checkpoint.remote to another folder"
             if self.remote.manifest(step) == manifest:
                 return {}
             self.remote.unseal(step)

@@ -135,7 +135,12 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._staging_said = False
         self._untidy: str | None = None
-        self._uploads = Uploads(remote, root, self._uploaded, retention.obsolete) if remote else None
+        self._uploads = None
+        if remote:
+            run = run_id(root, mesh)
+            if mesh.is_main and not steps_in(root):  # it begins: what lies there was another's
+                remote.claim(run)
+            self._uploads = Uploads(remote, root, run, self._uploaded, retention.obsolete)
         if mesh.is_main:
             root.mkdir(parents=True, exist_ok=True)
             self._device = root.stat().st_dev
@@ -606,6 +611,7 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
     dist.broadcast_object_list(offers, src=0, group=mesh.host_group)
     if isinstance(offers[0], str):
         raise ConfigError(offers[0])
+    run = run_id(root, mesh)
     for step, manifest in offers[0]:
         final = step_dir(root, step)
         temporary = root / f"{UNFINISHED}{final.name}"
@@ -623,6 +629,7 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
         if reason is None:
             if mesh.is_main:
                 (temporary / MANIFEST).write_bytes(manifest)
+                remote.claim(run)
             dist.barrier(group=mesh.host_group)
             reason = _damaged_together(temporary, mesh.host_group)
         if mesh.is_main and reason is None:

@@ -559,6 +559,10 @@ def evaluation_has_what_it_reads(recipe: Recipe) -> Iterator[str]:
         yield f"evaluation.tasks.names: {', '.join(sorted(twice))} is there twice. Remove one."
 
 
+FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Compute capability from which on a GPU has the products of an FP8 recipe."""
+
+
 def fp8_has_its_kernels(recipe: Recipe) -> Iterator[str]:
     where, model = recipe.distributed, recipe.model
     if where.precision != "FP8":

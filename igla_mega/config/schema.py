@@ -360,7 +360,7 @@ class Checkpoint(Section):
     """Newest checkpoints that are kept in `local_folder`. At least 1."""
     remote: str | None = None
     """Address of a folder in an object store, such as `s3://bucket/run`, to which whole checkpoints are copied, and
-    from which a run folder without one resumes. Unset, none."""
+    from which a run folder without one resumes. Of one run: the last to begin there has it. Unset, none."""
 
 
 class Needle(Section):

@@ -27,13 +27,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
+from igla_mega.config.rules import FP8_CAPABILITY
 from igla_mega.model.experts import use_experts
 from igla_mega.ops.pointwise import rms_norm, rotate, swiglu
 from igla_mega.ops.ring_attention import Kept, ring_attention
 from igla_mega.ops.varlen_attention import varlen_attention
 
-FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""Compute capability from which on a GPU has the products of an FP8 recipe."""
 BACKENDS = {AttnBackend.flash: SDPBackend.FLASH_ATTENTION, AttnBackend.fused: SDPBackend.CUDNN_ATTENTION}
 """Of attention, in megatron-core's words and in torch's; any other is torch's choice."""
 

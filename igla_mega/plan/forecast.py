@@ -145,11 +145,10 @@ def forecast(
     Raises:
         ConfigError: a number that cannot be, no legal layout, or none that fits, with the ways to make one fit.
     """
-    if recipe.distributed.precision == "FP8" and not hardware.fp8_flops:
-        able = ", ".join(entry.name for entry in TABLE.values() if entry.fp8_flops)
-        raise ConfigError(
-            f"distributed.precision: FP8, and {hardware.title} has no products in 8 bits. Use BF16, or --gpu {able}."
-        )
+    if recipe.distributed.precision == "FP8" and not hardware.has_fp8(kind := recipe.distributed.fp8_recipe):
+        able = ", ".join(entry.name for entry in TABLE.values() if entry.has_fp8(kind))
+        why = f"does not scale 8 bits by {kind}" if hardware.fp8_flops else "has no products in 8 bits"
+        raise ConfigError(f"distributed.precision: FP8, and {hardware.title} {why}. Use BF16, or --gpu {able}.")
     _numbers_are_above_zero(gpus=gpus, price=price, samples=samples)
     assumed: list[str] = []
     warnings: list[str] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.rules import FP8_CAPABILITY
 
 GIB = 2**30
 
@@ -45,10 +46,17 @@ class Hardware:
     """What the driver, its libraries and NCCL take beside the allocator."""
     fp8_flops: float = 0.0
     """Dense, with fp32 sums; 0: it has no products in 8 bits."""
+    capability: float = math.inf
+    """Compute capability, 9.0 of an H100; unset, that of every FP8 recipe."""
 
     def peak(self, precision: str) -> float:
         """FLOP/s that a recipe's `precision` is measured against; of FP8, in which only part is done, bf16's."""
         return self.fp32_flops if precision == "FP32" else self.bf16_flops
+
+    def has_fp8(self, fp8_recipe: str) -> bool:
+        """Whether it has the products of an FP8 recipe."""
+        major, minor = FP8_CAPABILITY[fp8_recipe]
+        return self.fp8_flops > 0 and self.capability >= major + minor / 10
 
     @property
     def is_cpu(self) -> bool:
@@ -65,6 +73,7 @@ _A100_40 = Hardware(
 _H100 = Hardware(
     "h100", "NVIDIA H100 80GB SXM", 79.1 * GIB, 989e12, 67e12, 3.35e12, 8, 450e9, 50e9, 64e9, 1275, 3.0,
     "NVIDIA H100 data sheet, 2022; DGX H100 data sheet: 8 x 400 Gb/s, 10.2 kW", _CLOUDS, fp8_flops=1979e12,
+    capability=9.0,
 )  # fmt: skip
 TABLE: dict[str, Hardware] = {
     entry.name: entry
@@ -82,13 +91,13 @@ TABLE: dict[str, Hardware] = {
         Hardware(
             "b200", "NVIDIA B200 SXM", 178.0 * GIB, 2250e12, 75e12, 7.7e12, 8, 900e9, 50e9, 64e9, 1788, 5.0,
             "NVIDIA DGX B200 data sheet, 2024: 8 x 400 Gb/s, 14.3 kW; fp32 from the Blackwell brief", _NO_PRICE,
-            fp8_flops=4500e12,
+            fp8_flops=4500e12, capability=10.0,
         ),
         Hardware(
             "rtx-4090", "NVIDIA GeForce RTX 4090 24GB", 23.6 * GIB, 165.2e12, 82.6e12, 1.008e12, 1, 25e9, 3e9, 25e9,
             650, 0.4, "NVIDIA Ada GPU architecture white paper, 2022 (bf16 with fp32 sums); PCIe 4.0 x16; one to a "
             "machine, 25 Gb/s Ethernet and 200 W for the rest of it are assumed", _NO_PRICE, 0.8 * GIB,
-            fp8_flops=330.3e12,
+            fp8_flops=330.3e12, capability=8.9,
         ),
     )
 }  # fmt: skip
@@ -160,7 +169,7 @@ def read(path: Path) -> dict[str, Hardware]:
 
 
 _TEXT = {"title", "source", "price_source"}
-_OPTIONAL = {*_TEXT, "reserved_bytes", "host_link", "fp8_flops"}
+_OPTIONAL = {*_TEXT, "reserved_bytes", "host_link", "fp8_flops", "capability"}
 
 
 def _breaches(name: str, given: dict[str, Any], *, complete: bool):

@@ -5,10 +5,9 @@ import json
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ class Trackers:
 
     def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
         self._run_dir = run_dir
-        self._files: dict[str, IO[str]] = {}
+        self._files: dict[str, Lines] = {}
         self.rewind(resume_step)
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = []
@@ -81,8 +80,8 @@ class Trackers:
 
     def _line(self, name: str, entry: dict[str, Any]) -> None:
         if name not in self._files:
-            self._files[name] = open(self._run_dir / f"{name}.jsonl", "a")  # noqa: SIM115 (closed by `close`)
-        _append(self._files[name], entry)
+            self._files[name] = Lines(self._run_dir / f"{name}.jsonl")
+        self._files[name].add(entry)
 
     def _add_tensorboard(self, folder: Path) -> None:
         from tensorboard.summary import Writer
@@ -125,8 +124,9 @@ def event(kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
 
 def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> None:
     """Add a line to a run's events.jsonl, where there are no trackers."""
-    with open(run_dir / "events.jsonl", "a") as file:
-        _append(file, event(kind, step, message, **more))
+    file = Lines(run_dir / "events.jsonl")
+    file.add(event(kind, step, message, **more))
+    file.close()
 
 
 def rewind(path: Path, step: int) -> None:
@@ -146,17 +146,34 @@ def rewind(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-_unwritten: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+class Lines:
+    """Adds lines of JSON to a file; what a full disk does not take waits in memory, and goes before the next line."""
 
+    def __init__(self, path: Path):
+        self._path, self._waiting = path, b""
+        self._descriptor: int | None = None
 
-def _append(file, entry: dict[str, Any]) -> None:
-    """Add a line; what a full disk does not take waits in memory, and goes before the next line."""
-    rest = _unwritten.pop(file, b"") + (json.dumps(entry) + "\n").encode()
-    try:
-        while rest:
-            rest = rest[os.write(file.fileno(), rest) :]
-    except OSError:
-        _unwritten[file] = rest
+    def add(self, entry: dict[str, Any]) -> None:
+        """Write a line, or keep it."""
+        self._waiting += (json.dumps(entry) + "\n").encode()
+        with contextlib.suppress(OSError):
+            descriptor = self._opened()
+            while self._waiting:
+                self._waiting = self._waiting[os.write(descriptor, self._waiting) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # a killed run's half-written line
+                self._waiting = b"\n" + self._waiting
+        return self._descriptor
 
 
 def peak_memory_bytes(device: torch.device) -> int:

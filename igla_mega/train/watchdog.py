@@ -315,7 +315,7 @@ class Watchdog:
         print(f"error: {text}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = time.strftime("report_%Y%m%d_%H%M%S.txt")
+            name = datetime.datetime.now().strftime("report_%Y%m%d_%H%M%S_%f.txt")
             (self.folder / name).write_text(text + "\n")
             step = self.pulse.step if step is None else step
             write_event(self.run_dir, "hang", step, text.splitlines()[0], report=f"{HANG}/{name}")

@@ -516,6 +516,19 @@ def test_whole_checkpoints_are_copied_to_a_remote_folder_which_an_empty_run_resu
     assert ranks.run(2, found_remotely, recipe, str(tmp_path / "newest"), address)[0][0] is None
 
 
+def test_of_two_runs_with_one_remote_folder_the_earlier_keeps_away_and_says_so(tmp_path):
+    recipe, address = tiny.recipe(), f"file://{tmp_path}/bucket"
+    assert all(one.error is None for one in ranks.run(1, save_remotely, recipe, str(tmp_path / "a"), address, 3)[0])
+    later = ranks.run(1, save_remotely, recipe, str(tmp_path / "b"), address, 2)[0]
+    assert all(one.error is None for one in later), "a run that begins there takes it over"
+    bucket = {path: path.read_bytes() for path in (tmp_path / "bucket").rglob("*") if path.is_file()}
+    earlier = ranks.run(1, save_remotely, recipe, str(tmp_path / "a"), address, 5)[0]
+    owner = (tmp_path / "b" / "run_id").read_text().strip()
+    assert earlier[-1].where == "remote" and f"another run ({owner}) keeps" in earlier[-1].error
+    assert not any(one.error is None for one in earlier if one.where == "remote"), [one.error for one in earlier]
+    assert {path: path.read_bytes() for path in (tmp_path / "bucket").rglob("*") if path.is_file()} == bucket
+
+
 def test_a_checkpoint_at_an_address_is_copied_once_for_eval_and_its_like(tmp_path, monkeypatch):
     monkeypatch.setenv("IGLA_CACHE", str(tmp_path / "cache"))
     address = f"file://{tmp_path}/bucket"
@@ -557,7 +570,7 @@ def test_an_s3_server_holds_the_checkpoints_that_are_kept_and_an_empty_run_resum
         outcomes = ranks.run(2, save_to_s3, recipe, str(tmp_path / "run"), address, environment)[0]
         assert [outcome.error for outcome in outcomes] == [None] * 6
         listed = client.list_objects_v2(Bucket="runs")["Contents"]
-        assert {entry["Key"].split("/")[2] for entry in listed} == {"step_00000002", "step_00000003"}
+        assert {entry["Key"].split("/")[2] for entry in listed} == {"run_id", "step_00000002", "step_00000003"}
         step, said = ranks.run(2, find_in_s3, recipe, str(tmp_path / "new"), address, environment)[0]
         assert step == 3 and "copying step 3" in said[0]
         client.delete_object(Bucket="runs", Key="team/run/step_00000003/manifest.json")

@@ -113,9 +113,25 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp
         return really(descriptor, content[:12] if full else content)
 
     monkeypatch.setattr(metrics.os, "write", write)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        for step in range(1, 6):
-            full = step in (2, 3)
-            metrics._append(file, {"step": step})
+    file = metrics.Lines(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        full = step in (2, 3)
+        file.add({"step": step})
+    file.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_file_that_cannot_be_made_yet_is_made_when_it_can(tmp_path):
+    file = metrics.Lines(tmp_path / "later" / "events.jsonl")
+    file.add({"step": 1})
+    (tmp_path / "later").mkdir()
+    file.add({"step": 2})
+    assert [json.loads(line)["step"] for line in (tmp_path / "later/events.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_line_that_a_killed_run_has_half_written_spoils_no_other(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"step": 2, "ev')
+    metrics.write_event(tmp_path, "resumed", 3, "from step 1")
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert lines[1] == '{"step": 2, "ev' and json.loads(lines[2])["step"] == 3 and len(lines) == 3
