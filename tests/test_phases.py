@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-import torch.distributed as dist
+from small_run import Fault, lines, own_world
 
 from igla_mega import parallel
 from igla_mega import run as engine
@@ -65,19 +65,20 @@ def recipe_of(sources, tmp_path_factory):
 
 def as_rank(function, text: str, run_dir: str, *args):
     """Leave the world the test made, so that the run makes its own; what the run says."""
-    # The store is there before anyone is told its port, as torchrun's is.
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
-    port = [store.port if store else None]
-    dist.broadcast_object_list(port)
-    dist.destroy_process_group()
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="True")
+    store = own_world()
     path = Path(run_dir) / f"recipe_{os.environ['RANK']}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         function(load_recipe(path), Path(run_dir), *args)
+    del store
     return said.getvalue()
+
+
+def call_hurt(recipe, run_dir: Path, fault: Fault):
+    fault()
+    engine.train(recipe, run_dir)
 
 
 def call_train(recipe, run_dir: Path, stop_after: int | None, fail_in_finish: bool):
@@ -257,6 +258,15 @@ def test_koshey_takes_its_first_fisher_at_the_first_consolidation_or_at_the_end(
     # The same run until the first end of 4 steps, one step more at the anchor, and then pulled.
     assert [step[:6] for step in pulled[:5]] == [step[:6] for step in free[:5]]
     assert pulled[4][-1] == 0.0 and pulled[5][-1] > 0.0 and pulled[6][2] != free[6][2]
+
+
+def test_a_fault_that_does_not_come_again_leaves_the_pull_as_it_was(recipe_of, tmp_path):
+    held = "koshey={ewc_enabled: true, ewc_lambda: 100, fisher_samples: 4, consolidate_every: 1000}"
+    text = recipe_of("training.total_steps=8", held, text=KOSHEY)
+    train(text, tmp_path / "clean", num_ranks=2)
+    ranks.run(2, as_rank, call_hurt, text, str(tmp_path / "hurt"), Fault(1, 7, "final_layernorm", times=1))
+    assert steps(tmp_path / "hurt") == steps(tmp_path / "clean") and steps(tmp_path / "hurt")[6][-1] > 0
+    assert lines(tmp_path / "hurt", "bad_steps.jsonl")[0]["verdict"] == "transient"
 
 
 def test_ring_attention_and_the_pull_go_together(base, recipe_of, tmp_path):

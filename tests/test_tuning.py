@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from test_phases import as_rank, entries
+from small_run import Fault, lines
+from test_phases import as_rank, call_hurt, entries
 
 from igla_mega import run as engine
 from igla_mega.checkpoint import adapters, single, store, tuned
@@ -167,6 +168,14 @@ def test_a_run_of_adapters_goes_on_in_the_middle_of_an_epoch_bit_for_bit(adapted
     train(text, tmp_path, stop_after=3)
     train(text, tmp_path)
     assert steps(tmp_path) == steps(run_dir)
+
+
+@pytest.mark.parametrize("fixture", ["adapted", "preferred"])
+def test_a_fault_that_does_not_come_again_leaves_tuning_as_if_it_had_not_been(fixture, request, tmp_path):
+    run_dir, text, _ = request.getfixturevalue(fixture)
+    said = ranks.run(1, as_rank, call_hurt, text, str(tmp_path), Fault(0, 4, "final_layernorm", times=1))[0]
+    assert "a fault of a machine" in said and steps(tmp_path) == steps(run_dir)
+    assert lines(tmp_path, "bad_steps.jsonl")[0]["verdict"] == "transient"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -5,10 +5,8 @@ import os
 
 import pytest
 import small_run
-import torch
-from small_run import events, lines, losses, write_recipe
+from small_run import Fault, events, lines, losses, write_recipe
 
-from igla_mega.train import loop
 from igla_mega.train.faults import highest_loss
 
 LAYOUTS = {
@@ -19,47 +17,6 @@ LAYOUTS = {
     "fsdp": (2, {"strategy": "FSDP"}),
     "bf16": (2, {"precision": "BF16"}),
 }
-
-
-class Fault:
-    """Hurts a module's output, or the gradient of it, on one rank, in one micro-batch of one step."""
-
-    def __init__(self, rank: int, step: int, module: str, *, backward=False, times=10**6, value=math.nan):
-        self.rank, self.step, self.module = rank, step, module
-        self.backward, self.times, self.value = backward, times, value
-
-    def __call__(self) -> None:
-        if int(os.environ["RANK"]) != self.rank:
-            return
-        take = loop.train_step
-
-        def hurt_step(engine, batches, *, step, **given):
-            if step + 1 != self.step or self.times == 0:
-                return take(engine, batches, step=step, **given)
-            self.times -= 1
-            hooks = [
-                module.register_forward_hook(lambda *args: self.hurt(engine, args[-1]), prepend=True)
-                for chunk in engine.chunks
-                for name, module in chunk.named_modules()
-                if name.endswith(self.module)
-            ]
-            assert len(hooks) == 1
-            try:
-                return take(engine, batches, step=step, **given)
-            finally:
-                hooks[0].remove()
-
-        loop.train_step = hurt_step
-
-    def hurt(self, engine, output):
-        if engine.pulse.micro_batch != 2:
-            return None
-        tensor, *rest = output if isinstance(output, tuple) else (output,)
-        if self.backward:
-            tensor.register_hook(lambda gradient: torch.full_like(gradient, self.value))
-            return None
-        tensor = tensor * self.value
-        return (tensor, *rest) if isinstance(output, tuple) else tensor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
