@@ -367,10 +367,12 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     """The batches' tensors where the model is."""
     if device.type == "cpu":
         return batches
-    return (
-        {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        for batch in batches
-    )
+
+    def moved(value):
+        # Page-locked: from other memory the host would wait for the copy.
+        return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    return ({name: moved(value) for name, value in batch.items()} for batch in batches)
 
 
 def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:
