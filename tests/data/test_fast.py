@@ -264,7 +264,7 @@ def test_memory_does_not_grow_with_the_corpus_and_but_with_a_giant_document(json
     peaks = [peak_mib([file], tmp_path / file.stem, tokenizer.path) for file in (small, large)]
     assert max(peaks) < 256
     assert peaks[1] < peaks[0] + 40
-    assert peak_mib([giant], tmp_path / "giant", tokenizer.path) < 256 + giant.stat().st_size / 2**20
+    assert peak_mib([giant], tmp_path / "giant", tokenizer.path) < 256 + 1.25 * giant.stat().st_size / 2**20
 
 
 def test_nothing_of_torch_is_imported_on_the_way(jsonl, tokenizer, tmp_path):
