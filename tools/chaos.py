@@ -367,7 +367,7 @@ def _check_files(subject: Subject) -> int:
     """What is in place after a kill; returns the last step written down."""
     roots = [subject.run / "checkpoints", *(subject.local.glob("*/*") if subject.local else ())]
     for folder in (path for root in roots for path in root.glob("step_*")):
-        for one in [path for path in folder.glob("rank_*")] or [folder]:
+        for one in integrity.sealed(folder):
             if any(one.iterdir()) and (reason := integrity.damage(one)) is not None:
                 subject.faults.append(f"half-written under its final name: {reason}")
     for name in ("metrics.jsonl", "ledger.jsonl"):

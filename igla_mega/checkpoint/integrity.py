@@ -165,11 +165,15 @@ def report(path: Path) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: no checkpoint lies there.
     """
-    if (path / MANIFEST).is_file() or step_of(path.name) is not None:
+    if (path / MANIFEST).is_file():
         folders = [path]
+    elif step_of(path.name) is not None:
+        folders = sealed(path)
     else:
         folders = sorted(_below(path))
-    unfinished = [folder for root in (path, path / "checkpoints") for folder in sorted(root.glob(f"{UNFINISHED}*"))]
+    begun = (f"{UNFINISHED}*", f"step_*/{UNFINISHED}*")
+    roots = (path, path / "checkpoints")
+    unfinished = [folder for root in roots for pattern in begun for folder in sorted(root.glob(pattern))]
     if not folders and not unfinished:
         raise ConfigError(
             f"{path}: holds no checkpoint.\n  Give a checkpoint (step_00000100), or the run folder it lies in."
@@ -187,13 +191,19 @@ def report(path: Path) -> tuple[list[str], list[str]]:
     return lines, damages
 
 
+def sealed(step: Path) -> list[Path]:
+    """What of a step's folder has a manifest by its name: the folder, or on a node's own disk each rank's in it."""
+    ranks = sorted(rank for rank in step.glob("rank_*") if rank.is_dir())
+    begun = [name for prefix in (UNFINISHED, REMOVED) for name in step.glob(f"{prefix}rank_*")]
+    return ranks or ([] if begun else [step])
+
+
 def _below(path: Path) -> Iterable[Path]:
     """Folders that are checkpoints by their name: also one whose manifest is gone, and what a rank kept for itself."""
     for root in (path / "checkpoints", path, *sorted(path.glob("*-*/"))):
         for folder in root.glob("step_*"):
             if step_of(folder.name) is not None and folder.is_dir():
-                ranks = [rank for rank in folder.glob("rank_*") if rank.is_dir()]
-                yield from ranks or [folder]
+                yield from sealed(folder)
     for name in ("base", "fisher"):
         if (path / name / MANIFEST).is_file():
             yield path / name

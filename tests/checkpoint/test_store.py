@@ -384,6 +384,21 @@ def test_check_lists_every_checkpoint_of_a_run_and_names_what_is_damaged_extra_o
         integrity.report(tmp_path / "run" / "nothing")
 
 
+def test_check_takes_the_folder_of_a_node_rank_by_rank(tmp_path):
+    run = tmp_path / "node0" / "run-a13c84d7"
+    begun, whole = (store.step_dir(run, step) for step in (2, 4))
+    (begun / ".writing_rank_00000").mkdir(parents=True)
+    (whole / "rank_00000").mkdir(parents=True)
+    (whole / "rank_00000" / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
+    for folder in (run, run.parent):
+        lines, damages = integrity.report(folder)
+        assert damages == [] and "step_00000004/rank_00000: every file" in lines[0]
+    assert "step_00000002/.writing_rank_00000: was never finished" in integrity.report(run)[0][1]
+    assert len(integrity.report(whole)[0]) == 1 and "never finished" in integrity.report(begun)[0][0]
+    (whole / "rank_00001").mkdir()
+    assert "rank_00001: manifest.json is missing" in integrity.report(run)[1][0]
+
+
 def two_level(recipe, folder: str, nodes: list[int], lost: int | None = None):
     """Save step 2 on shared storage and step 4 on each node, train on to `LAST`."""
     os.environ["GROUP_RANK"] = str(nodes[dist.get_rank()])
