@@ -109,7 +109,7 @@ class Cluster:
             "SelectTypeParameters": "CR_Core",
             "GresTypes": "gpu",
             "SlurmdParameters": "config_overrides",
-            "ReturnToService": 2,
+            "ReturnToService": 1,  # a node that was set down stays down until it is resumed
             "SlurmdTimeout": 30,
             "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0",
             "PreemptType": "preempt/partition_prio",

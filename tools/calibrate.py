@@ -236,6 +236,7 @@ def _reduce(rank: int, folder: str, rounds: int, pipe) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     values = torch.zeros(MESSAGE_BYTES // 4)
     pipe.send(Stopwatch("cpu", rounds)(lambda: dist.all_reduce(values)))
+    dist.destroy_process_group()
 
 
 def measure(device: str, precision: str, rounds: int, *, cpu_time: bool = False) -> tuple[Hardware, dict]:

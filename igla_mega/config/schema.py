@@ -171,7 +171,7 @@ class Optimizer(Section):
     epsilon: Positive = 1e-8
     """Added to the root of the second moment. Above 0."""
     fused: bool = True
-    """Updates all weights in one pass over memory. Gain: not yet measured."""
+    """Updates all weights in one pass over memory. Gain: 1.07x on 2 CPU cores, on a GPU not yet measured."""
 
 
 class Scheduler(Section):
@@ -190,7 +190,7 @@ class Distributed(Section):
     """What data-parallel ranks do with the weights: FSDP shards them, DDP keeps them whole."""
     precision: Precision = "BF16"
     """Type of activations and products; main weights and gradients are fp32 in all. FP8: the products of the layers in
-    8 bits by Transformer Engine, the rest in bf16. Gain of FP8: not yet measured."""
+    8 bits by Transformer Engine, the rest in bf16. Gain of BF16: 1.56x on 2 CPU cores; of FP8: not yet measured."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 scales its numbers: by the tensor's largest now, or by those of steps before (delayed; they are not in
     checkpoints, so that a resumed run differs in rounding), by blocks, or by 32 values (mxfp8, from Blackwell on)."""
@@ -228,15 +228,16 @@ class Distributed(Section):
     cuda_graphs: bool = False
     """On GPUs, replays each layer as one recorded graph instead of launching its kernels. Gain: not yet measured."""
     loss_chunk: CountOrAuto = "auto"
-    """Tokens whose logits exist at once. At least 1; `auto` is 256 on a CPU, 4096 on a GPU. Gain: not yet
-    measured."""
+    """Tokens whose logits exist at once. At least 1; `auto` is 256 on a CPU, 4096 on a GPU. Gain over all at once:
+    1.06x and a tenth of the memory on 2 CPU cores, on a GPU not yet measured."""
     kernels: Literal["auto", "te", "local", "require"] = "auto"
     """Whose layers: Transformer Engine's (te), ours (local), those that are there (auto), ours with all native ops
     (require)."""
     fused_layers: bool = True
-    """One kernel each for norms, SwiGLU and rotary positions. Gain: not yet measured."""
+    """One kernel each for norms, SwiGLU and rotary positions. Gain: 1.09x (bf16 1.07x) and a tenth of the memory on 2
+    CPU cores, on a GPU not yet measured."""
     keep_freed_memory: bool = False
-    """Keeps freed memory in the process instead of returning its pages (CPU, glibc): faster steps."""
+    """Keeps freed memory in the process instead of returning its pages (CPU, glibc). Gain: 1.03x on 2 cores."""
     timeout_seconds: Count = 600
     """Seconds a rank waits for its peers before the run ends. At least 1."""
     hang_seconds: Whole = 60

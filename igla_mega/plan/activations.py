@@ -295,9 +295,10 @@ def _backward(
     """The backward pass of a layer, op by op; where it is computed again, with all that makes."""
     kept_already = 0
     if r.layout.recompute == "full":
-        # Its input has been kept, and with ring attention its result; a norm on a CPU takes an fp32 copy of bf16.
+        # Its input has been kept, and with ring attention its result; torch's own norm on a CPU copies bf16 to fp32.
         kept_already = kept_by_layer(r.recipe, r.layout, r.device)
-        kept_already -= r.x if ops[0].kept >= r.x and not (r.device == "cpu" and r.value == 2) else 0
+        copied = r.device == "cpu" and r.value == 2 and not r.recipe.distributed.fused_layers
+        kept_already -= r.x if ops[0].kept >= r.x and not copied else 0
     for index, op in enumerate(ops):
         again = 0
         if r.layout.recompute == "full":

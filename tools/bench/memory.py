@@ -165,6 +165,7 @@ def measure(case: Case) -> dict:
     """
     import torch
     import torch.distributed as dist
+    from megatron.core.parallel_state import get_global_memory_buffer
 
     from igla_mega import host, parallel
     from igla_mega.assemble import build_engine, frozen_chunks
@@ -212,6 +213,9 @@ def measure(case: Case) -> dict:
     step()
     # How long a message that was sent lingers is chance, and only adds.
     peak = min(allocated_peak(step) for _ in range(3))
+    if layout.sequence_parallel and layout.tensor > 1:
+        # Kept from the first step on: what megatron-core gathers sequences into.
+        peak += sum(t.nbytes for t in get_global_memory_buffer().buffer.values())
     stage = mesh.pipeline.rank
     planned = activations.peak(recipe, layout, stage, "cpu")
     held = parameters.held(recipe, layout, stage, device="cpu", data_rank=mesh.data_context.rank)

@@ -1,8 +1,8 @@
 """Tokens a second of real training steps against the plan's, with this machine calibrated in the same run.
 
 Each case is the engine of a model of `_common.MODELS` in one layout; ranks share the cores, as they do in training.
-Both by the CPU's own clock, the time of all threads of all ranks over the cores, so that what else runs hardly shows;
-the wall clock's best round stands beside it.
+Both by the CPU's own clock, the time of all threads of all ranks over the cores, so that what else runs hardly shows.
+A shared machine's cores may be half as fast a minute later: calibration and cases take turns, the best of each counts.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, REPOSITORY, VOCAB, Processes, Variant, cases_of, engine_step, write
+from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, REPOSITORY, VOCAB, Processes, Variant, engine_step, write
 
 CORES = 2
 CASES: dict[str, tuple[str, int, dict]] = {
@@ -44,7 +44,7 @@ def engine(model: str, distributed: dict) -> Callable[[], float]:
     return timed
 
 
-def planned(model: str, num_ranks: int, distributed: dict, calibrations: dict[str, Path]) -> float:
+def planned(model: str, num_ranks: int, distributed: dict, path: Path) -> float:
     """Tokens a second by the plan."""
     from igla_mega.config.schema import Recipe
     from igla_mega.plan import calibration, hardware
@@ -64,66 +64,84 @@ def planned(model: str, num_ranks: int, distributed: dict, calibrations: dict[st
         }
     )
     cpu = hardware.cpu()
-    used, _ = calibration.of(cpu, recipe.distributed.precision, calibrations[recipe.distributed.precision])
+    used, _ = calibration.of(cpu, recipe.distributed.precision, path)
     step = Clock(recipe, choose_layout(recipe, num_ranks, "cpu"), cpu, used.rates).step()
     print("    " + ", ".join(f"{name} {value * 1e3:.0f}" for name, value in step.parts().items() if value > 5e-4), "ms")
     return rows * sequence / step.seconds
 
 
-def calibrate(folder: Path) -> dict[str, Path]:
-    """Calibrate this machine for both precisions, in processes of their own, unless the folder has it already."""
-    found = {}
+def calibrate(path: Path, precision: str) -> None:
+    """Calibrate this machine in a process of its own; where that was done before, the better rates count."""
     # A thread that spins while its peer is not scheduled would count as work.
     passive = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
-    for precision in ("FP32", "BF16"):
-        found[precision] = folder / f"{precision}.json"
-        if found[precision].exists():
-            continue
-        command = [sys.executable, str(REPOSITORY / "tools" / "calibrate.py"), "--cpu-time", "--precision", precision]
-        subprocess.run([*command, "--out", str(found[precision])], check=True, stdout=subprocess.DEVNULL, env=passive)
-    return found
+    before = json.loads(path.read_text()) if path.exists() else None
+    command = [sys.executable, str(REPOSITORY / "tools" / "calibrate.py"), "--cpu-time", "--precision", precision]
+    subprocess.run([*command, "--out", str(path)], check=True, stdout=subprocess.DEVNULL, env=passive)
+    if before is None:
+        return
+    found = json.loads(path.read_text())
+    for name, rate in before["rates"].items():
+        better = min if name == "op_seconds" else max
+        found["rates"][name] = better(rate, found["rates"][name])
+    sizes = zip(before["gemm_sizes"], found["gemm_sizes"], strict=True)
+    found["gemm_sizes"] = [[flops, max(share, other)] for (flops, share), (_, other) in sizes]
+    path.write_text(json.dumps(found))
+
+
+def measure(case: tuple[str, int, dict], rounds: int) -> dict:
+    """Seconds of a case's steps, by the CPU's clock over the cores and by the wall's."""
+    model, num_ranks, distributed = case
+    processes = Processes(Variant(engine, (model, distributed), num_ranks, threads=CORES // num_ranks))
+    processes.step(), processes.step()
+    found = [processes.step() for _ in range(rounds)]
+    processes.stop()
+    # Ranks are alike; the cores are two.
+    cpu = [round(step[1] * num_ranks / CORES, 4) for step in found]
+    return {"cpu_seconds_over_cores": cpu, "wall_seconds": [round(step[0], 4) for step in found],
+            "peak_rss_mib": [size >> 20 for size in found[-1][2]]}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each case in a turn")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
-    parser.add_argument("--calibrations", type=Path, help="folder to keep calibrations in, and to take them from")
-    parser.add_argument("--write", action="store_true", help="beside what the same day's file has of other cases")
+    parser.add_argument("--write", action="store_true", help="into bench/results/")
     args = parser.parse_args()
-    table: dict[str, dict] = {}
+    cases = {name: case for name, case in CASES.items() if not args.only or name in args.only}
+    table: dict[str, dict] = {name: {} for name in cases}
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
-        calibrations = calibrate(args.calibrations or Path(folder))
+        calibrations = {precision: Path(folder) / f"{precision}.json" for precision in ("FP32", "BF16")}
+        for turn in range(args.turns):
+            for precision, path in calibrations.items():
+                calibrate(path, precision)
+            for name, case in cases.items():
+                print(f"turn {turn + 1} of {args.turns}: {name}", file=sys.stderr, flush=True)
+                for key, values in measure(case, args.rounds).items():
+                    table[name].setdefault(key, []).extend(values)
         print(f"{'':34} {'measured tok/s':>14} {'plan':>7} {'error':>7} {'wall tok/s':>10} {'peak RSS MiB':>12}")
-        for name, (model, num_ranks, distributed) in CASES.items():
-            if args.only and name not in args.only:
-                continue
-            processes = Processes(Variant(engine, (model, distributed), num_ranks, threads=CORES // num_ranks))
-            processes.step(), processes.step()
-            found = [processes.step() for _ in range(args.rounds)]
-            processes.stop()
-            # Ranks are alike; the cores are two.
-            seconds = sorted(step[1] * num_ranks / CORES for step in found)
+        for name, (model, num_ranks, distributed) in cases.items():
+            row = table[name]
             tokens = MODELS[model]["rows"] * MODELS[model]["sequence"]
-            measured, rate = tokens / seconds[0], planned(model, num_ranks, distributed, calibrations)
-            table[name] = {
+            measured = tokens / min(row["cpu_seconds_over_cores"])
+            rate = planned(model, num_ranks, distributed, calibrations[distributed.get("precision", "FP32")])
+            row |= {
                 "measured_tokens_per_second": round(measured),
                 "planned_tokens_per_second": round(rate),
                 "error": round(rate / measured - 1, 4),
-                "cpu_seconds_over_cores": [round(s, 4) for s in seconds],
-                "wall_tokens_per_second": round(tokens / min(step[0] for step in found)),
-                "peak_rss_mib": [size >> 20 for size in found[-1][2]],
+                "wall_tokens_per_second": round(tokens / min(row["wall_seconds"])),
             }
-            row = table[name]
             print(
                 f"{name:34} {measured:14,.0f} {rate:7,.0f} {row['error']:+7.1%} {row['wall_tokens_per_second']:10,} "
-                f"{row['peak_rss_mib'][0]:12}",
+                f"{max(row['peak_rss_mib']):12}",
                 flush=True,
             )
         found_calibrations = {p: json.loads(path.read_text()) for p, path in calibrations.items()}
     if args.write:
-        cases = {**cases_of("plan"), **table}
-        write("plan", {"rounds": args.rounds, "cases": cases, "calibrations": found_calibrations})
+        write(
+            "plan",
+            {"turns": args.turns, "rounds": args.rounds, "cases": table, "calibrations": found_calibrations},
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Seconds of a training step, and peak memory, against Hugging Face transformers on the same tokens and threads.
 
-Both clip the gradient to 1. `+malloc`: freed pages stay in the process (`distributed.keep_freed_memory`).
+Both clip the gradient to 1. `+malloc`: freed pages stay in the process (`distributed.keep_freed_memory`). Beside them a
+large fp32 product in the same rounds: the share of its rate that a step reaches.
 """
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable
 
 from _common import (
     MODELS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
     VOCAB,
     Variant,
     engine_step,
@@ -20,6 +24,8 @@ from _common import (
     transformers_step,
     write,
 )
+
+PRODUCT = 4096
 
 
 def hugging_face(model: str, keep: bool) -> Callable[[], float]:
@@ -41,6 +47,32 @@ def ours(model: str, precision: str) -> Callable[[], float]:
     return engine_step(model, precision=precision)
 
 
+def product(size: int) -> Callable[[], float]:
+    """Of two square fp32 matrices."""
+    import torch
+
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+
+    def multiply() -> float:
+        torch.mm(left, right, out=out)
+        return 0.0
+
+    return multiply
+
+
+def step_flops(model: str) -> float:
+    """Of a step's products, attention counted causal, nothing counted twice."""
+    from igla_mega.config.schema import Recipe
+    from igla_mega.plan.time import model_flops_per_token
+
+    sizes = dict(MODELS[model])
+    rows, sequence = sizes.pop("rows"), sizes.pop("sequence")
+    heads = {"num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS}
+    recipe = Recipe.model_validate({"model": {"vocab_size": VOCAB, "max_position": sequence, **sizes, **heads}})
+    return rows * sequence * model_flops_per_token(recipe, sequence)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["A", "B"], help="default: both")
@@ -55,8 +87,10 @@ def main() -> None:
             "hf+malloc": Variant(hugging_face, (model, True), threads=args.threads),
             "ours fp32": Variant(ours, (model, "FP32"), threads=args.threads),
             "ours bf16": Variant(ours, (model, "BF16"), threads=args.threads),
+            "product": Variant(product, (PRODUCT,), threads=args.threads),
         }
         timings = paired(variants, args.rounds)
+        products = [2.0 * PRODUCT**3 / seconds for seconds in timings.pop("product").seconds]
         num_tokens = MODELS[model]["rows"] * MODELS[model]["sequence"]
         table: dict[str, dict] = {}
         tables[model] = table
@@ -80,6 +114,12 @@ def main() -> None:
                 f"{name:10} {row['median_ms']:9.0f} {row['tokens_per_second']:6d} {text(row['faster_than_hf']):>17} "
                 f"{text(row['faster_than_hf_malloc']):>17} {row['peak_rss_mib']:8d} {row['peak_rss_over_hf']:5.2f}"
             )
+        reached = [step_flops(model) / seconds for seconds in timings["ours fp32"].seconds]
+        table["ours fp32"]["share_of_product"] = ratio(reached, products)
+        print(
+            f"product of {PRODUCT} x {PRODUCT}: {statistics.median(products) / 1e9:.0f} GFLOP/s; ours fp32 reaches "
+            f"{text(table['ours fp32']['share_of_product'])} of that"
+        )
     if args.write:
         write("train_step", {"rounds": args.rounds, "threads": args.threads, "models": tables})
 
