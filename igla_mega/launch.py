@@ -46,6 +46,9 @@ def torchrun(
     os.environ[cluster.LAUNCHER] = str(os.getpid())
     # Signals but this one are handed on: torch would kill ranks that take 30 s for their step and its save.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    if nodes != (1, 1):
+        # torch's agents keep the address of their first store: one that joins, or outlives it, would wait in vain.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # A node that is gone is missed after 15 s; those that are left wait so much longer for others.
     waits = {"last_call_timeout": 10, "keep_alive_interval": 5, "keep_alive_max_attempt": 3}
     handler = get_rendezvous_handler(
