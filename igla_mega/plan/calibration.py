@@ -101,7 +101,7 @@ def assumed(hardware: Hardware) -> Rates:
         source = "a machine of two cores, AMD EPYC; tools/calibrate.py measures this one"
         attention = (Rate(0.45, source), Rate(0.35, source))
         gemm, memory = Rate(0.75, source), Rate(0.6, source)
-        ops = Rate(2e-5, source)
+        ops = Rate(5e-6, source)
     else:
         family = next((key for key in _GEMM if hardware.name.startswith(key)), None)
         gemm = _GEMM[family] if family else Rate(0.55, f"as H100's: {hardware.name} is not in the table")
