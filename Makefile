@@ -46,7 +46,7 @@ $(READY): pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 demo: $(READY)
 	@.venv/bin/python tools/demo.py
 
-# A hundred kills over real runs, about 25 minutes on two cores: make chaos KILLS=20 SEED=7
+# A hundred kills over real runs, about 15 minutes on two cores: make chaos KILLS=20 SEED=7
 KILLS ?= 100
 SEED ?= 0
 chaos: $(READY)

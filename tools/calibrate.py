@@ -44,8 +44,9 @@ MESSAGE_BYTES = 2**21
 
 
 class Stopwatch:
-    """Seconds of a call, after one that is not counted: the median on a GPU, the least on a CPU, where other processes
-    only ever add. By the CPU's own clock, the time of all threads over their number: what else runs hardly shows then.
+    """Seconds of a call, the median, after one that is not counted.
+
+    By the CPU's own clock, the time of all threads over their number: what else runs shows less then.
     """
 
     def __init__(self, device: str, rounds: int, *, cpu_time: bool = False):
@@ -58,7 +59,7 @@ class Stopwatch:
             started = self._now()
             call()
             found.append(self._now() - started)
-        return min(found) if self.device == "cpu" else statistics.median(found)
+        return statistics.median(found)
 
     def _now(self) -> float:
         if self.device == "cuda":

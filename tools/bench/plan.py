@@ -1,13 +1,14 @@
 """Tokens a second of real training steps against the plan's, with this machine calibrated in the same run.
 
 Each case is the engine of a model of `_common.MODELS` in one layout; ranks share the cores, as they do in training.
-Both by the CPU's own clock, the time of all threads of all ranks over the cores, so that what else runs hardly shows.
-A shared machine's cores may be half as fast a minute later: calibration and cases take turns, the best of each counts.
+Both by the CPU's own clock, the time of all threads of all ranks over the cores, so that what else runs shows less. A
+shared machine's cores may be half as fast a minute later: calibration and cases take turns, the median of each counts.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,22 +71,22 @@ def planned(model: str, num_ranks: int, distributed: dict, path: Path) -> float:
     return rows * sequence / step.seconds
 
 
-def calibrate(path: Path, precision: str) -> None:
-    """Calibrate this machine in a process of its own; where that was done before, the better rates count."""
+def calibrate(precision: str, folder: str) -> dict:
+    """Calibrate this machine in a process of its own."""
     # A thread that spins while its peer is not scheduled would count as work.
     passive = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
-    before = json.loads(path.read_text()) if path.exists() else None
     command = [sys.executable, str(REPOSITORY / "tools" / "calibrate.py"), "--cpu-time", "--precision", precision]
+    path = Path(folder) / "turn.json"
     subprocess.run([*command, "--out", str(path)], check=True, stdout=subprocess.DEVNULL, env=passive)
-    if before is None:
-        return
-    found = json.loads(path.read_text())
-    for name, rate in before["rates"].items():
-        better = min if name == "op_seconds" else max
-        found["rates"][name] = better(rate, found["rates"][name])
-    sizes = zip(before["gemm_sizes"], found["gemm_sizes"], strict=True)
-    found["gemm_sizes"] = [[flops, max(share, other)] for (flops, share), (_, other) in sizes]
-    path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def middle(calibrations: list[dict]) -> dict:
+    """The calibration of the median rates."""
+    rates = {name: statistics.median(one["rates"][name] for one in calibrations) for name in calibrations[0]["rates"]}
+    sizes = zip(*(one["gemm_sizes"] for one in calibrations), strict=True)
+    shares = [[size[0][0], statistics.median(share for _, share in size)] for size in sizes]
+    return {**calibrations[0], "rates": rates, "gemm_sizes": shares}
 
 
 def measure(case: tuple[str, int, dict], rounds: int) -> dict:
@@ -103,44 +104,47 @@ def measure(case: tuple[str, int, dict], rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each case in a turn")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="steps of each case in a turn")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
     parser.add_argument("--write", action="store_true", help="into bench/results/")
     args = parser.parse_args()
     cases = {name: case for name, case in CASES.items() if not args.only or name in args.only}
     table: dict[str, dict] = {name: {} for name in cases}
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
-        calibrations = {precision: Path(folder) / f"{precision}.json" for precision in ("FP32", "BF16")}
+        turns: dict[str, list[dict]] = {"FP32": [], "BF16": []}
         for turn in range(args.turns):
-            for precision, path in calibrations.items():
-                calibrate(path, precision)
+            for precision, found in turns.items():
+                found.append(calibrate(precision, folder))
             for name, case in cases.items():
                 print(f"turn {turn + 1} of {args.turns}: {name}", file=sys.stderr, flush=True)
                 for key, values in measure(case, args.rounds).items():
                     table[name].setdefault(key, []).extend(values)
+        calibrations = {precision: middle(found) for precision, found in turns.items()}
+        paths = {precision: Path(folder) / f"{precision}.json" for precision in calibrations}
+        for precision, path in paths.items():
+            path.write_text(json.dumps(calibrations[precision]))
         print(f"{'':34} {'measured tok/s':>14} {'plan':>7} {'error':>7} {'wall tok/s':>10} {'peak RSS MiB':>12}")
         for name, (model, num_ranks, distributed) in cases.items():
             row = table[name]
             tokens = MODELS[model]["rows"] * MODELS[model]["sequence"]
-            measured = tokens / min(row["cpu_seconds_over_cores"])
-            rate = planned(model, num_ranks, distributed, calibrations[distributed.get("precision", "FP32")])
+            measured = tokens / statistics.median(row["cpu_seconds_over_cores"])
+            rate = planned(model, num_ranks, distributed, paths[distributed.get("precision", "FP32")])
             row |= {
                 "measured_tokens_per_second": round(measured),
                 "planned_tokens_per_second": round(rate),
                 "error": round(rate / measured - 1, 4),
-                "wall_tokens_per_second": round(tokens / min(row["wall_seconds"])),
+                "wall_tokens_per_second": round(tokens / statistics.median(row["wall_seconds"])),
             }
             print(
                 f"{name:34} {measured:14,.0f} {rate:7,.0f} {row['error']:+7.1%} {row['wall_tokens_per_second']:10,} "
                 f"{max(row['peak_rss_mib']):12}",
                 flush=True,
             )
-        found_calibrations = {p: json.loads(path.read_text()) for p, path in calibrations.items()}
     if args.write:
         write(
             "plan",
-            {"turns": args.turns, "rounds": args.rounds, "cases": table, "calibrations": found_calibrations},
+            {"turns": args.turns, "rounds": args.rounds, "cases": table, "calibrations": calibrations},
         )
 
 
