@@ -12,8 +12,8 @@ from igla_mega.plan.layout import Layout
 from igla_mega.plan.parameters import Chunk, chunks_of, held, parameters_of, totals
 
 FORWARD_OPS, BACKWARD_OPS = 160, 130
-"""Time of the host in a layer of the engine, in small ops of `Rates.op_seconds`: measured on a few tokens, where a layer
-takes 1.1 ms beside its products and attention and an op 3.8 microseconds; most of it is Python."""
+"""Host's time in a layer, in small ops of `Rates.op_seconds`; most of it is Python. Measured on a few tokens: a layer
+took 1.1 ms beside its products and attention, an op 3.8 microseconds."""
 HOP_SECONDS = 1e-5
 """Least time of one message, assumed (NCCL's small messages: 10 to 30 microseconds)."""
 ADAM_BYTES, NORM_BYTES, PULL_BYTES = 30, 12, 24
