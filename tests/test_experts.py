@@ -309,7 +309,7 @@ def written_out(folder: Path, micro_batches: list[dict], wanted) -> dict:
         logits = model(batch["tokens"]).logits
         nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
         task = (nats * batch["loss_mask"].flatten()).sum()
-        total, losses = total + task, losses + float(task)
+        total, losses = total + task, losses + float(task.detach())
         for layer, found in enumerate(seen):
             own = sums.setdefault(layer, {"balance": 0.0, "visits": [0] * experts, "dropped": 0, "entropy": 0.0})
             for together, balance in found["balances"]:
