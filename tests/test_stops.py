@@ -231,11 +231,8 @@ def test_a_node_joins_and_goes_and_the_samples_stay_the_same(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    recipe, run, alone = (
-        write_recipe(tmp_path, training={**LONG, "learning_rate": 1e-3}),
-        tmp_path / "run",
-        tmp_path / "1",
-    )
+    recipe = write_recipe(tmp_path, training={**LONG, "learning_rate": 1e-3})
+    run, alone = tmp_path / "run", tmp_path / "alone"
     nodes = ["--nproc", 1, "--nnodes", "1:2", "--rendezvous", f"localhost:{port}", "--restarts", 3, "--run", run]
     goes = start(recipe, *nodes)
     goes.send_signal(signal.SIGSTOP)  # older than the other, it will be the first rank's node; that one keeps the port

@@ -212,8 +212,8 @@ class Clock:
         return elements * (0.5 + 2 * self.value) / (self.bandwidth * self.rates.memory.value)
 
     def _at_least(self, work: _Work, ops: int) -> _Work:
-        """On a CPU the host's time comes on top; on a GPU the queue runs dry when kernels are short."""
-        least = ops * self.rates.op_seconds.value
+        """On a CPU the host's time comes on top; on a GPU the queue runs dry when kernels, not recorded, are short."""
+        least = (1 if self.recipe.distributed.cuda_graphs else ops) * self.rates.op_seconds.value
         if self.hardware.is_cpu:
             return replace(work, elementwise=work.elementwise + least)
         return replace(work, elementwise=work.elementwise + max(0.0, least - work.seconds))

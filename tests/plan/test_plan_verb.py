@@ -318,3 +318,16 @@ def test_interleaved_stages_are_weighed_where_layers_are_pipelined_and_chosen_fo
     kept = values("pretrain_7b", overrides=[*deep, "distributed.tensor_parallel=8", "distributed.virtual_pipeline=1"])
     assert kept["parts"][0]["layout"]["virtual_pipeline"] == 1
     assert kept["parts"][0]["tokens_per_second"] < chosen["tokens_per_second"]
+
+
+def test_layers_too_small_to_keep_a_gpu_busy_gain_by_being_recorded():
+    shape = ["hidden_size=512", "num_heads=8", "intermediate_size=1024"]
+    where = ["strategy=DDP", "micro_batch_size=1", "gradient_checkpointing=none"]
+    small = [f"model.{one}" for one in shape] + [f"distributed.{one}" for one in where]
+
+    def step(*more: str) -> dict[str, float]:
+        found = values("pretrain_7b", gpus="1", overrides=[*small, "training.sequence_length=512", *more])
+        return found["parts"][0]["step_parts_seconds"]
+
+    launched, recorded = step(), step("distributed.cuda_graphs=true")
+    assert recorded["elementwise"] < launched["elementwise"] / 4 and recorded["gemm"] == launched["gemm"]
