@@ -11,8 +11,11 @@ from typing import Annotated
 
 import typer
 
-from igla_mega import cluster
+from igla_mega.checkpoint.adapters import export_adapters, import_adapters, merge_adapters
+from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 from igla_mega.config.errors import ConfigError
+from igla_mega.distributed import environment
+from igla_mega.doctor.measure import node_name
 
 app = typer.Typer(
     help="Train Llama-style language models on megatron-core, from a laptop to a cluster.",
@@ -34,8 +37,8 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A run, or one 
 def main() -> None:
     """Entry point: a user's mistake is a message and exit code 2, the machine's failure a message and 1."""
     try:
-        cluster.end_with_launcher()
-        cluster.adopt()
+        environment.end_with_launcher()
+        environment.adopt()
         code = app(standalone_mode=False)
     except typer.Abort:
         code = 130
@@ -102,7 +105,7 @@ def check(
             raise ConfigError(*damages, "  Use another checkpoint, or restore this one from a backup.")
         return
     if Path(f"{recipe}.manifest.json").is_file():
-        from igla_mega.data.manifest import damage
+        from igla_mega.prepare.manifest import damage
 
         if breaches := damage(recipe, whole=True):
             raise ConfigError(*breaches)
@@ -113,7 +116,7 @@ def check(
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
     if nproc:
-        from igla_mega.plan.layout import choose_layout
+        from igla_mega.plan.choose import choose_layout
 
         choose_layout(loaded, nproc, _device())
     if absent := rules.not_installed(loaded):
@@ -171,10 +174,10 @@ def prepare(
     ] = False,
 ) -> None:
     """Turn the raw text of a recipe's sources into indexed datasets; again after a kill, go on."""
-    from igla_mega.data import laptop
-    from igla_mega.data.preprocess import parse_part
-    from igla_mega.data.samples import prepare_samples
-    from igla_mega.plan.stages import parts_of
+    from igla_mega.layout.stages import parts_of
+    from igla_mega.prepare import laptop
+    from igla_mega.prepare.samples import prepare_samples
+    from igla_mega.prepare.sources import parse_part
 
     set_ = [*(set_ or []), *([f"data.on_error={on_error}"] if on_error else [])]
     loaded = _load(recipe, scale, set_)
@@ -195,18 +198,18 @@ def prepare(
 
 def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int], dry_run: bool, report: bool) -> None:
     from igla_mega.data.blend import normalised
-    from igla_mega.data.preprocess import prepare_sources
+    from igla_mega.prepare.sources import prepare_sources
 
     if note := normalised(recipe.data.mix):
         print(note)
     if engine == "ray":
-        from igla_mega.data.cluster import prepare_on_ray
+        from igla_mega.prepare.ray import prepare_on_ray
 
         prepare_on_ray(recipe.data, workers=workers)
     else:
         prepare_sources(recipe.data, workers=workers, part=part, dry_run=dry_run)
     if report and not dry_run and part[1] == 1:
-        from igla_mega.data.prepare_report import write_report
+        from igla_mega.prepare.report import write_report
 
         print(write_report(recipe.data, recipe.sequence_length or 8192))
 
@@ -218,7 +221,7 @@ def merge(
     reference: Annotated[bool, typer.Option("--reference", help="Refer to the parts instead of copying them.")] = False,
 ) -> None:
     """Join indexed datasets into one."""
-    from igla_mega.data.merge import merge as join
+    from igla_mega.prepare.merge import merge as join
 
     join(
         out,
@@ -260,7 +263,7 @@ def train(
     recipe or the command is wrong. 1: a failure.
     """
     from igla_mega.config import rules
-    from igla_mega.data import laptop
+    from igla_mega.prepare import laptop
 
     _end_when_asked()
     loaded = _load(recipe, scale, set_)
@@ -273,7 +276,7 @@ def train(
         make = not under_launcher or os.environ["RANK"] == "0"
         loaded = laptop.with_base(laptop.with_data(loaded, make=make), models, num_ranks=nproc or 1, make=make)
     if not under_launcher:
-        from igla_mega.plan.hardware import num_local_gpus
+        from igla_mega.layout.hardware import num_local_gpus
 
         nproc, nodes = nproc or num_local_gpus() or 1, _nodes(nnodes)
         if nodes[1] > 1 and rendezvous is None:
@@ -284,11 +287,11 @@ def train(
         os.environ[_DATA_CHECKED] = "1"
         if nproc > 1 or nodes[1] > 1 or restarts:
             _quiet_libraries()
-            from igla_mega.launch import torchrun
+            from igla_mega.distributed.torchrun import torchrun
 
             raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_id=run.name))
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
-        from igla_mega.plan.layout import choose_layout
+        from igla_mega.plan.choose import choose_layout
 
         _check_data(loaded, choose_layout(loaded, int(os.environ["WORLD_SIZE"]), _device()))
     _quiet_libraries()
@@ -308,22 +311,20 @@ def fisher(
 ) -> None:
     """Estimate and save the Fisher and anchor of a finished model, on a recipe's data."""
     _quiet_libraries()
-    from igla_mega.data import laptop
+    from igla_mega.prepare import laptop
 
     loaded = _load(recipe, scale, set_)
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if scale == "laptop":
-        from igla_mega.checkpoint import single
-
-        model = single.read_recipe(single.resolve_checkpoint(checkpoint)).model
+        model = read_recipe(resolve_checkpoint(checkpoint)).model
         make = not under_launcher or os.environ["RANK"] == "0"
         loaded = laptop.with_data(loaded.model_copy(update={"model": model}), make=make)
     if not under_launcher:
-        from igla_mega.plan.hardware import num_local_gpus
+        from igla_mega.layout.hardware import num_local_gpus
 
         nproc = nproc or num_local_gpus() or 1
         if nproc > 1:
-            from igla_mega.launch import torchrun
+            from igla_mega.distributed.torchrun import torchrun
 
             raise typer.Exit(torchrun(nproc))
     from igla_mega import run as engine
@@ -344,14 +345,13 @@ def import_(
 ) -> None:
     """Turn a Hugging Face folder, or one of PEFT's, into a checkpoint (CPU only, one tensor at a time)."""
     _quiet_libraries()
-    from igla_mega.checkpoint import adapters, hugging_face, tuned
+    from igla_mega.checkpoint import adapters, hugging_face
 
     if (hf_dir / adapters.CONFIG).is_file():
         if base is None:
             raise ConfigError(f"{hf_dir}: adapters of a base that is not given.\n  Add --base CKPT.")
-        from igla_mega.checkpoint import single
 
-        tuned.import_adapters(hf_dir, single.resolve_checkpoint(base), checkpoint)
+        import_adapters(hf_dir, resolve_checkpoint(base), checkpoint)
         return
     moe = None
     if upcycle is not None:
@@ -373,10 +373,10 @@ def export(
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder (CPU only, one tensor at a time)."""
     _quiet_libraries()
-    from igla_mega.checkpoint import hugging_face, single, tuned
+    from igla_mega.checkpoint import hugging_face
 
-    checkpoint = single.resolve_checkpoint(checkpoint)
-    has_adapters = single.read_recipe(checkpoint).lora is not None
+    checkpoint = resolve_checkpoint(checkpoint)
+    has_adapters = read_recipe(checkpoint).lora is not None
     if has_adapters and adapter_only == merge:
         raise ConfigError(
             f"{checkpoint}: holds adapters.\n  Export them with --adapter-only, or with their base: --merge."
@@ -386,14 +386,14 @@ def export(
             f"{checkpoint}: holds no adapters but a whole model.\n  Leave --adapter-only and --merge out."
         )
     if adapter_only:
-        tuned.export_adapters(checkpoint, hf_dir)
+        export_adapters(checkpoint, hf_dir)
         return
     if merge:
         import tempfile
 
         with tempfile.TemporaryDirectory(dir=hf_dir.resolve().parent) as unfinished:
             merged = Path(unfinished, "merged")
-            tuned.merge_adapters(checkpoint, merged)
+            merge_adapters(checkpoint, merged)
             hugging_face.export_folder(merged, hf_dir, say=print)
         _say_logit_difference(checkpoint, hf_dir)
         return
@@ -425,10 +425,10 @@ def eval_(
     elif (nproc or 1) > 1 and "RANK" not in os.environ:
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError("--tasks: lm-evaluation-harness is not installed.\n  pip install 'igla-mega[eval]'")
-        from igla_mega.launch import torchrun
+        from igla_mega.distributed.torchrun import torchrun
 
         raise typer.Exit(torchrun(nproc or 1))
-    from igla_mega import evaluate as measure
+    from igla_mega.evaluate import checkpoint as measure
 
     sources, scores = {}, {}
     if tasks is not None:
@@ -473,7 +473,7 @@ def generate(
 ) -> None:
     """Continue a text."""
     _quiet_libraries()
-    from igla_mega.generate import generate as continue_text
+    from igla_mega.evaluate.generate import generate as continue_text
 
     print(prompt, end="", flush=True)
     continue_text(
@@ -538,38 +538,38 @@ def doctor(
     Exit code 1: a node is bad, and named; 2: a wrong option.
     """
     _quiet_libraries()
-    from igla_mega.plan.hardware import num_local_gpus
+    from igla_mega.layout.hardware import num_local_gpus
 
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     gpus = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else num_local_gpus()
-    from igla_mega import nodes
+    from igla_mega.doctor import node_test
 
-    limits = nodes.parse_limits(limit or [], on_cpu=not gpus)
+    limits = node_test.parse_limits(limit or [], on_cpu=not gpus)
     nproc = nproc or gpus or 1
     if not list_ and not under_launcher and nproc > 1:
-        from igla_mega.launch import torchrun
+        from igla_mega.distributed.torchrun import torchrun
 
         raise typer.Exit(torchrun(nproc))
     import json
 
-    from igla_mega import doctor as installed
+    from igla_mega.doctor import installed as installed
 
     speaks = os.environ.get("RANK", "0") == "0"
     rows, unfit = installed.rows(), installed.unfit(int(os.environ.get("LOCAL_RANK", 0)) if under_launcher else None)
     if speaks and not json_:
         _print_rows(rows)
     for reason in unfit:
-        print(f"bad: {nodes.node_name()}: {reason}", file=sys.stderr)
+        print(f"bad: {node_name()}: {reason}", file=sys.stderr)
     answer: dict = {"installed": [dict(zip(("what", "state", "use"), row, strict=True)) for row in rows]}
     answer["unfit"] = unfit
     bad = bool(unfit)
     if not list_ and not unfit:
-        reports = nodes.test(nodes.start(), run or Path("runs"), full=full)
-        found = nodes.verdicts(reports, limits)
-        answer |= nodes.as_json(reports, found, limits)
+        reports = node_test.test(node_test.start(), run or Path("runs"), full=full)
+        found = node_test.verdicts(reports, limits)
+        answer |= node_test.as_json(reports, found, limits)
         bad = bool(found)
         if speaks and not json_:
-            print(nodes.text(reports, found))
+            print(node_test.text(reports, found))
     if speaks and json_:
         print(json.dumps(answer, indent=1))
     raise typer.Exit(1 if bad else 0)
@@ -579,7 +579,7 @@ def _print_rows(rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from igla_mega.doctor import COLUMNS
+    from igla_mega.doctor.installed import COLUMNS
 
     table = Table(*COLUMNS)
     for row in rows:
@@ -601,7 +601,7 @@ def _load(recipe: str, scale: str | None, overrides: list[str] | None):
 
 
 def _device() -> str:
-    from igla_mega.plan.hardware import num_local_gpus
+    from igla_mega.layout.hardware import num_local_gpus
 
     return "cuda" if num_local_gpus() else "cpu"
 
@@ -618,7 +618,7 @@ def _nodes(text: str) -> tuple[int, int]:
 def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:
     """Find the user's mistakes in a second, before ranks import torch."""
     from igla_mega.config.load import base_folder
-    from igla_mega.plan.layout import choose_layout
+    from igla_mega.plan.choose import choose_layout
 
     first = recipe.stages[0] if recipe.stages else recipe
     if first.base_model:
@@ -633,9 +633,9 @@ def _check_data(recipe, layout) -> None:
     """Hold the prepared data to its manifest and its model, and say how much of it will be read."""
     from igla_mega.data.blend import consumption, normalised
     from igla_mega.data.indexed import IndexedReader, part_prefixes
-    from igla_mega.data.manifest import damage
-    from igla_mega.data.preprocess import source_prefixes
+    from igla_mega.data.prepared import source_prefixes
     from igla_mega.data.tokenizer import digest_at
+    from igla_mega.prepare.manifest import damage
 
     breaches, tokens = [], {}
     digest = digest_at(recipe.data.tokenizer)

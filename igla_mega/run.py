@@ -1,28 +1,25 @@
 """Composition root: from a recipe to a run, part by part and stage by stage."""
 
-import errno
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
 
-from igla_mega import host, ops, parallel
-from igla_mega.assemble import build_engine, frozen_chunks, load_into, num_steps, open_corpus, open_dataset
-from igla_mega.checkpoint import adapters, hugging_face, single, store, tuned
+from igla_mega import ops
+from igla_mega.checkpoint import hugging_face, store
+from igla_mega.checkpoint.adapters import merge_adapters
+from igla_mega.checkpoint.base import BASE, base_note, digest_of_checkpoint, refuse_other_base
+from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+from igla_mega.checkpoint.load import find_checkpoint, verify_together
 from igla_mega.checkpoint.local import Local, folder_of
+from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.checkpoint.remote import Remote
-from igla_mega.checkpoint.single import DTYPES
-from igla_mega.config import json_text, load, yaml_text
+from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory, Moe
 from igla_mega.config.schema import Recipe
@@ -30,22 +27,25 @@ from igla_mega.data.batches import Corpus, Dataset, Share
 from igla_mega.data.blend import recorded_mixes
 from igla_mega.data.conversations import Pairs
 from igla_mega.data.journal import replace_file
+from igla_mega.distributed import host
+from igla_mega.distributed.mesh import Mesh, build_mesh, destroy_process_groups, init_process_groups
+from igla_mega.engine.build import build_engine, frozen_chunks, load_into, num_steps, open_corpus, open_dataset
+from igla_mega.engine.heartbeat import Pulse, follow_layers
+from igla_mega.engine.step import Engine
+from igla_mega.layout.layout import Layout
+from igla_mega.layout.stages import Stage, parts_of, weights_of
+from igla_mega.model.spec import DTYPES
 from igla_mega.objective.ewc import Ewc
-from igla_mega.ops.ring_attention import choose_schedule, inner_group_size, ranks_of_a_node
-from igla_mega.parallel import Mesh
-from igla_mega.plan import attention
-from igla_mega.plan.layout import Layout, choose_layout
-from igla_mega.plan.stages import Stage, parts_of, stages_of, weights_of
-from igla_mega.train import evaluation, loop, memory, preference
-from igla_mega.train.metrics import Trackers
+from igla_mega.plan.choose import choose_layout, stages_of
+from igla_mega.train import consolidation, dpo_reference, evaluation, loop
+from igla_mega.train.console import Display, Silent
+from igla_mega.train.metrics import Trackers, log_saves, log_stopping, peak_flops
+from igla_mega.train.opening import opening_lines, phase_lines
 from igla_mega.train.phases import Learning, finishes, next_stage
-from igla_mega.train.progress import Display, Silent
-from igla_mega.train.pulse import Pulse, follow_layers
-from igla_mega.train.step import Engine
+from igla_mega.train.run_folder import lock_run_folder, recipe_changes
+from igla_mega.train.state import Prepared, Run
+from igla_mega.train.stop_signal import StopRequest
 from igla_mega.train.watchdog import HANG, guarded
-
-LOCK_SECONDS = 30.0
-"""How long ranks that are started again wait for the run folder of those before them."""
 
 
 def train(
@@ -74,14 +74,14 @@ def train(
     if recipe.distributed.keep_freed_memory and device.type == "cpu":
         host.keep_freed_memory()
     distributed = recipe.distributed
-    parallel.start(device, distributed.timeout_seconds, run_dir / HANG)
-    stop = loop.StopRequest(dist.get_world_size() == 1, device)
+    init_process_groups(device, distributed.timeout_seconds, run_dir / HANG)
+    stop = StopRequest(dist.get_world_size() == 1, device)
     # First of all: what the watchdog writes there may be another run's.
-    lock = _lock(run_dir, recipe) if dist.get_rank() == 0 else None
+    lock = lock_run_folder(run_dir, recipe) if dist.get_rank() == 0 else None
     dist.barrier()
     with guarded(run_dir, distributed.hang_seconds, distributed.timeout_seconds) as pulse:
         finished = _train(recipe, run_dir, device, stop, pulse, stop_after, models, verbose)
-    parallel.stop()
+    destroy_process_groups()
     if lock:
         lock.close()
     return 0 if finished else stop.exit_code
@@ -91,7 +91,7 @@ def _train(
     recipe: Recipe,
     run_dir: Path,
     device: torch.device,
-    stop: loop.StopRequest,
+    stop: StopRequest,
     pulse: Pulse,
     stop_after: int | None,
     models: Path | None,
@@ -109,7 +109,7 @@ def _train(
     stages = stages_of(recipe, dist.get_world_size(), device.type, num_steps)
     if recipe.distributed.kernels == "require":
         ops.require_kernels(device.type)
-    mesh = parallel.build(stages[0].layout, recipe.training.seed)
+    mesh = build_mesh(stages[0].layout, recipe.training.seed)
     finished = _train_stages(recipe, run_dir, stages, mesh, device, stop, pulse, stop_after, base, verbose)
     dist.barrier(group=mesh.host_group)  # a launcher ends the others when the first one has ended
     return finished
@@ -124,16 +124,16 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: is there already, and would be lost.\n  Give another --out, or move it away.")
     device = host.prepare()
-    parallel.start(device, recipe.distributed.timeout_seconds)
-    checkpoint = single.resolve_checkpoint(checkpoint)
+    init_process_groups(device, recipe.distributed.timeout_seconds)
+    checkpoint = resolve_checkpoint(checkpoint)
     asked = recipe.memory or Memory()
     training = recipe.training
     if asked.fisher_seq_length:
         training = training.model_copy(update={"sequence_length": asked.fisher_seq_length})
-    theirs = single.read_recipe(checkpoint)
+    theirs = read_recipe(checkpoint)
     recipe = recipe.model_copy(update={"model": theirs.model, "moe": theirs.moe, "training": training})
     layout = choose_layout(recipe, dist.get_world_size(), device.type)
-    mesh = parallel.build(layout, recipe.training.seed)
+    mesh = build_mesh(layout, recipe.training.seed)
     source = asked.base_data or ("mix" if recipe.data.mix else None)
     if source is None:
         raise ConfigError(
@@ -147,84 +147,15 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda))
     display: Display | Silent = Display(0, 0) if mesh.is_main else Silent()
     try:
-        origin = memory.consolidate(engine, corpus, (source,), asked, recipe.training.seed, display)
-        memory.save_file(engine, out, load.dump(recipe))
+        origin = consolidation.consolidate(engine, corpus, (source,), asked, recipe.training.seed, display)
+        consolidation.save_file(engine, out, load.dump(recipe))
         display.say(
             f"{out}: Fisher and anchor of {checkpoint} on {source}, {origin.samples:,} sequences of "
             f"{origin.sequence_length}, labels of the {origin.labels}"
         )
     finally:
         display.close()
-    parallel.stop()
-
-
-def _lock(run_dir: Path, recipe: Recipe) -> IO[str]:
-    """Keep a second run, and another recipe's, out of the folder; the lock goes with the process, however it ends.
-
-    Raises:
-        ConfigError: another process trains in it, or another recipe has; or nothing can be written there.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (held while the run lasts)
-    except OSError as error:
-        raise ConfigError(
-            f"{run_dir}: no run can be written there ({error.strerror}).\n  Give another --run, or mend its rights."
-        ) from None
-    # A launcher that starts the ranks again may do so before the last ones are gone.
-    patience = LOCK_SECONDS if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else 0
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                break  # a file system without locks
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"{run_dir}: another run is training in this folder{_holder(lock)}.\n"
-                    "  Wait for it, end it, or give another --run."
-                ) from None
-            time.sleep(0.2)
-    _refuse_other_recipe(run_dir, recipe)
-    lock.truncate(0)
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
-    lock.flush()
-    return lock
-
-
-def _holder(lock: IO[str]) -> str:
-    """Who wrote into a lock file, in words."""
-    try:
-        lock.seek(0)
-        other = json_text.loads(lock.read())
-        return f": process {other['pid']} on {other['host']}, since {other['since']}"
-    except (ValueError, KeyError, TypeError, OSError):
-        return ""
-
-
-def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
-    """What a folder has trained goes on as what it is: a name, what is learned, and which weights train."""
-    if not store.steps_in(run_dir / "checkpoints"):
-        return
-    if not (old := _last_recipe(run_dir)):
-        return  # what matters is checked against the checkpoint
-    new = _flat(yaml_text.parse(load.dump(recipe), "recipe.yaml"))
-    kinds = ("lora", "dpo", "sft", "stages", "curriculum")
-    breaches = []
-    if old.get("name") != new.get("name"):
-        breaches.append(f"recipe `{old.get('name')}` and not `{new.get('name')}`")
-    for kind in kinds:
-        had, has = (any(key.split(".")[0] == kind and tree[key] is not None for key in tree) for tree in (old, new))
-        if had != has:
-            breaches.append(f"{'with' if had else 'without'} `{kind}`")
-    if breaches:
-        raise ConfigError(
-            f"{run_dir}: holds a run of another recipe: {', '.join(breaches)}.\n"
-            f"  Give another --run; or go on with its own, {run_dir / 'recipe.yaml'}."
-        )
+    destroy_process_groups()
 
 
 def _with_base(recipe: Recipe, run_dir: Path, models: Path | None) -> tuple[Path, Recipe]:
@@ -234,8 +165,8 @@ def _with_base(recipe: Recipe, run_dir: Path, models: Path | None) -> tuple[Path
     if dist.get_rank() == 0 and not (checkpoint / store.MANIFEST).is_file():
         hugging_face.import_folder(folder, checkpoint, say=print)
     dist.barrier()
-    store.verify_together(checkpoint, dist.group.WORLD)
-    theirs = single.read_recipe(checkpoint)
+    verify_together(checkpoint, dist.group.WORLD)
+    theirs = read_recipe(checkpoint)
     return checkpoint, recipe.model_copy(update={"model": theirs.model, "moe": experts_of(theirs, recipe, folder)})
 
 
@@ -272,7 +203,7 @@ def _train_stages(
     stages: list[Stage],
     mesh: Mesh,
     device: torch.device,
-    stop: loop.StopRequest,
+    stop: StopRequest,
     pulse: Pulse,
     stop_after: int | None,
     base: Path | None,
@@ -289,9 +220,9 @@ def _train_stages(
     say: Callable[[str], None] = print if mesh.is_main else lambda text: None
     checkpoints = run_dir / "checkpoints"
     local, remote = _other_folders(recipe, checkpoints, mesh)
-    find = partial(store.find, checkpoints, mesh, say, local=local, remote=remote)
+    find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
-    progress = found[1] if found else store.Progress()
+    progress = found[1] if found else Progress()
     _same_batches(progress, stages)
     if isinstance(corpora[0], Corpus) and recipe.stages is None and recipe.curriculum is None and recipe.data.mix:
         corpora[0].follow(_mixes(recipe, run_dir, progress, mesh, say))
@@ -306,7 +237,7 @@ def _train_stages(
     writer = store.CheckpointWriter(
         checkpoints,
         mesh,
-        store.Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every, frozenset(ends[:-1])),
+        Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every, frozenset(ends[:-1])),
         asynchronous=recipe.checkpoint.asynchronous,
         staging_bytes=recipe.checkpoint.staging_memory,
         local=local,
@@ -318,7 +249,7 @@ def _train_stages(
     trackers = None
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for line in _changes(run_dir, recipe_yaml):
+        for line in recipe_changes(run_dir, recipe_yaml):
             say(line)
         replace_file(run_dir / "recipe.yaml", recipe_yaml.encode())
         trackers = Trackers(run_dir, recipe.logging, resume_step=progress.step, recipe=recipe.model_dump(mode="json"))
@@ -328,7 +259,7 @@ def _train_stages(
     try:
         for part, own in enumerate(parts):
             if part:
-                loop.report_saves(writer.wait(), display, trackers)
+                log_saves(writer.wait(), display, trackers)
                 writer.refuse_loss()
                 base = _weights_after(parts[part - 1], base, checkpoints, ends[part - 1], run_dir, mesh)
             if part < number:
@@ -338,7 +269,7 @@ def _train_stages(
             engine, texts, restore = _build_part(
                 own, start, corpus, mesh, device, pulse, found, base, progress, run_dir, display
             )
-            run = loop.Run(
+            run = Run(
                 recipe=own,
                 recipe_yaml=load.dump(own),
                 engine=engine,
@@ -348,14 +279,14 @@ def _train_stages(
                 device=device,
                 stage=start,
                 last_step=last_step,
-                peak_flops=loop.peak_flops(device, DTYPES[recipe.distributed.precision]),
+                peak_flops=peak_flops(device, DTYPES[recipe.distributed.precision]),
                 stop=stop,
                 rewind=partial(_rewind, find, start, restore),
                 texts=texts,
             )
             if mesh.is_main:
-                opening = _opening(run, progress, found[0] if found else None, verbose)
-                for line in [*opening, *(_phases(stages, corpora) if part == number else [])]:
+                opening = opening_lines(run, progress, found[0] if found else None, verbose)
+                for line in [*opening, *(phase_lines(stages, corpora) if part == number else [])]:
                     display.say(line)
             if nothing_left:
                 display.say(f"nothing to do: {run_dir} is at step {progress.step} of {total_steps}")
@@ -390,7 +321,7 @@ def _finish_saves(
     writer: store.CheckpointWriter, pulse: Pulse, display: Display | Silent, trackers: Trackers | None
 ) -> None:
     with pulse.doing("saving", patient=True):
-        loop.report_saves(writer.finish(alive=partial(pulse.at, "")), display, trackers)
+        log_saves(writer.finish(alive=partial(pulse.at, "")), display, trackers)
 
 
 def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local | None, Remote | None]:
@@ -410,10 +341,10 @@ def _corpus_of(recipe: Recipe, mix: Mapping[str, float], sequence_length: int) -
 
 
 def _train_part(
-    run: loop.Run,
+    run: Run,
     learning: Learning,
-    prepared: Sequence[evaluation.Prepared],
-    progress: store.Progress,
+    prepared: Sequence[Prepared],
+    progress: Progress,
     last_step: int,
 ) -> bool:
     """Train the stages of the part that `run` was built for, from `progress` on.
@@ -445,7 +376,7 @@ def _train_part(
         if not loop.train(run, progress, display, trackers):
             return False
         if run.stop.agreed and (finishes(stage) or progress.step < learning.stages[-1].last_step):
-            loop.tell_stopping(run, progress, display, trackers)
+            log_stopping(run, progress, display, trackers)
             return False
         if learning.finish(index, progress):
             run.save(progress)
@@ -466,12 +397,12 @@ def _build_part(
     mesh: Mesh,
     device: torch.device,
     pulse: Pulse,
-    found: tuple[Path, store.Progress] | None,
+    found: tuple[Path, Progress] | None,
     base: Path | None,
-    progress: store.Progress,
+    progress: Progress,
     run_dir: Path,
     display: Display | Silent,
-) -> tuple[Engine, Mapping[str, str], Callable[[Path, store.Progress], None]]:
+) -> tuple[Engine, Mapping[str, str], Callable[[Path, Progress], None]]:
     """Build the engine of a part with its weights: a checkpoint's, or the base's it starts from.
 
     Returns:
@@ -484,14 +415,14 @@ def _build_part(
     asked = recipe.memory
     if asked is not None and asked.ewc_lambda > 0:
         engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda, asked.coupling))
-    mode = preference.mode_of(recipe.dpo, adapters=recipe.lora is not None) if recipe.dpo is not None else None
+    mode = dpo_reference.mode_of(recipe.dpo, adapters=recipe.lora is not None) if recipe.dpo is not None else None
     texts, digest = {}, ""
     if base is not None and (engine.adapters or mode == "cached"):
-        digest = adapters.digest_of_checkpoint(base, mesh.rank, mesh.world_size, mesh.host_group)
+        digest = digest_of_checkpoint(base, mesh.rank, mesh.world_size, mesh.host_group)
     if base is not None and engine.adapters:
-        texts[adapters.BASE] = tuned.base_note(base, digest, recipe.base_model)
+        texts[BASE] = base_note(base, digest, recipe.base_model)
         if found:
-            tuned.refuse_other_base(found[0], base, digest)
+            refuse_other_base(found[0], base, digest)
     elif base is not None and (not found or mode == "cached"):
         load_into(engine, shards, base, 0, with_moments=False)
     if recipe.dpo is not None and mode is not None:
@@ -499,11 +430,11 @@ def _build_part(
         if mode == "cached":
             assert isinstance(corpus, Pairs), "a recipe with `dpo` reads pairs"
             # Without a base the untrained model is the reference: its weights follow from the seed.
-            preference.cache(engine, corpus, _share(stage.layout, mesh), digest, run_dir, display)
-        engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine, frozen))
+            dpo_reference.cache(engine, corpus, _share(stage.layout, mesh), digest, run_dir, display)
+        engine = replace(engine, objective=dpo_reference.objective(recipe.dpo, mode, engine, frozen))
 
-    def restore(checkpoint: Path, at: store.Progress) -> None:
-        with memory.restoring(engine, checkpoint):
+    def restore(checkpoint: Path, at: Progress) -> None:
+        with consolidation.restoring(engine, checkpoint):
             load_into(engine, shards, checkpoint, _num_updates(at, stage))
 
     if found:
@@ -511,17 +442,17 @@ def _build_part(
     return engine, texts, restore
 
 
-def _num_updates(progress: store.Progress, start: Stage) -> int:
+def _num_updates(progress: Progress, start: Stage) -> int:
     """Updates that the optimizer of a part has made: a step whose samples were left out was none."""
     left_out = sum(start.first_step < step <= progress.step for step in progress.skipped)
     return progress.step - start.first_step - left_out
 
 
 def _rewind(
-    find: Callable[[], tuple[Path, store.Progress] | None],
+    find: Callable[[], tuple[Path, Progress] | None],
     start: Stage,
-    restore: Callable[[Path, store.Progress], None],
-    progress: store.Progress,
+    restore: Callable[[Path, Progress], None],
+    progress: Progress,
 ) -> bool:
     """Make engine and `progress` what they were at the last checkpoint, where that is of the stage at hand."""
     found = find()
@@ -540,7 +471,7 @@ def _weights_after(recipe: Recipe, base: Path | None, checkpoints: Path, step: i
         return checkpoint
     merged = run_dir / "merged" / checkpoint.name
     if mesh.is_main and not (merged / store.MANIFEST).is_file():
-        tuned.merge_adapters(checkpoint, merged, base)
+        merge_adapters(checkpoint, merged, base)
     dist.barrier(group=mesh.host_group)
     return merged
 
@@ -563,7 +494,7 @@ def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:
 
 
 def _mixes(
-    recipe: Recipe, run_dir: Path, progress: store.Progress, mesh: Mesh, say: Callable[[str], None]
+    recipe: Recipe, run_dir: Path, progress: Progress, mesh: Mesh, say: Callable[[str], None]
 ) -> list[tuple[int, dict[str, float]]]:
     """The mixes that the run has followed; a mix that the recipe has changed takes effect at the next step."""
     mixes = recorded_mixes(run_dir / "mix.json", recipe.data.mix, progress.samples, write=mesh.is_main)
@@ -583,7 +514,7 @@ def _all_read_the_same(corpus: Dataset, mesh: Mesh) -> None:
         )
 
 
-def _same_batches(progress: store.Progress, stages: Sequence[Stage]) -> None:
+def _same_batches(progress: Progress, stages: Sequence[Stage]) -> None:
     beyond = max(0, progress.step - stages[-1].last_step) * stages[-1].layout.global_batch
     expected = beyond + sum(
         min(max(progress.step - stage.first_step, 0), stage.num_steps) * stage.layout.global_batch for stage in stages
@@ -594,94 +525,3 @@ def _same_batches(progress: store.Progress, stages: Sequence[Stage]) -> None:
             f"recipe these are {expected:,}: samples would be skipped or repeated.\n"
             "  Keep the batch size and the phases, or start in a new run folder."
         )
-
-
-def _changes(run_dir: Path, recipe_yaml: str) -> list[str]:
-    """What the recipe says otherwise than the one this run folder was trained with."""
-    if not (old := _last_recipe(run_dir)):
-        return []
-    new = _flat(yaml_text.parse(recipe_yaml, "recipe.yaml"))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key}: was {old.get(key)}, is {new.get(key)} from here on" for key in keys]
-
-
-def _last_recipe(run_dir: Path) -> dict:
-    """What a folder was last trained with; empty where that cannot be read."""
-    try:
-        return _flat(yaml_text.parse((run_dir / "recipe.yaml").read_text(), "recipe.yaml"))
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat: dict = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _opening(run: loop.Run, progress: store.Progress, checkpoint: Path | None, verbose: bool) -> list[str]:
-    layout, model = run.engine.layout, run.recipe.model
-    assert model is not None
-    sizes = {
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "context": layout.context,
-        "data": layout.data,
-    }
-    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
-    split += f" (experts over {layout.expert})" if layout.expert > 1 else ""
-    lines = [
-        f"{run.recipe.name}: {_parameters(run.recipe)} parameters, {layout.strategy}, {split}, "
-        f"{layout.global_batch} x {layout.sequence_length} tokens a step, {run.recipe.distributed.precision}",
-        *(_context_parallel(run, verbose) if layout.context > 1 else []),
-        *layout.notes,
-        *run.corpus.notes,
-    ]
-    if checkpoint:
-        lines.append(f"resuming at step {progress.step} ({progress.tokens:,} tokens) from {checkpoint}")
-    return lines
-
-
-def _parameters(recipe: Recipe) -> str:
-    model, moe = recipe.model, recipe.moe
-    assert model is not None, "a run has a model by now"
-    active = f" ({model.active_parameters(moe) / 1e6:,.1f}M to a token)" if moe is not None else ""
-    return f"{model.num_parameters(moe) / 1e6:,.1f}M{active}"
-
-
-def _phases(stages: Sequence[Stage], corpora: Sequence[Dataset]) -> list[str]:
-    """What each phase takes, how often it goes over its data, and what was rounded."""
-    lines = []
-    for stage, corpus in zip(stages, corpora, strict=True):
-        if not stage.domain or not isinstance(corpus, Corpus):
-            continue
-        layout, windows = stage.layout, corpus.windows_per_epoch()
-        drawn = corpus.blend.consumed((stage.data_step + stage.num_steps) * layout.global_batch)
-        epochs = ", ".join(f"{name} {count / windows[name]:.2g} epochs" for name, count in drawn.items() if count)
-        lines.append(
-            f"steps {stage.first_step + 1} to {stage.last_step}: {stage.name}, {layout.global_batch} x "
-            f"{layout.sequence_length} tokens at {stage.recipe.training.learning_rate:g} ({epochs})"
-        )
-        lines += stage.notes
-    return lines
-
-
-def _context_parallel(run: loop.Run, verbose: bool) -> list[str]:
-    """The schedule of ring attention and why; when asked, also what it costs."""
-    layout, model, group = run.engine.layout, run.recipe.model, run.engine.mesh.context.group
-    assert model is not None
-    kv_heads, node = model.num_kv_heads // layout.tensor, ranks_of_a_node(group)
-    schedule, reason = choose_schedule(kv_heads, layout.context, node)
-    if layout.context_schedule != "auto":
-        schedule, reason = layout.context_schedule, "distributed.context_schedule"
-    if not verbose:
-        return [f"context parallel: {schedule} over {layout.context} ranks ({reason})"]
-    cost = attention.ring_cost(
-        model,
-        layout,
-        schedule,
-        bytes_per_value=DTYPES[run.recipe.distributed.precision].itemsize,
-        inner_size=inner_group_size(kv_heads, layout.context, node),
-    )
-    return attention.describe(cost, layout, reason, run.peak_flops)

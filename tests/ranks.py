@@ -60,7 +60,8 @@ def _rank_main(rank, num_ranks, folder, limit_seconds, pipe, function, args):
     import torch
     import torch.distributed as dist
 
-    from igla_mega import host, parallel
+    from igla_mega.distributed import host
+    from igla_mega.distributed.mesh import destroy_process_groups
 
     torch.set_num_threads(1)
     host.prepare()
@@ -73,5 +74,5 @@ def _rank_main(rank, num_ranks, folder, limit_seconds, pipe, function, args):
         result = (False, traceback.format_exc())
     pipe.send(result)
     if result[0]:
-        parallel.stop()
+        destroy_process_groups()
     os._exit(0)  # peers of a failed rank would wait in their destructors

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for folder in ("igla_mega", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 MODULES = {
     "pickle": {"igla_mega/checkpoint/pieces.py"},  # its Unpickler, held to DCP's own records
-    "zipfile": {"igla_mega/train/preference.py", "tools/wheelhouse.py"},  # an exception's name; wheels' metadata
+    "zipfile": {"igla_mega/train/dpo_reference.py", "tools/wheelhouse.py"},  # an exception's name; wheels' metadata
     **{name: set() for name in ("cloudpickle", "dill", "joblib", "marshal", "shelve", "tarfile", "xmlrpc")},
 }
 """What can run or unpack what a file says, and the files that may import it."""
@@ -33,8 +33,8 @@ ONLY_IN = {
     "json.load": set(),
     "json.loads": {  # RecursionError is no ValueError; config/json_text.py makes it one
         "igla_mega/config/json_text.py",
-        "igla_mega/data/formats.py",
-        "igla_mega/checkpoint/hugging_face.py",
+        "igla_mega/prepare/records.py",
+        "igla_mega/checkpoint/safetensors.py",
         "igla_mega/report",
         "tools",
     },

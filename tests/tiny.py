@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from igla_mega import parallel
-from igla_mega.assemble import build_engine
 from igla_mega.config.schema import Recipe
-from igla_mega.plan.layout import choose_layout
-from igla_mega.train.step import train_step
+from igla_mega.distributed.mesh import build_mesh
+from igla_mega.engine.build import build_engine
+from igla_mega.engine.step import train_step
+from igla_mega.plan.choose import choose_layout
 
 VOCAB, SEQUENCE, ROWS = 250, 32, 8
 
@@ -47,7 +47,7 @@ def recipe(
 def engine(tiny: Recipe, *, initialize: bool = True):
     """Build the engine of this rank; returns it with the places of its parameters."""
     layout = choose_layout(tiny, dist.get_world_size(), "cpu")
-    mesh = parallel.build(layout, tiny.training.seed)
+    mesh = build_mesh(layout, tiny.training.seed)
     return build_engine(tiny, layout, mesh, torch.device("cpu"), initialize=initialize)
 
 

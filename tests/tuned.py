@@ -4,15 +4,16 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from igla_mega import parallel
-from igla_mega.checkpoint import adapters, hugging_face, store
-from igla_mega.checkpoint.single import DTYPES
+from igla_mega.checkpoint import adapters, hugging_face
+from igla_mega.checkpoint.load import load_weights
+from igla_mega.checkpoint.pieces import read_whole
 from igla_mega.config.features import Lora
+from igla_mega.engine import ddp, fsdp
+from igla_mega.engine.step import Engine, train_step
 from igla_mega.model import build, lora, nf4
 from igla_mega.model.shards import local_runs, named_shards, shards_of
-from igla_mega.plan.layout import choose_layout
-from igla_mega.train import ddp, fsdp
-from igla_mega.train.step import Engine, train_step
+from igla_mega.model.spec import DTYPES
+from igla_mega.plan.choose import choose_layout
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -31,7 +32,7 @@ def engine(recipe, section: Lora | None, *, base=None, start=None, quantized=Non
         mesh: of an engine made before in this process.
     """
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
-    mesh = mesh or parallel.build(layout, recipe.training.seed)
+    mesh = mesh or mesh.build(layout, recipe.training.seed)
     sharded, dtype = layout.strategy == "FSDP", DTYPES[recipe.distributed.precision]
     config = build.transformer_config(
         recipe.model,
@@ -76,7 +77,7 @@ def engine(recipe, section: Lora | None, *, base=None, start=None, quantized=Non
 
 def load(base, pairs, mesh, *, partly: bool) -> None:
     if not partly:
-        store.load_weights(base, pairs, mesh.host_group)
+        load_weights(base, pairs, mesh.host_group)
         return
     for shard, param in pairs:
         param.data.copy_(read(base, shard, param.dtype))
@@ -84,7 +85,7 @@ def load(base, pairs, mesh, *, partly: bool) -> None:
 
 def read(base, shard, dtype):
     """This rank's part of one parameter of a checkpoint."""
-    whole = adapters._whole(adapters.Reader(base), shard.name).to(dtype)
+    whole = read_whole(adapters.Reader(base), shard.name).to(dtype)
     values = torch.empty(shard.local_shape, dtype=dtype).view(-1)
     values.zero_()
     for offset, piece in shard.rectangles(values):

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from igla_mega.layout import hardware
+from igla_mega.layout.hardware import Hardware
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
-from igla_mega.plan import calibration, hardware
-from igla_mega.plan.hardware import Hardware
+from igla_mega.plan import calibration
 from igla_mega.plan.time import ADAM_BYTES, NORM_BYTES, layer_values
 
 SHAPES = {
@@ -245,7 +246,7 @@ def measure(device: str, precision: str, rounds: int, *, cpu_time: bool = False)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     entry = hardware.cpu() if device == "cpu" else hardware.of_cuda_name(name)
     if entry is None:
-        raise SystemExit(f"{name} is not in the hardware table (igla_mega/plan/hardware.py): add it first.")
+        raise SystemExit(f"{name} is not in the hardware table (igla_mega/layout/hardware.py): add it first.")
     dtype = torch.float32 if precision == "FP32" else torch.bfloat16
     peak, clock = entry.peak(precision), Stopwatch(device, rounds, cpu_time=cpu_time)
     sizes = gemm_sizes(clock, dtype, peak)
@@ -304,7 +305,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        from igla_mega import host
+        from igla_mega.distributed import host
 
         host.keep_freed_memory()
     for precision in args.precision or (["FP32", "BF16"] if device == "cpu" else ["BF16"]):

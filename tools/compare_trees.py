@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     args = parser.parse_args(arguments)
     folders = [record(tree.resolve(), args.out.resolve(), args.recipes, args.steps) for tree in args.trees]
-    return 0 if len(folders) == 1 or compare(*folders[:2], args.recipes) else 1
+    return 0 if len(folders) == 1 or compare(folders[0], folders[1], args.recipes) else 1
 
 
 def record(tree: Path, out: Path, recipes: list[str], steps: int) -> Path:

@@ -14,6 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from igla_mega.data.prepared import source_prefixes
+from igla_mega.prepare.sources import unigram_entropy
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ("pretrain_7b", "--scale", "laptop")
 KILLED_AFTER = 12
@@ -69,7 +72,7 @@ def main() -> None:
     heading("7. The run on one page")
     igla("report", str(run))
 
-    entropy, last = unigram_entropy(run / "recipe.yaml"), after[max(after)]
+    entropy, last = context_free_loss(run / "recipe.yaml"), after[max(after)]
     print(f"\nunigram entropy of the corpus {entropy:.3f} nats/token; loss at step {max(after)}: {last:.3f}")
     print(f"demo: {time.monotonic() - started:.0f} s, all of it in {folder}")
     if differing or last > entropy - 1.0:
@@ -108,13 +111,12 @@ def losses(metrics: Path) -> dict[int, float]:
     return entries
 
 
-def unigram_entropy(recipe: Path) -> float:
+def context_free_loss(recipe: Path) -> float:
     """Nats per token of a model that knows only how frequent each token is."""
     from igla_mega.config.load import load_recipe
-    from igla_mega.data import preprocess
 
     data = load_recipe(recipe).data
-    return preprocess.unigram_entropy(preprocess.source_prefixes(data), data.mix)
+    return unigram_entropy(source_prefixes(data), data.mix)
 
 
 if __name__ == "__main__":

@@ -25,17 +25,20 @@ import torch
 
 sys.path.append(str(Path(__file__).parent / "bench"))
 
-from igla_mega import host, parallel
-from igla_mega.assemble import build_engine
 from igla_mega.checkpoint import store
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
-from igla_mega.plan import calibration, hardware, search
-from igla_mega.plan.layout import Layout, choose_layout
+from igla_mega.distributed import host
+from igla_mega.distributed.mesh import build_mesh, init_process_groups
+from igla_mega.engine.build import build_engine
+from igla_mega.engine.step import train_step
+from igla_mega.layout import hardware
+from igla_mega.layout.layout import Layout
+from igla_mega.plan import calibration, search
+from igla_mega.plan.choose import choose_layout
 from igla_mega.plan.memory import of_stage
 from igla_mega.plan.search import fixed_sizes
 from igla_mega.plan.time import model_flops_per_token
-from igla_mega.train.step import train_step
 
 STEPS = 5
 TOKENS_OF_A_STEP = 32768
@@ -85,7 +88,7 @@ def table_entry(device: torch.device) -> hardware.Hardware:
         return hardware.cpu()
     entry = hardware.of_cuda_name(torch.cuda.get_device_name())
     if entry is None:
-        raise SystemExit(f"{torch.cuda.get_device_name()} is not in the hardware table (igla_mega/plan/hardware.py).")
+        raise SystemExit(f"{torch.cuda.get_device_name()} is not in the hardware table (igla_mega/layout/hardware.py).")
     return entry
 
 
@@ -157,8 +160,8 @@ _meshes: list = []
 def parallel_mesh(layout: Layout, device: torch.device):
     """The mesh, which a process builds once."""
     if not _meshes:
-        parallel.start(device)
-        _meshes.append(parallel.build(layout, 1))
+        init_process_groups(device)
+        _meshes.append(build_mesh(layout, 1))
     return _meshes[0]
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.filters import Filters
-from igla_mega.data.merge import complete_parts, merge
-from igla_mega.data.preprocess import Options, parse_part, part_prefix, preprocess
 from igla_mega.data.tokenizer import load_tokenizer
+from igla_mega.prepare.filters import Filters
+from igla_mega.prepare.merge import complete_parts, merge
+from igla_mega.prepare.preprocess import Options, part_prefix, preprocess
+from igla_mega.prepare.sources import parse_part
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
 
@@ -43,7 +44,7 @@ def main() -> int:
                 exact_duplicates=args.exact_duplicates,
             )
             if args.engine == "ray":
-                from igla_mega.data.cluster import preprocess_on_ray
+                from igla_mega.prepare.ray import preprocess_on_ray
 
                 preprocess_on_ray(
                     args.input, prefix, args.tokenizer_model, options, args.parts, args.workers, args.ray_address

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.tokenizer import train_bpe
-from igla_mega.data.toy_corpus import write_toy_corpus
+from igla_mega.prepare.toy_corpus import write_toy_corpus
 
 
 def main() -> int:

@@ -1,36 +1,38 @@
 """Adapters as PEFT stores them (`adapter_config.json`, `adapter_model.safetensors`), both ways, and merged weights."""
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igla_mega.checkpoint import store
-from igla_mega.checkpoint.hugging_face import Weight, appearing, refuse_repeated_names, weights_of
-from igla_mega.checkpoint.pieces import Pieces, Reader, load
+from igla_mega.checkpoint import adapters, store
+from igla_mega.checkpoint.base import BASE, base_note, base_of, digest_of_checkpoint, read_base
+from igla_mega.checkpoint.folder import read_recipe
+from igla_mega.checkpoint.hf_names import Weight, weights_of
+from igla_mega.checkpoint.pieces import Pieces, Reader, read_whole
+from igla_mega.checkpoint.progress import Progress
+from igla_mega.checkpoint.safetensors import appearing, refuse_repeated_names
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Lora, Moe
+from igla_mega.config.load import dump
 from igla_mega.config.schema import Model
 from igla_mega.model.lora import is_adapter, scaling
 from igla_mega.model.nf4 import Nf4
 from igla_mega.model.projections import STACKS
-from igla_mega.model.shards import Shard, local_values
+from igla_mega.model.shards import Shard, is_expert, local_values
+from igla_mega.model.spec import DTYPES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE = "base.json"
-"""In a checkpoint of adapters: which base they belong to."""
 _PREFIX = "base_model.model.model.layers."
 _PATHS = {name: path for path, names in STACKS.items() for name in names}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -191,15 +193,7 @@ def read(checkpoint: Path) -> dict[str, Tensor]:
     """The whole matrices of the adapters that a checkpoint holds, by name."""
     reader = Reader(checkpoint)
     names = [name for name in reader.shapes() if is_adapter(name) and not name.startswith("optimizer.")]
-    return {name: _whole(reader, name) for name in names}
-
-
-def _whole(reader: Reader, name: str) -> Tensor:
-    entry: Any = reader.read_metadata().state_dict_metadata[name]
-    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-    pieces = Pieces.of(entry.size, [((0,) * len(entry.size), tensor)])
-    load({name: pieces}, reader)
-    return tensor
+    return {name: read_whole(reader, name) for name in names}
 
 
 @torch.no_grad()
@@ -245,7 +239,7 @@ def merge(
 
     def lazy(weight: Weight) -> Pieces:
         def make() -> Tensor:
-            whole = _whole(reader, weight.native)
+            whole = read_whole(reader, weight.native)
             names = _projections(weight)
             if not names or (quantized is None and not any(name in lora.target_modules for name in names)):
                 return whole.float()
@@ -262,75 +256,75 @@ def merge(
     with appearing(checkpoint) as temporary:
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
         dcp.save({w.native: lazy(w) for w in weights}, storage_writer=writer, no_dist=True)
-        (temporary / "progress.json").write_text(json.dumps(asdict(store.Progress()), indent=1) + "\n")
+        (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
         (temporary / "recipe.yaml").write_text((base / "recipe.yaml").read_text())
         store.write_manifest(temporary, {})
 
 
-def read_base(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint of adapters says of its base: `base_model` as the recipe named it, `checkpoint`, `digest`.
-
-    Returns:
-        None for a checkpoint of a whole model.
-    """
-    file = checkpoint / BASE
-    if not file.is_file():
-        return None
-    try:
-        note = json_text.loads(file.read_bytes())
-        if not all(isinstance(note[key], str) for key in ("checkpoint", "digest")):
-            raise ValueError("`checkpoint` and `digest` are not both texts")
-        return {"base_model": None, **note}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: does not name a base ({error}).\n  Use another checkpoint.") from None
-
-
-def digest_of_checkpoint(base: Path, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> str:
-    """`digest_of` a checkpoint's weights, each of `size` ranks reading some of them."""
-    reader = Reader(base)
-    names = sorted(name for name in reader.shapes() if not name.startswith("optimizer."))
-
-    def runs() -> Iterator[tuple[Shard, Tensor, int]]:
-        for name in names[rank::size]:
-            whole = _whole(reader, name)
-            shape = tuple(whole.shape)
-            yield Shard(name, shape, shape, None, 0, 1, 1, sequence_parallel=False), whole.view(-1), 0
-
-    return digest_of(runs(), group)
-
-
-def digest_of(runs: Iterable[tuple[Shard, Tensor, int]], group: dist.ProcessGroup | None = None) -> str:
-    """16 hex digits that name a base's weights, the same in every layout and in fp32 and bf16.
-
-    Each element, rounded to bf16, is multiplied by numbers drawn from its name and place; the ranks' sums are added.
+def merge_adapters(checkpoint: Path, merged: Path, base: Path | None = None) -> None:
+    """Write the whole model that a checkpoint of adapters stands for, as a checkpoint of its own.
 
     Args:
-        runs: as for `build.initialize`; adapters among them are left out. Each element of the model once over `group`
-            (`Shard.is_first_copy`, one data-parallel rank).
-        group: the ranks that hold parts; None when this one holds all.
+        base: where its base is; by default where the checkpoint says.
+
+    Raises:
+        ConfigError: the base is not there, or `merged` is taken.
     """
-    total = torch.zeros(1, dtype=torch.int64)
-    for shard, values, start in runs:
-        if not is_adapter(shard.name):
-            for offset, piece in shard.rectangles(values, start):
-                total += _digest_piece(shard, offset, piece).cpu()
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    return f"{int(total.item()) & (2**64 - 1):016x}"
+    recipe = read_recipe(checkpoint)
+    assert recipe.lora is not None and recipe.model is not None, "a checkpoint of adapters"
+    coded = recipe.quantization
+    adapters.merge(
+        base or base_of(checkpoint),
+        adapters.read(checkpoint),
+        recipe.lora,
+        recipe.model,
+        merged,
+        moe=recipe.moe,
+        quantized=DTYPES[recipe.distributed.precision] if coded is not None else None,
+        double=coded is None or coded.double_quant,
+    )
 
 
-def _digest_piece(shard: Shard, offset: tuple[int, ...], piece: Tensor) -> Tensor:
-    seed = hashlib.blake2b(shard.name.encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-    factors = []
-    for size, first, length in zip(shard.shape, offset, piece.shape, strict=True):
-        drawn = torch.empty(size, dtype=torch.int64).random_(-(2**63), None, generator=generator) | 1
-        factors.append(drawn[first : first + length].to(piece.device))
-    bits = piece.bfloat16().view(torch.int16)
-    total = torch.zeros(1, dtype=torch.int64, device=piece.device)
-    if piece.dim() == 1:
-        return total + (bits.long() * factors[0]).sum()
-    for rows in range(0, len(bits), 256):  # int64 is four times the size
-        block = (bits[rows : rows + 256].long() * factors[1]).sum(1)
-        total += (block * factors[0][rows : rows + 256]).sum()
-    return total
+def export_adapters(checkpoint: Path, folder: Path) -> None:
+    """Write the adapters of a checkpoint as PEFT saves them.
+
+    Raises:
+        ConfigError: `folder` is taken.
+    """
+    recipe = read_recipe(checkpoint)
+    assert recipe.lora is not None, "a checkpoint of adapters"
+    note = read_base(checkpoint) or {}
+    matrices = adapters.read(checkpoint)
+    if any(is_expert(name) for name in matrices):
+        raise ConfigError(
+            f"{checkpoint}: adapters of experts, which transformers keeps as one tensor a layer and PEFT cannot name.\n"
+            "  Export them with their base: --merge."
+        )
+    adapters.export_folder(matrices, recipe.lora, folder, base_model=note.get("base_model") or "")
+    count = sum(matrix.numel() for matrix in matrices.values())
+    print(f"{folder}: {len(matrices)} matrices, {count:,} parameters, as PEFT's PeftModel.from_pretrained opens them")
+
+
+def import_adapters(folder: Path, base: Path, checkpoint: Path) -> None:
+    """Turn a folder of PEFT's into a checkpoint of adapters of a base.
+
+    Raises:
+        ConfigError: of another base, not plain LoRA or DoRA, or `checkpoint` is taken.
+    """
+    recipe = read_recipe(base)
+    assert recipe.model is not None, "read_recipe refuses that"
+    section, matrices = adapters.import_folder(folder, recipe.model)
+    changes = {"name": folder.resolve().name, "base_model": str(base.resolve()), "lora": section}
+    own = {key: None for key in ("continual", "koshey", "curriculum", "dpo", "sft", "stages")}
+    texts = {
+        "progress.json": json.dumps(asdict(Progress()), indent=1) + "\n",
+        "recipe.yaml": dump(recipe.model_copy(update={**own, **changes})),
+        BASE: base_note(base, digest_of_checkpoint(base), str(base)),
+    }
+    with appearing(checkpoint) as temporary:
+        pieces = {n: Pieces.of(tuple(t.shape), [((0,) * t.dim(), t.float())]) for n, t in matrices.items()}
+        dcp.save(pieces, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=True)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        store.write_manifest(temporary, {})
+    print(f"{checkpoint}: {len(matrices)} matrices of rank {section.rank}, for the base {base}")

@@ -12,6 +12,9 @@ from pathlib import Path, PurePosixPath
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 
+REPLACED = ".replaced_"
+
+
 MANIFEST = "manifest.json"
 PLACE = "place.json"
 """In a rank's own checkpoint, on its node's disk: which save, and which part of which layout it is."""
@@ -217,3 +220,25 @@ def words(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} GiB"
+
+
+def write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def last_line(error: BaseException) -> str:
+    """The cause, in a line."""
+    failures = getattr(error, "failures", {}).values()
+    cause = next((f[0] if isinstance(f, tuple) else f for f in failures), error)
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]

@@ -20,7 +20,7 @@ from igla_mega.checkpoint import integrity
 from igla_mega.checkpoint.integrity import PLACE
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.parallel import Mesh
+from igla_mega.distributed.mesh import Mesh
 
 
 def is_local(path: Path) -> bool:

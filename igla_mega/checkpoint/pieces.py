@@ -281,3 +281,19 @@ class _IndexUnpickler(pickle.Unpickler):
         if dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint index needs")
+
+
+def read_whole(reader: Reader, name: str) -> Tensor:
+    entry: Any = reader.read_metadata().state_dict_metadata[name]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    pieces = Pieces.of(entry.size, [((0,) * len(entry.size), tensor)])
+    load({name: pieces}, reader)
+    return tensor
+
+
+def key_of(name: str, kind: str) -> str:
+    return name if kind == "master" else f"optimizer.{kind}.{name}"
+
+
+def kind_of(key: str) -> str:
+    return key.split(".")[1] if key.startswith("optimizer.") else "master"

@@ -13,90 +13,39 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import TypeAdapter
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from igla_mega.checkpoint import integrity
-from igla_mega.checkpoint.integrity import MANIFEST, REMOVED, UNFINISHED, damage, step_dir, steps_in
+from igla_mega.checkpoint.integrity import (
+    MANIFEST,
+    REMOVED,
+    REPLACED,
+    UNFINISHED,
+    damage,
+    fsync,
+    last_line,
+    step_dir,
+    steps_in,
+    write_text,
+)
 from igla_mega.checkpoint.local import PLACE, Local, is_local
-from igla_mega.checkpoint.pieces import Pieces, Reader, Writer, load
+from igla_mega.checkpoint.pieces import Pieces, Reader, Writer, key_of
+from igla_mega.checkpoint.progress import Progress, Retention, SaveOutcome
 from igla_mega.checkpoint.remote import Remote, Uploads
 from igla_mega.config.errors import ConfigError
-from igla_mega.model.shards import Shard, Slot, local_values
-from igla_mega.parallel import Mesh
+from igla_mega.distributed.mesh import Mesh
+from igla_mega.model.shards import Slot
 
 __all__ = ["MANIFEST", "damage", "is_local", "step_dir", "steps_in"]
 
-_REPLACED = ".replaced_"
 _RUN = "run_id"
-
-
-@dataclass
-class Progress:
-    """How far a run is. Everything random is a function of the seed and the step, so this is all a resume needs."""
-
-    step: int = 0
-    """Optimizer steps taken."""
-    samples: int = 0
-    """Sequences consumed."""
-    tokens: int = 0
-    """Tokens consumed."""
-    stage: int = 0
-    """Stages finished: trained, evaluated and, where that is asked for, consolidated."""
-    domain_losses: list[dict[str, float]] = field(default_factory=list)
-    """After each of them that is a phase, the loss on each domain, nats per token."""
-    before: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What was measured on each source before the first step of the stage at hand."""
-    skipped: list[int] = field(default_factory=list)
-    """Steps, counted from 1, whose samples are consumed without an update."""
-    bad_steps: list[int] = field(default_factory=list)
-    """Those of them that were bad themselves."""
-    losses: list[float] = field(default_factory=list)
-    """Of the last steps of the stage at hand, nats: what a spike is told by."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay."""
-
-    keep_last: int
-    """How many of the newest."""
-    keep_every: int | None = None
-    """Also every one whose step is a multiple of this."""
-    always: frozenset[int] = frozenset()
-    """Also those of these steps: what a later stage starts from."""
-
-    def obsolete(self, steps: Iterable[int]) -> list[int]:
-        """The steps, of those there are, whose checkpoints may go."""
-        steps = sorted(steps)
-        kept = {*steps[-self.keep_last :], *self.always}
-        return [s for s in steps if s not in kept and not (self.keep_every and s % self.keep_every == 0)]
-
-
-@dataclass(frozen=True)
-class SaveOutcome:
-    """How a save, or the copying of one to a remote folder, has ended."""
-
-    step: int
-    seconds: float
-    """From the call, or the start of the copying, until it was whole."""
-    bytes: int
-    """Written by all ranks; 0 when it failed."""
-    error: str | None
-    """Why it failed, in words, with what still stands; None: it is whole."""
-    where: Literal["shared", "local", "remote"]
-    note: str | None = None
-    """What else should be said of it."""
 
 
 class CheckpointWriter:
@@ -179,7 +128,7 @@ class CheckpointWriter:
                 write_folder = self._write_local if local else self._write_shared
                 size = write_folder(step, state, texts, released.set)
             except (Exception, CheckpointException) as failure:  # the latter is no Exception
-                error = _save_failed(self.root, step, failure) if not local else _reason(failure)
+                error = _save_failed(self.root, step, failure) if not local else last_line(failure)
             finally:
                 released.set()
             self._end(step, time.monotonic() - started, size, error, staged, local)
@@ -295,7 +244,7 @@ class CheckpointWriter:
             texts = {**texts, PLACE: local.place(save[0])}
             size = _write_folder(local.folder(step), state, texts, None, lambda: None, released=released)
         except (Exception, CheckpointException) as failure:  # every rank must hear of it
-            error = _reason(failure)
+            error = last_line(failure)
         outcomes = local.gathered((size, error))
         failed = [(rank, why) for rank, (_, why) in enumerate(outcomes) if why is not None]
         if failed:
@@ -315,7 +264,7 @@ def save_folder(folder: Path, slots: Iterable[Slot], texts: Mapping[str, str], m
     try:
         _write_folder(folder, _to_write(slots, mesh, _Staging(0)), texts, mesh.host_group, lambda: None)
     except (CheckpointException, OSError) as error:
-        raise RuntimeError(f"{folder}: could not be written: {_reason(error)}") from error
+        raise RuntimeError(f"{folder}: could not be written: {last_line(error)}") from error
 
 
 def _write_folder(
@@ -344,18 +293,18 @@ def _write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, text in texts.items():
-            _write_text(temporary / name, text)
+            write_text(temporary / name, text)
 
     def commit() -> None:
         write_manifest(temporary, digests)
         # A step may be saved again, after a consolidation or in a run that was taken back; a half of it is undone by
         # `_restore`.
-        replaced = final.parent / f"{_REPLACED}{final.name}"
+        replaced = final.parent / f"{REPLACED}{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             os.replace(final, replaced)
         os.replace(temporary, final)
-        _fsync(final.parent)
+        fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         tidy()
 
@@ -402,7 +351,7 @@ def _to_write(slots: Iterable[Slot], mesh: Mesh | None, staging: _Staging) -> di
         if mesh is not None and not (slot.shard.is_first_copy and _is_writer(slot, mesh)):
             continue
         for kind, values in slot.values.items():
-            name = _key(slot.shard.name, kind)
+            name = key_of(slot.shard.name, kind)
             shapes[name], dtypes[name] = slot.shard.shape, values.dtype
             pieces = copies.setdefault(name, [])
             if staging.takes(values.nbytes):
@@ -421,248 +370,6 @@ def _is_writer(slot: Slot, mesh: Mesh) -> bool:
     owner = int.from_bytes(hashlib.blake2b(slot.shard.name.encode(), digest_size=4).digest(), "big")
     replicas = mesh.replicas(expert=slot.shard.expert)
     return owner % replicas.size == replicas.rank
-
-
-def _key(name: str, kind: str) -> str:
-    return name if kind == "master" else f"optimizer.{kind}.{name}"
-
-
-def _kind(key: str) -> str:
-    return key.split(".")[1] if key.startswith("optimizer.") else "master"
-
-
-def load_weights(
-    path: Path, pairs: Iterable[tuple[Shard, Tensor]], group: dist.ProcessGroup | None, *, partly: bool = False
-) -> None:
-    """Read weights into parameters (of any dtype, on any device), from a checkpoint of any layout.
-
-    Args:
-        pairs: each parameter's place in the whole, and the parameter.
-        group: gloo group of all ranks that load, or None for this process alone.
-        partly: the checkpoint may hold more than is asked for.
-
-    Raises:
-        ConfigError: the checkpoint holds another model.
-    """
-    targets: dict[str, tuple[Shard, list]] = {}
-    for shard, param in pairs:
-        values, start = local_values(param)
-        targets.setdefault(shard.name, (shard, []))[1].extend(shard.rectangles(values, start))
-    wanted = {name: (shard.shape, rectangles) for name, (shard, rectangles) in targets.items()}
-    _read(path, wanted, group, partly=partly)
-
-
-@torch.no_grad()
-def spread_masters(pairs: Iterable[tuple[Shard, Tensor]], slots: Iterable[Slot], mesh: Mesh) -> None:
-    """Make the weights that the modules compute with from the fp32 masters, which replicas may share among them.
-
-    All replicas call it with the same parameters in the same order.
-    """
-    own: dict[str, list[Slot]] = {}
-    for slot in slots:
-        own.setdefault(slot.shard.name, []).append(slot)
-    for shard, param in pairs:
-        values, start = local_values(param)
-        whole = torch.zeros(values.numel(), dtype=torch.float32, device=values.device)
-        held = own.get(shard.name, [])
-        for slot in held:
-            master = slot.values["master"]
-            whole[slot.start - start : slot.start - start + master.numel()] = master
-        group = mesh.replicas(expert=shard.expert)
-        if group.size > 1 and not isinstance(param, DTensor) and not any(slot.replicated for slot in held):
-            # Bits are added to zeros: a sum of numbers would lose the sign of -0.
-            dist.all_reduce(whole.view(torch.int32), group=group.group)
-        values.copy_(whole)
-
-
-def load_slots(
-    path: Path, slots: Iterable[Slot], group: dist.ProcessGroup | None, *, kinds: Collection[str] | None = None
-) -> None:
-    """Read the slots' values, all or those of some kinds. Raises as `load_weights` does."""
-    targets: dict[str, tuple] = {}
-    for slot in slots:
-        for kind, values in slot.values.items():
-            if kinds is not None and kind not in kinds:
-                continue
-            entry = targets.setdefault(_key(slot.shard.name, kind), (slot.shard.shape, []))
-            entry[1].extend(slot.shard.rectangles(values, slot.start))
-    _read(path, targets, group)
-
-
-def _read(
-    path: Path,
-    targets: dict[str, tuple[tuple[int, ...], list]],
-    group: dist.ProcessGroup | None,
-    *,
-    partly: bool = False,
-) -> None:
-    verify_together(path, group)
-    reader = Reader(path)
-    stored = reader.shapes()
-    breaches = []
-    for name, (shape, _) in targets.items():
-        if name not in stored:
-            breaches.append(f"{path}: has no {name} {list(shape)}.")
-        elif tuple(stored[name]) != tuple(shape):
-            breaches.append(f"{path}: {name} is {list(stored[name])}, this recipe's model has {list(shape)}.")
-    if not breaches and not partly:
-        wanted = _union(targets, group)
-        kinds = {_kind(name) for name in wanted}
-        extra = [name for name in stored if name not in wanted and _kind(name) in kinds]
-        breaches += [f"{path}: holds {name}, which this recipe's model does not have." for name in extra]
-    if breaches:
-        more = [f"... and {len(breaches) - 3} more."] if len(breaches) > 3 else []
-        raise ConfigError(
-            "The checkpoint is of another model:",
-            *breaches[:3],
-            *more,
-            "  Use the recipe that lies beside it (recipe.yaml), or start in a new run folder.",
-        )
-    state = {name: Pieces.of(shape, rectangles) for name, (shape, rectangles) in targets.items()}
-    load(state, reader, group)
-
-
-def _union(names: Iterable[str], group: dist.ProcessGroup | None) -> set[str]:
-    if group is None:
-        return set(names)
-    everyones: list = [None] * group.size()
-    dist.all_gather_object(everyones, list(names), group=group)
-    return {name for part in everyones for name in part}
-
-
-def find(
-    root: Path, mesh: Mesh, say: Callable[[str], None], *, local: Local | None = None, remote: Remote | None = None
-) -> tuple[Path, Progress] | None:
-    """The newest whole checkpoint, agreed on by all ranks; a damaged one is passed over, and said.
-
-    Args:
-        root: those that all nodes share.
-        local: those that nodes keep for themselves: taken when newer, and whole on all of them.
-        remote: copied from there when `root` holds none that is whole.
-
-    Returns:
-        None when there is no checkpoint at all.
-
-    Raises:
-        ConfigError: there are checkpoints, and every one is damaged.
-    """
-    if mesh.is_main:
-        _restore(root)
-    found: list = [steps_in(root)[::-1] if mesh.is_main else None]
-    dist.broadcast_object_list(found, src=0, group=mesh.host_group)
-    own = local.agreed(say) if local else []
-    candidates = sorted([(step, True) for step in found[0]] + [(step, False) for step in own], reverse=True)
-    damages = []
-    for step, shared in candidates:
-        path = step_dir(root, step) if shared or local is None else local.folder(step)
-        reason = _damaged_together(path, mesh.host_group) if shared or local is None else local.damaged(step)
-        if reason is None:
-            integrity.note_verified(path)
-            if local:  # what lies beyond was left behind, and would be mixed up with what comes
-                local.remove([other for other in local.steps() if other > step])
-            return path, read_progress(path)
-        damages.append(reason)
-        say(f"{reason}; going back to the checkpoint before it.")
-    if remote is not None and (fetched := _fetch_newest(root, remote, mesh, say)) is not None:
-        return fetched, read_progress(fetched)
-    if damages:
-        raise ConfigError(
-            f"{root}: every checkpoint is damaged: {damages[0]}.",
-            "  Move the folder away to start anew, or restore one from a backup.",
-        )
-    if mesh.is_main and root.is_dir():
-        unfinished = [path.name for path in root.glob(f"{UNFINISHED}*")]
-        if unfinished:
-            say(f"{root}: no whole checkpoint; {unfinished[0]} was never finished.")
-    return None
-
-
-def _damaged_together(path: Path, group: dist.ProcessGroup) -> str | None:
-    """What is wrong with a checkpoint that all ranks see, each of which reads some of its files."""
-    reasons: list = [None] * group.size()
-    dist.all_gather_object(reasons, damage(path, part=group.rank(), num_parts=group.size()), group=group)
-    return next((reason for reason in reasons if reason), None)
-
-
-def verify_together(path: Path, group: dist.ProcessGroup | None) -> None:
-    """`integrity.verify`, of which each rank of a group does a part; all of them call it.
-
-    Raises:
-        ConfigError: the checkpoint is damaged.
-    """
-    if group is None:
-        return integrity.verify(path)
-    known: list = [None] * group.size()
-    dist.all_gather_object(known, integrity.is_verified(path), group=group)
-    if not all(known):
-        if (reason := _damaged_together(path, group)) is not None:
-            raise integrity.refusal(reason)
-        integrity.note_verified(path)
-
-
-def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a remote folder, copied below `root` by all ranks."""
-    offers: list = [None]
-    if mesh.is_main:
-        try:
-            offers = [[(step, remote.manifest(step)) for step in remote.steps()[::-1]]]
-        except Exception as failure:  # of whatever kind the store's client knows
-            offers = [f"{remote.address}: cannot be read ({_reason(failure)}).\n  Mend checkpoint.remote."]
-    dist.broadcast_object_list(offers, src=0, group=mesh.host_group)
-    if isinstance(offers[0], str):
-        raise ConfigError(offers[0])
-    run = run_id(root, mesh)
-    for step, manifest in offers[0]:
-        final = step_dir(root, step)
-        temporary = root / f"{UNFINISHED}{final.name}"
-        say(f"{root}: no whole checkpoint here; copying step {step} from {remote.address}")
-        error = None
-        try:
-            names = sorted(integrity.read_manifest(manifest))
-            temporary.mkdir(parents=True, exist_ok=True)
-            remote.fetch(step, temporary, names[mesh.rank :: mesh.world_size])
-        except Exception as failure:
-            error = f"{remote.address}: step {step}: {_reason(failure)}"
-        errors: list = [None] * mesh.world_size
-        dist.all_gather_object(errors, error, group=mesh.host_group)
-        reason = next((e for e in errors if e), None)
-        if reason is None:
-            if mesh.is_main:
-                (temporary / MANIFEST).write_bytes(manifest)
-                remote.claim(run)
-            dist.barrier(group=mesh.host_group)
-            reason = _damaged_together(temporary, mesh.host_group)
-        if mesh.is_main and reason is None:
-            shutil.rmtree(final, ignore_errors=True)  # damaged: it has been passed over
-            os.replace(temporary, final)
-            _fsync(root)
-        elif mesh.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        dist.barrier(group=mesh.host_group)
-        if reason is None:
-            integrity.note_verified(final)
-            return final
-        say(f"{reason}; going back to the checkpoint before it.")
-    return None
-
-
-def _restore(root: Path) -> None:
-    """Finish what a save was killed in: a checkpoint moved aside goes back, unless the new one is in its place."""
-    for replaced in root.glob(f"{_REPLACED}*"):
-        final = root / replaced.name.removeprefix(_REPLACED)
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(replaced, final)
-
-
-def read_progress(path: Path) -> Progress:
-    """How far the run was that wrote this checkpoint."""
-    file = path / "progress.json"
-    try:
-        return TypeAdapter(Progress).validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}).\n  Use another checkpoint.") from None
 
 
 def write_manifest(path: Path, digests: dict[str, str]) -> None:
@@ -686,30 +393,15 @@ def write_manifest(path: Path, digests: dict[str, str]) -> None:
         size = files.get(storage.relative_path, {}).get("bytes", 0)
         if storage.offset + storage.length > size:
             raise OSError(f"{storage.relative_path} ends at byte {size}, before what the index says")
-    _write_text(path / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
-    _fsync(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(path / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
+    fsync(path)
 
 
 def _point_latest_to(checkpoint: Path) -> None:
     temporary = checkpoint.parent / ".latest"
     temporary.write_text(checkpoint.name + "\n")
     os.replace(temporary, checkpoint.parent / "latest")
-    _fsync(checkpoint.parent)
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(checkpoint.parent)
 
 
 def _on_main(group: dist.ProcessGroup | None, action: Callable[[], None]) -> None:
@@ -727,13 +419,6 @@ def _on_main(group: dist.ProcessGroup | None, action: Callable[[], None]) -> Non
         raise OSError(outcome[0])
 
 
-def _reason(error: BaseException) -> str:
-    """The cause, in a line."""
-    failures = getattr(error, "failures", {}).values()
-    cause = next((f[0] if isinstance(f, tuple) else f for f in failures), error)
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-
-
 def _save_failed(root: Path, step: int, error: BaseException) -> str:
     whole = steps_in(root)
     stands = f"The checkpoint of step {whole[-1]} is whole." if whole else "There is no earlier checkpoint."
@@ -742,7 +427,7 @@ def _save_failed(root: Path, step: int, error: BaseException) -> str:
     except OSError:
         free = "The folder cannot be reached."
     return (
-        f"{root}: the checkpoint of step {step} could not be written: {_reason(error)}. {free}\n"
+        f"{root}: the checkpoint of step {step} could not be written: {last_line(error)}. {free}\n"
         f"  {stands} Make room (a smaller checkpoint.keep_last deletes old ones), or bring the mount back."
     )
 
@@ -753,7 +438,7 @@ def run_id(root: Path, mesh: Mesh) -> str:
     if mesh.is_main:
         root.mkdir(parents=True, exist_ok=True)
         if not (root / _RUN).is_file():
-            _write_text(root / f".{_RUN}", secrets.token_hex(4) + "\n")
+            write_text(root / f".{_RUN}", secrets.token_hex(4) + "\n")
             os.replace(root / f".{_RUN}", root / _RUN)
         name = [(root / _RUN).read_text().strip()]
     dist.broadcast_object_list(name, src=0, group=mesh.host_group)

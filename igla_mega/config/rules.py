@@ -8,7 +8,19 @@ from collections.abc import Callable, Iterator
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
+from igla_mega.config.near import near_divisors, near_multiples
 from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
+from igla_mega.config.rules_layout import (
+    device_has_kernels,
+    fp8_has_its_kernels,
+    fsdp_is_proved,
+    heads_divide_among_context_ranks,
+    layers_can_be_recorded,
+    pipeline_divides_layers,
+    sequence_divides_among_ranks,
+    tensor_parallel_divides_model,
+    world_fits_layout,
+)
 from igla_mega.config.schema import Recipe
 
 Rule = Callable[[Recipe], Iterator[str]]
@@ -55,21 +67,6 @@ def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu")
     if world_size is not None:
         found += [*world_fits_layout(recipe, world_size), *device_has_kernels(recipe, device)]
     return found
-
-
-def near_divisors(number: int, wanted: int) -> str:
-    """Return the divisors of a number next to the wanted one, in words: `2 or 4`."""
-    # Bounded, for a number with a dozen digits too many; 1 and the number itself divide whatever lies between.
-    start = min(wanted - 1, number)
-    below = next((size for size in range(start, max(0, start - 10**5), -1) if number % size == 0), 1)
-    above = next((size for size in range(wanted + 1, min(number, wanted + 10**5)) if number % size == 0), number)
-    return " or ".join(str(size) for size in dict.fromkeys((below, above)) if size != wanted)
-
-
-def near_multiples(unit: int, wanted: int) -> str:
-    """Return the multiples of a unit next to the wanted number, in words: `8190 or 8196`."""
-    below = wanted // unit * unit
-    return " or ".join(str(size) for size in (below, below + unit) if size > 0)
 
 
 def stages_hold_the_model(recipe: Recipe) -> Iterator[str]:
@@ -451,87 +448,6 @@ def _source_is_known(recipe: Recipe, place: str, source: str) -> Iterator[str]:
         yield f"{place}: {source} is not in data.sources; {hint}"
 
 
-def tensor_parallel_divides_model(recipe: Recipe) -> Iterator[str]:
-    tensor, model = recipe.distributed.tensor_parallel, recipe.model
-    if tensor == "auto" or model is None:
-        return
-    for key in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
-        size = getattr(model, key)
-        if size % tensor:
-            yield (
-                f"distributed.tensor_parallel: {tensor} does not divide model.{key} {size}. "
-                f"Use {near_divisors(size, tensor)}, or set {key} to {near_multiples(tensor, size)}."
-            )
-
-
-def pipeline_divides_layers(recipe: Recipe) -> Iterator[str]:
-    pipeline, chunks = recipe.distributed.pipeline_parallel, recipe.distributed.virtual_pipeline
-    chunks = 1 if chunks == "auto" else chunks
-    if chunks > 1 and pipeline in ("auto", 1):
-        yield (
-            f"distributed.virtual_pipeline: {chunks} needs distributed.pipeline_parallel above 1, which is {pipeline}. "
-            "Use virtual_pipeline 1, or pipeline_parallel 2."
-        )
-    if pipeline == "auto" or recipe.model is None or recipe.model.num_layers % (pipeline * chunks) == 0:
-        return
-    layers = recipe.model.num_layers
-    split = f"{pipeline}" if chunks == 1 else f"{pipeline} x virtual_pipeline {chunks} = {pipeline * chunks}"
-    yield (
-        f"distributed.pipeline_parallel: {split} does not divide model.num_layers {layers}. "
-        f"Use {near_divisors(layers, pipeline * chunks)} in all, or {near_multiples(pipeline * chunks, layers)} layers."
-    )
-
-
-def sequence_divides_among_ranks(recipe: Recipe) -> Iterator[str]:
-    where, length = recipe.distributed, recipe.sequence_length
-    if length is None:
-        return
-    context, tensor = where.context_parallel, where.tensor_parallel
-    if context == "auto" and not (recipe.koshey is not None and recipe.koshey.ring_attention):
-        context = 1
-    if context != "auto" and context > 1 and length % (2 * context):
-        if not where.pad_sequences:
-            yield (
-                f"distributed.context_parallel: {context} does not fit the sequence of {length} tokens: zig-zag needs "
-                f"a multiple of {2 * context}. Set training.sequence_length to {near_multiples(2 * context, length)}, "
-                "or distributed.pad_sequences=true."
-            )
-        length += -length % (2 * context)
-    if where.sequence_parallel is not True or tensor == "auto" or context == "auto" or length // context % tensor == 0:
-        return
-    unit = math.lcm(2 * context, tensor * context) if context > 1 else tensor
-    split = f", {length // context} on each of {context} context-parallel ranks" if context > 1 else ""
-    yield (
-        f"distributed.sequence_parallel: tensor_parallel {tensor} does not divide the sequence of {length} tokens"
-        f"{split}. Set training.sequence_length to {near_multiples(unit, length)}."
-    )
-
-
-def heads_divide_among_context_ranks(recipe: Recipe) -> Iterator[str]:
-    where, model = recipe.distributed, recipe.model
-    context, tensor = where.context_parallel, where.tensor_parallel
-    if where.context_schedule != "a2a" or model is None or context == "auto" or tensor == "auto":
-        return
-    if (heads := model.num_kv_heads // tensor) % context:
-        yield (
-            f"distributed.context_schedule: a2a gives each of {context} context-parallel ranks as many key-value "
-            f"heads, and {heads} (num_kv_heads {model.num_kv_heads} / tensor_parallel {tensor}) do not divide. "
-            f"Use p2p or auto, or context_parallel {near_divisors(heads, context)}."
-        )
-
-
-def fsdp_is_proved(recipe: Recipe) -> Iterator[str]:
-    where = recipe.distributed
-    if where.strategy != "FSDP":
-        return
-    size = where.pipeline_parallel
-    if size not in ("auto", 1):
-        yield (
-            f"distributed.strategy: FSDP with pipeline_parallel {size} is not proved to train exactly, so it is "
-            "refused. Use strategy DDP (its optimizer state is sharded too), or pipeline_parallel 1."
-        )
-
-
 def evaluation_has_what_it_reads(recipe: Recipe) -> Iterator[str]:
     evaluation, length = recipe.evaluation, recipe.sequence_length
     if (needle := evaluation.needle) is not None:
@@ -563,65 +479,6 @@ FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), 
 """Compute capability from which on a GPU has the products of an FP8 recipe."""
 
 
-def fp8_has_its_kernels(recipe: Recipe) -> Iterator[str]:
-    where, model = recipe.distributed, recipe.model
-    if where.precision != "FP8":
-        return
-    if where.kernels not in ("auto", "te"):
-        yield (
-            f"distributed.precision: FP8 is Transformer Engine's, and distributed.kernels is {where.kernels}. "
-            "Use kernels te or auto, or precision BF16."
-        )
-    if where.strategy == "FSDP":
-        yield "distributed.precision: FP8 with strategy FSDP is not proved. Use strategy DDP, or precision BF16."
-    if recipe.moe is not None:
-        yield "distributed.precision: FP8 beside `moe:`, whose experts get any number of tokens. Use precision BF16."
-    if recipe.lora is not None:
-        yield "distributed.precision: FP8 beside `lora:`, whose layers are ours. Use precision BF16."
-    if model is None:
-        return
-    unit = 32 if where.fp8_recipe == "mxfp8" else 16
-    tensor = 1 if where.tensor_parallel == "auto" else where.tensor_parallel
-    sizes = {
-        "model.hidden_size": model.hidden_size,
-        "model.intermediate_size": model.intermediate_size,
-        "training.sequence_length": recipe.sequence_length or unit,
-    }
-    for key, size in sizes.items():
-        split = 1 if key == "training.sequence_length" else tensor
-        if size % (unit * split):
-            by = f" x distributed.tensor_parallel {split}" if split > 1 else ""
-            yield (
-                f"{key}: {size} is no multiple of {unit}{by}, which distributed.fp8_recipe {where.fp8_recipe} needs. "
-                f"Use {near_multiples(unit * split, size)}, or precision BF16."
-            )
-
-
-_OTHER_LENGTHS = ("needle", "tasks", "prompts")
-
-
-def layers_can_be_recorded(recipe: Recipe) -> Iterator[str]:
-    where = recipe.distributed
-    if not where.cuda_graphs:
-        return
-    sizes = {key: getattr(where, key) for key in ("pipeline_parallel", "context_parallel")}
-    lengths = {phase.sequence_length for phase in recipe.curriculum.phases} if recipe.curriculum else set()
-    against = {
-        "strategy FSDP": where.strategy == "FSDP",
-        "gradient_checkpointing full": where.gradient_checkpointing == "full",
-        **{f"{key} {size}": size not in ("auto", 1) for key, size in sizes.items()},
-        "`moe:`, whose experts' tokens are counted on the host": recipe.moe is not None,
-        "`lora:`": recipe.lora is not None,
-        "`dpo:`": recipe.dpo is not None,
-        "packed documents": recipe.data.document_mask or (recipe.form == "instructions" and recipe.data.packing),
-        "phases of several sequence lengths": len(lengths) > 1,
-        "the Fisher pass, whose rows go one by one": recipe.memory is not None,
-        **{f"evaluation.{key}, of other lengths": getattr(recipe.evaluation, key) for key in _OTHER_LENGTHS},
-    }
-    for what in (what for what, there in against.items() if there):
-        yield f"distributed.cuda_graphs: true with {what}: such layers cannot be recorded. Set cuda_graphs=false."
-
-
 RULES: list[Rule] = [
     has_a_model,
     heads_fit_hidden_size,
@@ -649,33 +506,6 @@ RULES: list[Rule] = [
     fp8_has_its_kernels,
     layers_can_be_recorded,
 ]
-
-
-def world_fits_layout(recipe: Recipe, world_size: int) -> Iterator[str]:
-    """Yield a breach when the fixed sizes of a layout do not divide the world."""
-    where = recipe.distributed
-    sizes = {
-        key: size
-        for key in ("tensor_parallel", "pipeline_parallel", "context_parallel")
-        if (size := getattr(where, key)) != "auto"
-    }
-    product = 1
-    for size in sizes.values():
-        product *= size
-    if world_size % product:
-        terms = " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
-        yield (
-            f"distributed: {terms} = {product} ranks does not divide the world of {world_size}. "
-            f"Start {near_multiples(product, world_size)} ranks, or use {near_divisors(world_size, product)} in all."
-        )
-
-
-def device_has_kernels(recipe: Recipe, device: str) -> Iterator[str]:
-    """Yield a breach when products, or the experts' tokens on their way, need what only GPUs have."""
-    if recipe.distributed.precision == "FP8" and device == "cpu":
-        yield "distributed.precision: FP8 needs a GPU of the Ada or Hopper kind or later. Use BF16 or FP32 on a CPU."
-    if recipe.moe is not None and recipe.moe.dispatcher == "flex" and device == "cpu":
-        yield "moe.dispatcher: flex is DeepEP's, which runs on NVLink and InfiniBand alone. Use alltoall or allgather."
 
 
 def not_yet(recipe: Recipe) -> list[str]:

@@ -15,7 +15,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.blend import Blend, changing_blend
 from igla_mega.data.document_packing import PackedRows
 from igla_mega.data.indexed import IndexedReader
-from igla_mega.data.prefetch import open_loader
+from igla_mega.data.loader import open_loader
 from igla_mega.data.windows import Windows
 
 Batch = dict[str, Any]

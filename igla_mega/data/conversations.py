@@ -16,8 +16,8 @@ from igla_mega.data.batches import Batch, Share, as_tensor, fingerprint_of
 from igla_mega.data.chat import Sample
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.packing import Packing, Row, fill_row
-from igla_mega.data.preference import Pair, rows_of
-from igla_mega.data.samples import TARGETS
+from igla_mega.data.pairs import Pair, rows_of
+from igla_mega.data.prepared import TARGETS
 from igla_mega.data.windows import feistel_permutation, round_keys
 
 

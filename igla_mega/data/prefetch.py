@@ -1,10 +1,9 @@
 """Micro-batches put together ahead of their step: the one interface of both loaders."""
 
+import queue
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
-
-from igla_mega.config.errors import ConfigError
-from igla_mega.data.formats import ahead
 
 Make = Callable[[int, Any], Iterator[dict[str, Any]]]
 """Of a step and a rank's share, its micro-batches."""
@@ -72,16 +71,37 @@ def steps_from(make: Make, step: int, share: Any) -> Iterator[tuple[dict[str, An
         step += 1
 
 
-def open_loader(kind: str, make: Make, depth: int) -> Loader:
-    """The loader that a recipe asks for.
+def ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
+    """The same items, made by a thread of their own, at most `depth` ahead."""
+    waiting: queue.Queue = queue.Queue(depth)
+    ended = threading.Event()
 
-    Raises:
-        ConfigError: it is not installed, or there is none of this name.
-    """
-    if kind == "native":
-        return Prefetch(make, depth)
-    if kind != "dali":
-        raise ConfigError(f"data.loader: {kind} is neither `native` nor `dali`.")
-    from igla_mega.data.dali import Dali
+    def put(item: Any) -> bool:
+        while not ended.is_set():
+            try:
+                waiting.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
 
-    return Dali(make, depth)
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # raised where the items are used
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="read ahead").start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        ended.set()

@@ -16,15 +16,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from igla_mega import parallel
 from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model
+from igla_mega.distributed.mesh import pipeline_ends
+from igla_mega.layout.layout import Layout
 from igla_mega.model.experts import connect
 from igla_mega.model.shards import Shard
 from igla_mega.model.spec import block_spec, use_fused_positions
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
 from igla_mega.ops.linear_log_probs import linear_log_probs
-from igla_mega.plan.layout import Layout
 
 NEAR_RADIANS = 256.0
 """Rotary angles below this are rounded to fp32 as they are; those beyond lose their whole turns first."""
@@ -213,7 +213,7 @@ def build_chunks(
     where = "cpu" if model.tie_embeddings and config.pipeline_model_parallel_size > 1 else "meta"
     chunks = []
     for stage in range(num_stages) if num_stages else [None]:
-        first, last = parallel.pipeline_ends(stage)
+        first, last = pipeline_ends(stage)
         with torch.device(where):
             chunk = CausalLM(
                 config,

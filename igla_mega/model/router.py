@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from igla_mega.config.features import Moe
+from igla_mega.distributed.mesh import Mesh
 from igla_mega.model.shards import Shard, Slot
 from igla_mega.ops.zigzag import zigzag_join, zigzag_split
-from igla_mega.parallel import Mesh
 
 
 @dataclass

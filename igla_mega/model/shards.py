@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from igla_mega.parallel import Mesh
+from igla_mega.distributed.mesh import Mesh
 
 # Transformer Engine fuses a norm into the projection behind it; the global name is the one without it.
 _TRANSFORMER_ENGINE_NAMES = {

@@ -246,3 +246,6 @@ def block_spec(config: TransformerConfig, virtual_stage: int | None, transformer
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+DTYPES = {"BF16": torch.bfloat16, "FP32": torch.float32, "FP8": torch.bfloat16}

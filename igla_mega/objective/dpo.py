@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from igla_mega.config.features import Dpo
+from igla_mega.distributed.mesh import Axis
 from igla_mega.objective import language
-from igla_mega.parallel import Axis
 
 Batch = dict[str, Any]
 """As for `objective.language`, with 2B rows, and `reference`: fp32 [2B], log-probability of each answer, in nats."""

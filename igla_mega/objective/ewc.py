@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.distributed.mesh import Mesh
 from igla_mega.model.shards import Slot
 from igla_mega.ops.ewc_penalty import ewc_pull_
-from igla_mega.parallel import Mesh
 
 PER_TOKEN = "per token"
 """F = sum over samples of (gradient of the sample's summed loss)^2, divided by the tokens of all samples."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from igla_mega.config.schema import Recipe
-from igla_mega.plan.layout import Layout
+from igla_mega.layout.layout import Layout
 from igla_mega.plan.parameters import Chunk, Parameter, chunks_of, held, parameters_of
 
 LOSS_CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}

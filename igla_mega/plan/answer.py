@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.layout.hardware import GIB
 from igla_mega.plan import card
 from igla_mega.plan.calibration import NAMES
 from igla_mega.plan.cost import FAILURES_SOURCE
 from igla_mega.plan.forecast import Forecast, Part
-from igla_mega.plan.hardware import GIB
 from igla_mega.plan.memory import CUDA_SLACK, available
 from igla_mega.plan.search import fixed_sizes, name_of
 
@@ -138,7 +138,7 @@ def _card(found: Forecast) -> Iterator[str]:
 
 def utilization_of_card(found: Forecast) -> tuple[float, float]:
     """Model FLOP utilisation that doing this work in the card's time, on the card's GPUs, would be."""
-    from igla_mega.plan.hardware import find
+    from igla_mega.layout.hardware import find
 
     assert found.claim is not None
     peak = find(found.claim.gpu).peak(found.parts[0].recipe.distributed.precision)

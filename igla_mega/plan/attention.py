@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from igla_mega.config.schema import Model
-from igla_mega.plan.layout import Layout
+from igla_mega.layout.layout import Layout
 
 BACKWARD_WORK = 2.5
 """Matrix products of flash attention's backward pass, as a multiple of the forward's: 5 against 2."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from igla_mega.checkpoint.hf_config import SIZES
 from igla_mega.config import json_text, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import base_folder, load_recipe
@@ -11,18 +12,6 @@ from igla_mega.config.schema import Model, Recipe
 ASSUMED_RECIPE = "pretrain_7b"
 ASSUMED_ROW = 2048
 """Tokens of a row of fine-tuning whose recipe names none, while its base is not there to tell its longest."""
-
-SIZES = {  # of a Hugging Face folder's `config.json`, and of the recipe's `model` section
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position",
-    "tie_word_embeddings": "tie_embeddings",
-}
 
 
 def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> tuple[Recipe, list[str]]:

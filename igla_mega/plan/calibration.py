@@ -10,7 +10,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.plan.hardware import Hardware
+from igla_mega.layout.hardware import Hardware
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 """Where calibrations are written, and looked for when none is named."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from igla_mega.plan.hardware import Hardware
+from igla_mega.layout.hardware import Hardware
 
 FAILURES_PER_DEVICE_HOUR = 419 / (54 * 24 * 16384)
 """Unexpected interruptions of Llama 3's run: 419 in 54 days on 16,384 H100 (arXiv:2407.21783, section 3.3.4)."""

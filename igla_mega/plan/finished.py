@@ -7,8 +7,8 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.layout.hardware import TABLE, Hardware, cpu
 from igla_mega.plan.forecast import Forecast
-from igla_mega.plan.hardware import TABLE, Hardware, cpu
 from igla_mega.plan.time import model_flops_per_token
 
 WARM_UP_STEPS = 3

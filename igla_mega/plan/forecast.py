@@ -7,15 +7,15 @@ from pathlib import Path
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Quantization
 from igla_mega.config.schema import Recipe
+from igla_mega.layout.hardware import GIB, TABLE, Hardware
+from igla_mega.layout.layout import Layout
+from igla_mega.layout.stages import parts_of
 from igla_mega.plan import base_model, calibration, card, cost, memory, parameters
 from igla_mega.plan.calibration import Calibration
 from igla_mega.plan.card import Claim
 from igla_mega.plan.cost import Run
-from igla_mega.plan.hardware import GIB, TABLE, Hardware
-from igla_mega.plan.layout import Layout
 from igla_mega.plan.memory import Memory
 from igla_mega.plan.search import Candidate, Search, best, name_of, search, weigh
-from igla_mega.plan.stages import parts_of
 from igla_mega.plan.time import Clock, StepTime, model_flops_per_token
 
 EXAMPLES, EXAMPLE_TOKENS = 52_002, 512

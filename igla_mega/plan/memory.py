@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from igla_mega.config.schema import Recipe
+from igla_mega.layout.hardware import GIB, Hardware
+from igla_mega.layout.layout import Layout
 from igla_mega.plan import activations, parameters
-from igla_mega.plan.hardware import GIB, Hardware
-from igla_mega.plan.layout import Layout
 
 CUDA_SLACK = 0.04
 """Share of what is in use that CUDA's caching allocator holds beside it in pieces of the wrong size. Assumed."""

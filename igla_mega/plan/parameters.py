@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 
 from igla_mega.config.features import Lora, Moe, Quantization
 from igla_mega.config.schema import Model, Recipe
-from igla_mega.plan.layout import Layout
+from igla_mega.layout.layout import Layout
 
 ALIGNED = 64
 """Elements that a parameter's start is rounded up to in a buffer that is shared out (megatron-core 0.16.1)."""

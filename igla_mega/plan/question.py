@@ -9,10 +9,10 @@ from pathlib import Path
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
+from igla_mega.layout.hardware import cpu, find, local_gpu, num_local_gpus, read
 from igla_mega.plan import answer, card, finished
 from igla_mega.plan.finished import Comparison
 from igla_mega.plan.forecast import Forecast, forecast
-from igla_mega.plan.hardware import cpu, find, local_gpu, num_local_gpus, read
 
 MOST_BATCH_GROWTH = 64
 """For a number of GPUs that no layout of the recipe's batch divides, its batch grows up to this many times."""

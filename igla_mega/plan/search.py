@@ -7,10 +7,10 @@ from typing import Any
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
+from igla_mega.layout.hardware import GIB, TABLE, Hardware, local_gpu
+from igla_mega.layout.layout import Layout, lay_out
 from igla_mega.plan import memory
 from igla_mega.plan.calibration import Rates, of
-from igla_mega.plan.hardware import GIB, TABLE, Hardware, local_gpu
-from igla_mega.plan.layout import Layout, lay_out
 from igla_mega.plan.memory import Memory
 from igla_mega.plan.time import Clock, StepTime
 

@@ -255,7 +255,7 @@ class _Run:
         """Steps of all stages, where the recipe says them; the data may."""
         if self._total is not None or self.recipe is None:
             return self._total
-        from igla_mega.plan.stages import stages_of
+        from igla_mega.plan.choose import stages_of
 
         def said(recipe: Recipe, _) -> int:
             if recipe.training.total_steps is None:

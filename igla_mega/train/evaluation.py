@@ -7,42 +7,30 @@ interval of its own and a bound on what it asks; data and requests are opened be
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from igla_mega.checkpoint.single import tokenizer_of
-from igla_mega.checkpoint.store import Progress
+from igla_mega.checkpoint.folder import tokenizer_of
+from igla_mega.checkpoint.progress import Progress
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe, Tasks
 from igla_mega.data.batches import Corpus, Dataset, on_device
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
-from igla_mega.parallel import Mesh
-from igla_mega.plan.stages import Stage
-from igla_mega.train import needle, scoring
+from igla_mega.distributed.mesh import Mesh
+from igla_mega.engine.step import measure
+from igla_mega.evaluate import needle, scoring
+from igla_mega.evaluate.tasks import open_harness, run_tasks
+from igla_mega.layout.stages import Stage
+from igla_mega.train.console import Display, Silent
 from igla_mega.train.metrics import Trackers
-from igla_mega.train.progress import Display, Silent
-from igla_mega.train.step import Engine, measure
+from igla_mega.train.state import NOTHING, Prepared
 
 if TYPE_CHECKING:
-    from igla_mega.train.harness import Harness
-    from igla_mega.train.loop import Run
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a stage's evaluations need beside the model."""
-
-    tokenizer: Tokenizer | None = None
-    haystack: needle.Haystack | None = None
-    harness: "Harness | None" = None
-    """On the main rank alone."""
-
-
-NOTHING = Prepared()
+    from igla_mega.evaluate.harness import Harness
+    from igla_mega.train.state import Run
 
 
 def prepare(stages: Sequence[Stage], corpora: Sequence[Dataset], base: Path | None, mesh: Mesh) -> list[Prepared]:
@@ -102,23 +90,6 @@ def _tokenizer(recipe: Recipe, base: Path | None) -> Tokenizer:
             "  Name the tokenizer of the prepared data, or leave them out."
         )
     return load_tokenizer(path, model.vocab_size)
-
-
-def open_harness(asked: Tasks, tokenizer: Tokenizer, longest: int, *, place: str = "evaluation.tasks") -> "Harness":
-    """Open tasks of lm-evaluation-harness; the arguments are those of `Harness`.
-
-    Raises:
-        ConfigError: it is not installed, or as for `Harness`.
-    """
-    try:
-        from igla_mega.train.harness import Harness
-    except ImportError as error:
-        if error.name is not None and error.name.split(".")[0] not in ("lm_eval", "datasets", "huggingface_hub"):
-            raise
-        raise ConfigError(
-            f"{place}: lm-evaluation-harness is not installed ({error}).\n  pip install 'igla-mega[eval]'"
-        ) from None
-    return Harness(asked, tokenizer, longest, place=place)
 
 
 def _longest(recipe: Recipe) -> int:
@@ -212,32 +183,6 @@ def _samples(run: "Run", step: int, display: Display | Silent, trackers: Tracker
 
 def _took(began: float) -> str:
     return f"({time.perf_counter() - began:.1f} s)"
-
-
-def run_tasks(engine: Engine, harness: "Harness | None", seed: int) -> dict[str, float] | str:
-    """Run tasks on the model as it stands. Every rank calls it; the harness is the main rank's.
-
-    Returns:
-        On the main rank `task/metric` -> value, or why a task failed outside of the model; nothing on the others.
-
-    Raises:
-        RuntimeError: a forward pass failed.
-    """
-    from igla_mega.train.harness import Asker, serve
-
-    if harness is None:
-        serve(engine)
-        return {}
-    asker = Asker(engine)
-    try:
-        return harness.results(asker, seed)
-    except Exception as error:
-        if asker.failed:
-            raise
-        # A task's own code has failed (its metric, its filter), which is no reason to end a run.
-        return f"failed ({type(error).__name__}: {error})"
-    finally:
-        asker.close()
 
 
 def log_validation(

@@ -9,15 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from igla_mega.checkpoint.store import Progress
+from igla_mega.checkpoint.progress import Progress
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, Share, on_device
+from igla_mega.engine.step import Engine, evaluate
+from igla_mega.layout.stages import Stage, weights_of
 from igla_mega.objective.ewc import Origin
-from igla_mega.plan.stages import Stage, weights_of
-from igla_mega.train.memory import consolidate, hold_file
+from igla_mega.train.console import Display, Silent
+from igla_mega.train.consolidation import consolidate, hold_file
 from igla_mega.train.metrics import Trackers
-from igla_mega.train.progress import Display, Silent
-from igla_mega.train.step import Engine, evaluate
 
 
 @dataclass(frozen=True)

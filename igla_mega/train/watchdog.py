@@ -29,10 +29,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from igla_mega import parallel
 from igla_mega.config import json_text
+from igla_mega.distributed.mesh import own_store
+from igla_mega.engine.heartbeat import Pulse, followed
 from igla_mega.train.metrics import write_event
-from igla_mega.train.pulse import Pulse, followed
 
 HANG = "hang"
 """Folder below the run's: reports of hangs, and what belongs to them."""
@@ -93,7 +93,7 @@ class Watchdog:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.interval = min(5.0, max(0.1, hang_seconds / 12))
         # A single process has nobody to tell.
-        self._store = dist.HashStore() if self.world_size == 1 else parallel.own_store()
+        self._store = dist.HashStore() if self.world_size == 1 else own_store()
         # Ranks that are started again may meet at the same store: its old signs are not theirs.
         mark = torch.tensor([time.time_ns()])
         dist.broadcast(mark, src=0)

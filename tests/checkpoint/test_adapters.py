@@ -9,7 +9,9 @@ import torch
 import tuned
 from safetensors.torch import load_file, save_file
 
-from igla_mega.checkpoint import adapters, hugging_face, single
+from igla_mega.checkpoint import adapters, hugging_face, load_model
+from igla_mega.checkpoint.base import digest_of
+from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.config.errors import ConfigError
 from igla_mega.model import lora, nf4
 from igla_mega.model.shards import local_runs, named_shards, shards_of
@@ -38,7 +40,7 @@ def tokens():
 
 def our_logits(base, section, matrices, dtype=torch.float32):
     """Of this engine's model with adapters."""
-    model, recipe = single.load_single(base, dtype=dtype)
+    model, recipe = load_model.load_single(base, dtype=dtype)
     lora.attach([model], section)
     mesh = tuned.parallel.alone(tuned.choose_layout(recipe, 1, "cpu"), torch.device("cpu"), 1)
     with torch.no_grad():
@@ -52,7 +54,7 @@ def exported(tmp_path):
     import transformers
 
     tuned.llama(tmp_path / "hf")
-    model = single.read_recipe(tmp_path / "hf-native").model
+    model = read_recipe(tmp_path / "hf-native").model
     differences = {}
     for name, changes in KINDS.items():
         section = tuned.section(**changes)
@@ -84,7 +86,7 @@ def imported(tmp_path):
     base = tuned.llama(tmp_path / "hf")
     wrapped = tuned.with_peft(base, section)
     wrapped.save_pretrained(tmp_path / "adapter")
-    model = single.read_recipe(tmp_path / "hf-native").model
+    model = read_recipe(tmp_path / "hf-native").model
     found, matrices = adapters.import_folder(tmp_path / "adapter", model)
     with torch.no_grad():
         theirs = wrapped.eval()(tokens()).logits
@@ -104,7 +106,7 @@ def merged(tmp_path):
 
     tuned.llama(tmp_path / "hf", hidden_size=128, intermediate_size=256)
     base = tmp_path / "hf-native"
-    model = single.read_recipe(base).model
+    model = read_recipe(base).model
     differences = {}
     for name, (changes, quantized) in {
         "LoRA": ({}, None),
@@ -126,7 +128,7 @@ def merged(tmp_path):
 
 
 def quantized_logits(base, section, matrices, dtype):
-    model, recipe = single.load_single(base, dtype=dtype)
+    model, recipe = load_model.load_single(base, dtype=dtype)
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
     nf4.quantize_chunks([model], lambda name: weights[name], compute_dtype=dtype)
     lora.attach([model], section)
@@ -197,7 +199,7 @@ def digested(layout, change=0.0):
         if change and built.mesh.is_main:
             next(chunks[0].parameters())[0, 0] += change
     counted = [run for run in local_runs(chunks, shards) if run[0].is_first_copy and built.mesh.data_context.rank == 0]
-    return adapters.digest_of(counted, built.mesh.host_group)
+    return digest_of(counted, built.mesh.host_group)
 
 
 def test_a_base_has_one_digest_in_every_layout():

@@ -8,7 +8,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from igla_mega.checkpoint import hugging_face, single, store
+from igla_mega.checkpoint import hugging_face, load_model, store
+from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+from igla_mega.checkpoint.hf_names import Weight, weights_of
+from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.load import dump
@@ -112,9 +115,9 @@ def train_and_export(tmp_path, precision):
     recipe = tiny.recipe(model={"tie_embeddings": True, "head_dim": 24}, precision=precision)
     built, _ = tiny.engine(recipe)
     tiny.steps(built, 0, 2)
-    writer = store.CheckpointWriter(tmp_path, built.mesh, store.Retention(1), asynchronous=False)
-    writer.save(built.optimizer.slots(), store.Progress(step=2), hugging_face.dump(recipe))
-    hugging_face.export_folder(single.resolve_checkpoint(tmp_path), tmp_path / "hf", say=print)
+    writer = store.CheckpointWriter(tmp_path, built.mesh, Retention(1), asynchronous=False)
+    writer.save(built.optimizer.slots(), Progress(step=2), hugging_face.dump(recipe))
+    hugging_face.export_folder(resolve_checkpoint(tmp_path), tmp_path / "hf", say=print)
     return hugging_face.logit_difference(store.step_dir(tmp_path, 2), tmp_path / "hf")
 
 
@@ -127,8 +130,8 @@ def test_a_trained_checkpoint_exports_in_the_type_it_computed_in(tmp_path, preci
 def load_in_bfloat16(tmp_path):
     folder = write_folder(tmp_path / "hf", dtype="bfloat16")
     hugging_face.import_folder(folder, tmp_path / "native", say=print)
-    model, recipe = single.load_single(tmp_path / "native", dtype=torch.bfloat16)
-    again, _ = single.load_single(tmp_path / "native", dtype=torch.bfloat16)
+    model, recipe = load_model.load_single(tmp_path / "native", dtype=torch.bfloat16)
+    again, _ = load_model.load_single(tmp_path / "native", dtype=torch.bfloat16)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], None)
     assert not model.training and torch.equal(model.output_layer.weight, again.output_layer.weight)
     assert torch.equal(model.output_layer.weight, tensors(folder)["lm_head.weight"])
@@ -215,7 +218,7 @@ def test_the_tokenizer_and_generation_files_are_carried_along_and_sealed(tmp_pat
 
 def test_an_import_holds_two_parameters_at_most(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "hf", num_hidden_layers=12, max_shard_size="200KB")
-    alive, most, fuse = {}, [0], hugging_face.Weight.fuse
+    alive, most, fuse = {}, [0], Weight.fuse
 
     def counted(weight, parts):
         # The storage, not the tensor: torch's writer holds on to views of what it is given.
@@ -226,9 +229,9 @@ def test_an_import_holds_two_parameters_at_most(tmp_path, monkeypatch):
         most[0] = max(most[0], sum(alive.values()))
         return whole
 
-    monkeypatch.setattr(hugging_face.Weight, "fuse", counted)
+    monkeypatch.setattr(Weight, "fuse", counted)
     recipe = hugging_face.import_folder(folder, tmp_path / "native", say=print)
-    largest = max(torch.Size(w.shape).numel() for w in hugging_face.weights_of(recipe.model)) * 4
+    largest = max(torch.Size(w.shape).numel() for w in weights_of(recipe.model)) * 4
     assert largest < most[0] <= 2 * largest < recipe.model.num_parameters() * 4 / 10
 
 
@@ -347,13 +350,13 @@ def test_a_checkpoint_is_found_from_its_run_folder(tmp_path):
             write_folder(tmp_path / f"hf{step}"), store.step_dir(run / "checkpoints", step), say=print
         )
     newest = store.step_dir(run / "checkpoints", 2)
-    assert {single.resolve_checkpoint(path) for path in (run, run / "checkpoints", newest)} == {newest}
+    assert {resolve_checkpoint(path) for path in (run, run / "checkpoints", newest)} == {newest}
 
 
 def test_what_is_no_checkpoint_is_refused_in_words(tmp_path):
     def told(path) -> str:
         with pytest.raises(ConfigError) as raised:
-            single.resolve_checkpoint(path)
+            resolve_checkpoint(path)
         return str(raised.value)
 
     assert "no such folder" in told(tmp_path / "nowhere")
@@ -397,7 +400,7 @@ def test_a_mixtral_folder_goes_there_and_back_bit_for_bit(changes, tmp_path):
     assert max(differences) < TOLERANCE
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    recipe = single.read_recipe(tmp_path / "native")
+    recipe = read_recipe(tmp_path / "native")
     assert recipe.moe.num_experts == 4 and recipe.moe.router_aux_loss_coef == 0.001
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)
@@ -415,7 +418,7 @@ def test_a_mixtral_with_what_we_do_not_have_is_refused(tmp_path):
 def losses_on_random_tokens(checkpoints):
     found = []
     for checkpoint in checkpoints:
-        model, recipe = single.load_single(checkpoint)
+        model, recipe = load_model.load_single(checkpoint)
         tokens = torch.randint(0, recipe.model.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))
         mask, positions = torch.ones(4, 32), torch.arange(32).expand(4, 32)
         with torch.no_grad():
@@ -445,8 +448,8 @@ def test_experts_are_not_upcycled_again(tmp_path):
 
 def save_initial(recipe, folder):
     built, _ = tiny.engine(recipe)
-    writer = store.CheckpointWriter(folder, built.mesh, store.Retention(1), asynchronous=False)
-    writer.save(built.slots(), store.Progress(step=1), dump(recipe))
+    writer = store.CheckpointWriter(folder, built.mesh, Retention(1), asynchronous=False)
+    writer.save(built.slots(), Progress(step=1), dump(recipe))
 
 
 def test_what_a_mixtral_does_not_have_is_not_exported(tmp_path):

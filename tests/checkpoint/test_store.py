@@ -14,11 +14,13 @@ import ranks
 import tiny
 import torch.distributed as dist
 
-from igla_mega.assemble import load_into
-from igla_mega.checkpoint import adapters, integrity, remote, store
+from igla_mega.checkpoint import integrity, remote, store
+from igla_mega.checkpoint.load import find_checkpoint
 from igla_mega.checkpoint.local import Local, folder_of
-from igla_mega.checkpoint.pieces import Reader
+from igla_mega.checkpoint.pieces import Reader, read_whole
+from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.config.errors import ConfigError
+from igla_mega.engine.build import load_into
 
 SAVED, LAST = 2, 8
 
@@ -36,8 +38,8 @@ def save_and_go_on(recipe, folder: str, last: int, asynchronous: bool = True):
     engine, _ = tiny.engine(recipe)
     rate = recipe.training.learning_rate
     tiny.steps(engine, 0, SAVED, rate)
-    writer = store.CheckpointWriter(Path(folder), engine.mesh, store.Retention(3), asynchronous=asynchronous)
-    writer.save(engine.optimizer.slots(), store.Progress(step=SAVED), "name: tiny\n")
+    writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=asynchronous)
+    writer.save(engine.optimizer.slots(), Progress(step=SAVED), "name: tiny\n")
     reports = tiny.steps(engine, SAVED, last, rate)
     writer.wait()
     return reports
@@ -49,10 +51,10 @@ def load_and_go_on(recipe, folder: str, last: int, save_again: str = ""):
     for slot in engine.optimizer.slots():
         for values in slot.values.values():
             values.fill_(0.123)
-    path, progress = store.find(Path(folder), engine.mesh, print)
+    path, progress = find_checkpoint(Path(folder), engine.mesh, print)
     load_into(engine, shards, path, progress.step)
     if save_again:
-        writer = store.CheckpointWriter(Path(save_again), engine.mesh, store.Retention(3), asynchronous=False)
+        writer = store.CheckpointWriter(Path(save_again), engine.mesh, Retention(3), asynchronous=False)
         writer.save(engine.optimizer.slots(), progress, "name: tiny\n")
     return tiny.steps(engine, progress.step, last, recipe.training.learning_rate)
 
@@ -131,17 +133,17 @@ def test_another_model_is_refused_with_both_shapes(tmp_path):
 
 def two_checkpoints(recipe, folder: str):
     engine, _ = tiny.engine(recipe)
-    writer = store.CheckpointWriter(Path(folder), engine.mesh, store.Retention(3), asynchronous=True)
+    writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=True)
     for step in (1, 2):
         tiny.steps(engine, step - 1, step)
-        writer.save(engine.optimizer.slots(), store.Progress(step=step), "name: tiny\n")
+        writer.save(engine.optimizer.slots(), Progress(step=step), "name: tiny\n")
     writer.wait()
 
 
 def found(recipe, folder: str):
     engine, _ = tiny.engine(recipe)
     said = []
-    result = store.find(Path(folder), engine.mesh, said.append)
+    result = find_checkpoint(Path(folder), engine.mesh, said.append)
     return (result and result[1].step), said
 
 
@@ -178,10 +180,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(file, hur
 def save_slowly(recipe, folder: str, kill_after_files: int):
     """Save step 2 and die by SIGKILL when so many files of it have appeared."""
     engine, _ = tiny.engine(recipe)
-    writer = store.CheckpointWriter(Path(folder), engine.mesh, store.Retention(3), asynchronous=False)
-    writer.save(engine.optimizer.slots(), store.Progress(step=1), "name: tiny\n")
+    writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=False)
+    writer.save(engine.optimizer.slots(), Progress(step=1), "name: tiny\n")
     writer.asynchronous = True
-    writer.save(engine.optimizer.slots(), store.Progress(step=2), "name: tiny\n")
+    writer.save(engine.optimizer.slots(), Progress(step=2), "name: tiny\n")
     temporary = Path(folder) / ".writing_step_00000002"
     while not temporary.exists() or len(list(temporary.iterdir())) < kill_after_files:
         if store.step_dir(Path(folder), 2).exists():
@@ -219,19 +221,19 @@ def test_a_step_saved_again_replaces_the_first(tmp_path):
 
 def save_on_a_full_disk(recipe, folder: str):
     engine, _ = tiny.engine(recipe)
-    writer = store.CheckpointWriter(Path(folder), engine.mesh, store.Retention(3), asynchronous=True)
-    writer.save(engine.optimizer.slots(), store.Progress(step=1), "name: tiny\n")
+    writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=True)
+    writer.save(engine.optimizer.slots(), Progress(step=1), "name: tiny\n")
     writer.wait()
     if dist.get_rank() == dist.get_world_size() - 1:  # of one rank's node alone
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    writer.save(engine.optimizer.slots(), store.Progress(step=2), "name: tiny\n")
+    writer.save(engine.optimizer.slots(), Progress(step=2), "name: tiny\n")
     (outcome,) = writer.wait()
     with pytest.raises(RuntimeError, match="What was trained after step 1 is lost"):
         writer.refuse_loss()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     tiny.steps(engine, 0, 1)  # the run goes on
-    writer.save(engine.optimizer.slots(), store.Progress(step=3), "name: tiny\n")
+    writer.save(engine.optimizer.slots(), Progress(step=3), "name: tiny\n")
     (after,) = writer.finish()
     writer.refuse_loss()
     return outcome, after
@@ -254,7 +256,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_every_rank_says_so(n
 def save_without_its_mount(recipe, folder: str):
     engine, _ = tiny.engine(recipe)
     root = Path(folder, "checkpoints")
-    writer = store.CheckpointWriter(root, engine.mesh, store.Retention(3), asynchronous=True)
+    writer = store.CheckpointWriter(root, engine.mesh, Retention(3), asynchronous=True)
     outcomes = []
     for step in (1, 2, 3):
         dist.barrier()
@@ -263,7 +265,7 @@ def save_without_its_mount(recipe, folder: str):
         if dist.get_rank() == 0 and step == 3:
             os.rename(Path(folder, "away"), root)
         dist.barrier()
-        writer.save(engine.optimizer.slots(), store.Progress(step=step), "name: tiny\n")
+        writer.save(engine.optimizer.slots(), Progress(step=step), "name: tiny\n")
         outcomes += writer.wait()
     return outcomes
 
@@ -278,14 +280,12 @@ def test_a_mount_that_is_lost_fails_saves_until_it_is_back_and_nothing_is_writte
 def save_within(recipe, folder: str, most: int | None):
     engine, _ = tiny.engine(recipe)
     tiny.steps(engine, 0, SAVED)
-    writer = store.CheckpointWriter(
-        Path(folder), engine.mesh, store.Retention(3), asynchronous=True, staging_bytes=most
-    )
+    writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=True, staging_bytes=most)
     slots = list(engine.optimizer.slots())
     own = store._Staging(most)
     state = store._to_write(slots, engine.mesh, own)
     late = sum(pieces.made_late(at) for pieces in state.values() for at in pieces.pieces)
-    writer.save(slots, store.Progress(step=SAVED), "name: tiny\n")
+    writer.save(slots, Progress(step=SAVED), "name: tiny\n")
     for slot in slots:  # what training goes on to do
         for values in slot.values.values():
             values.fill_(-7.0)
@@ -310,13 +310,13 @@ def test_a_save_that_stages_less_than_it_writes_is_the_same_save(layout, tmp_pat
 
 def tensors_of(folder: str) -> dict[str, list]:
     reader = Reader(Path(folder))
-    return {name: adapters._whole(reader, name).flatten()[:50].tolist() for name in sorted(reader.shapes())}
+    return {name: read_whole(reader, name).flatten()[:50].tolist() for name in sorted(reader.shapes())}
 
 
 def test_retention_keeps_the_last_and_every_nth():
-    assert store.Retention(2).obsolete([10, 20, 30, 40]) == [10, 20]
-    assert store.Retention(1, keep_every=20).obsolete([10, 20, 30, 40, 50]) == [10, 30]
-    assert store.Retention(3).obsolete([10]) == []
+    assert Retention(2).obsolete([10, 20, 30, 40]) == [10, 20]
+    assert Retention(1, keep_every=20).obsolete([10, 20, 30, 40, 50]) == [10, 30]
+    assert Retention(3).obsolete([10]) == []
 
 
 class Evil:
@@ -342,13 +342,13 @@ def test_no_tensor_is_read_from_a_checkpoint_before_its_digests_are_checked(hurt
     ranks.run(1, save_and_go_on, tiny.recipe(), str(tmp_path), SAVED)
     checkpoint = store.step_dir(tmp_path, SAVED)
     name = next(iter(Reader(checkpoint).shapes()))
-    adapters._whole(Reader(checkpoint), name)
+    read_whole(Reader(checkpoint), name)
     # What was checked is not checked again, until the checkpoint is another.
     assert integrity.is_verified(checkpoint)
     os.utime(checkpoint / "manifest.json", ns=(1, 1))
     hurt(checkpoint / "__0_0.distcp")
     with pytest.raises(ConfigError, match=rf"__0_0.distcp .*{word}"):
-        adapters._whole(Reader(checkpoint), name)
+        read_whole(Reader(checkpoint), name)
 
 
 def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path):
@@ -405,12 +405,10 @@ def two_level(recipe, folder: str, nodes: list[int], lost: int | None = None):
     engine, _ = tiny.engine(recipe)
     tiny.steps(engine, 0, SAVED)
     local = Local(folder_of(f"{folder}/node{{node}}", "run"), engine.mesh, engine.mesh.host_group, "same")
-    writer = store.CheckpointWriter(
-        Path(folder, "shared"), engine.mesh, store.Retention(3), asynchronous=True, local=local
-    )
-    writer.save(engine.slots(), store.Progress(step=SAVED), "name: tiny\n")
+    writer = store.CheckpointWriter(Path(folder, "shared"), engine.mesh, Retention(3), asynchronous=True, local=local)
+    writer.save(engine.slots(), Progress(step=SAVED), "name: tiny\n")
     reports = tiny.steps(engine, SAVED, 2 * SAVED)
-    writer.save(engine.slots(), store.Progress(step=2 * SAVED), "name: tiny\n", local=True)
+    writer.save(engine.slots(), Progress(step=2 * SAVED), "name: tiny\n", local=True)
     reports += tiny.steps(engine, 2 * SAVED, LAST)
     assert [(outcome.where, outcome.error) for outcome in writer.finish()] == [("shared", None), ("local", None)]
     return reports
@@ -424,7 +422,7 @@ def resume_two_level(recipe, folder: str, nodes: list[int], layout: str = "same"
             values.fill_(0.123)
     said = []
     local = Local(folder_of(f"{folder}/node{{node}}", "run"), engine.mesh, engine.mesh.host_group, layout)
-    path, progress = store.find(Path(folder, "shared"), engine.mesh, said.append, local=local)
+    path, progress = find_checkpoint(Path(folder, "shared"), engine.mesh, said.append, local=local)
     load_into(engine, shards, path, progress.step)
     return progress.step, tiny.steps(engine, progress.step, LAST), said
 
@@ -480,14 +478,14 @@ def test_the_folder_of_a_node_is_named_by_number_host_and_environment(monkeypatc
 def save_remotely(recipe, folder: str, address: str, last_step: int = 3, break_at: int | None = None):
     engine, _ = tiny.engine(recipe)
     writer = store.CheckpointWriter(
-        Path(folder), engine.mesh, store.Retention(2), asynchronous=True, remote=remote.Remote(address)
+        Path(folder), engine.mesh, Retention(2), asynchronous=True, remote=remote.Remote(address)
     )
     outcomes = []
     for step in range(1, last_step + 1):
         if step == break_at:
             writer._uploads.remote.put = no_space
         tiny.steps(engine, step - 1, step)
-        writer.save(engine.slots(), store.Progress(step=step), "name: tiny\n")
+        writer.save(engine.slots(), Progress(step=step), "name: tiny\n")
         outcomes += writer.finish()
         vars(writer._uploads.remote).pop("put", None)
     writer.refuse_loss()
@@ -501,7 +499,7 @@ def no_space(*_):
 def found_remotely(recipe, folder: str, address: str):
     engine, shards = tiny.engine(recipe)
     said = []
-    found = store.find(Path(folder), engine.mesh, said.append, remote=remote.Remote(address))
+    found = find_checkpoint(Path(folder), engine.mesh, said.append, remote=remote.Remote(address))
     if found:
         load_into(engine, shards, found[0], found[1].step)
     return found and found[1].step, said
@@ -548,7 +546,7 @@ def test_a_checkpoint_at_an_address_is_copied_once_for_eval_and_its_like(tmp_pat
     monkeypatch.setenv("IGLA_CACHE", str(tmp_path / "cache"))
     address = f"file://{tmp_path}/bucket"
     ranks.run(1, save_remotely, tiny.recipe(), str(tmp_path / "run"), address, 2)
-    from igla_mega.checkpoint.single import resolve_checkpoint
+    from igla_mega.checkpoint.folder import resolve_checkpoint
 
     newest = resolve_checkpoint(Path(address))
     assert newest.name == "step_00000002" and store.damage(newest) is None

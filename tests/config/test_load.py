@@ -226,7 +226,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 def test_the_config_loads_without_torch_and_the_package_without_pydantic():
     program = (
         "import sys, igla_mega, igla_mega.config; assert 'pydantic' not in sys.modules;"
-        "from igla_mega.config.load import load_recipe; import igla_mega.plan.layout;"
+        "from igla_mega.config.load import load_recipe; import igla_mega.layout.layout;"
         "load_recipe('pretrain_7b'); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -4,6 +4,7 @@ import pytest
 from igla_mega.config import features, rules
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
+from igla_mega.config.near import near_divisors
 from igla_mega.config.schema import Recipe
 
 SMALL = {
@@ -356,7 +357,7 @@ def test_thirds_of_two_digits_add_up():
     ],
 )
 def test_the_nearest_divisors_are_named_also_of_a_huge_number(number, wanted, near):
-    assert rules.near_divisors(number, wanted) == near
+    assert near_divisors(number, wanted) == near
 
 
 def test_a_world_that_the_layout_does_not_divide_is_refused():

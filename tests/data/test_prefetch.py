@@ -7,7 +7,8 @@ import pytest
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.batches import Corpus, Share
-from igla_mega.data.prefetch import Prefetch, open_loader
+from igla_mega.data.loader import open_loader
+from igla_mega.data.prefetch import Prefetch
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,14 @@ from hostile import altered, damaged, refused, scratch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from igla_mega.data import chat, formats, giant, journal, preference
+from igla_mega.data import chat, journal, pairs, raw_files
 from igla_mega.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter
-from igla_mega.data.manifest import damage, index_entry, modified_inputs
-from igla_mega.data.merge import merge
-from igla_mega.data.preprocess import _State
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.prepare import formats, giant
+from igla_mega.prepare.manifest import damage, index_entry, modified_inputs
+from igla_mega.prepare.merge import merge
+from igla_mega.prepare.preprocess import _State
+from igla_mega.prepare.records import texts_of
 
 LINES = [
     {"text": "The ring passes keys."},
@@ -165,7 +167,7 @@ def test_lines_give_the_texts_that_json_says_and_each_other_one_is_told(content)
             expected.append(text)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             others += bool(line) and not line.isspace()
-    read = [formats.texts_of(block, "text") for block in formats.blocks_of(formats.whole([file]), formats.How())]
+    read = [texts_of(block, "text") for block in formats.blocks_of(formats.whole([file]), formats.How())]
     assert [text for part in read for text in part.texts] == [text for text in expected if text]
     assert sum(len(part.broken) for part in read) == others
 
@@ -184,7 +186,7 @@ def test_packed_lines_are_read_as_plain_ones_or_their_damage_is_told(suffix):
             return
         file = put(f"lines.jsonl{suffix}", content)
         for block in formats.blocks_of(formats.whole([file]), formats.How()):
-            formats.texts_of(block, "text", "language")
+            texts_of(block, "text", "language")
 
     read()
     whole = put(f"whole.jsonl{suffix}", pack(JSONL * 9000) + pack(b"") + pack(JSONL) + b"\0" * 600)
@@ -209,7 +211,7 @@ def test_a_damaged_parquet_file_gives_rows_or_is_told(data):
 
     def read():
         how = formats.How(language_key="language")
-        return [formats.texts_of(b, "text", "language") for b in formats.blocks_of(formats.whole([file]), how)]
+        return [texts_of(b, "text", "language") for b in formats.blocks_of(formats.whole([file]), how)]
 
     for part in refused(read) or ():
         assert all(isinstance(text, str) for text in part.texts)
@@ -223,7 +225,7 @@ def test_a_giant_document_has_the_text_that_json_says(text, ascii_only, around):
     if any("\ud800" <= c <= "\udfff" for c in text + "".join(around) + "".join(around.values())):
         return
     line = json.dumps({**around, "text": text}, ensure_ascii=ascii_only).encode() + b"\n"
-    block = formats.Block(formats.LINES, "f", 1, bytearray(line), formats.BEGIN, len(line))
+    block = formats.Block(raw_files.LINES, "f", 1, bytearray(line), formats.BEGIN, len(line))
     with pytest.MonkeyPatch.context() as patch:
         for name, size in (("LEAST_BYTES", 1), ("_PIECE_BYTES", 24), ("_LET_GO_BYTES", 50)):
             patch.setattr(giant, name, size)
@@ -269,7 +271,7 @@ def test_an_altered_preference_pair_is_refused_or_tokenized(entry):
     file = put("pairs.jsonl", json.dumps(entry).encode() + b"\n")
     template = chat.load_template(scratch() / "tokenizer", "plain")
     limits = {"max_length": 64, "max_prompt_length": 32, "too_long": "skip"}
-    refused(lambda: list(preference.read_pairs(file, tokenizer(), template, **limits)))
+    refused(lambda: list(pairs.read_pairs(file, tokenizer(), template, **limits)))
 
 
 @given(damaged(b"".join(json.dumps(entry).encode() + b"\n" for entry in CONVERSATIONS)))

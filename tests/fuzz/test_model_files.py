@@ -20,11 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import metadata as records
 
-from igla_mega.checkpoint import adapters, hugging_face, single, store
-from igla_mega.checkpoint.pieces import Pieces, Reader, load
+from igla_mega.checkpoint import adapters, hugging_face, store
+from igla_mega.checkpoint.base import BASE, read_base
+from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+from igla_mega.checkpoint.hf_names import weights_of
+from igla_mega.checkpoint.pieces import Pieces, Reader, load, read_whole
+from igla_mega.checkpoint.progress import read_progress
+from igla_mega.checkpoint.safetensors import open_folder
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Model
-from igla_mega.train import memory
+from igla_mega.train import consolidation
 from igla_mega.train.metrics import rewind
 
 CONFIG = {
@@ -42,7 +47,7 @@ def folder() -> Path:
     """A Hugging Face folder of one small layer."""
     path = scratch() / "hf_good"
     path.mkdir()
-    parts = {name: shape for weight in hugging_face.weights_of(MODEL) for name, shape in weight.parts.items()}
+    parts = {name: shape for weight in weights_of(MODEL) for name, shape in weight.parts.items()}
     save_file({name: torch.randn(shape) for name, shape in parts.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(CONFIG))
     return path
@@ -73,7 +78,7 @@ def seal(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {name: adapters._whole(Reader(path), name) for name in Reader(path).shapes()}
+    return {name: read_whole(Reader(path), name) for name in Reader(path).shapes()}
 
 
 @functools.cache
@@ -202,7 +207,7 @@ def test_a_damaged_part_of_a_checkpoint_is_found_by_its_digest(data):
     file = data.draw(st.sampled_from(sorted(name.name for name in checkpoint().iterdir() if name.is_file())))
     content = data.draw(damaged((checkpoint() / file).read_bytes()))
     (path / file).write_bytes(content)
-    found = refused(single.resolve_checkpoint, path)
+    found = refused(resolve_checkpoint, path)
     if found is not None and file != store.MANIFEST:
         assert content == (checkpoint() / file).read_bytes()
 
@@ -221,7 +226,7 @@ def test_an_altered_manifest_or_progress_is_refused_or_read(data):
     )
     reason = store.damage(path)
     assert reason is None or str(path) in reason
-    found = refused(store.read_progress, path)
+    found = refused(read_progress, path)
     assert found is None or isinstance(found.step, int)
 
 
@@ -240,7 +245,7 @@ def test_a_recipe_beside_a_checkpoint_that_claims_more_than_is_there_is_refused_
         "\n".join(f"  {change}" if line.strip().startswith(f"{key}:") else line for line in lines)
     )
     seal(path)
-    said = hostile.within(300, lambda: single.read_recipe(path), seconds=5)
+    said = hostile.within(300, lambda: read_recipe(path), seconds=5)
     assert said.startswith("ConfigError") and "its recipe.yaml makes it" in said
 
 
@@ -249,12 +254,12 @@ def test_a_recipe_beside_a_checkpoint_that_claims_more_than_is_there_is_refused_
 def test_an_altered_note_of_a_base_is_refused_or_names_one(note):
     path = scratch() / "adapted"
     path.mkdir(exist_ok=True)
-    (path / adapters.BASE).write_text(note)
-    found = refused(adapters.read_base, path)
+    (path / BASE).write_text(note)
+    found = refused(read_base, path)
     assert found is None or isinstance(found["checkpoint"] + found["digest"], str)
     origin = {"samples": 1, "sources": ["a"], "normalization": "per token"}
-    (path / memory.ORIGIN).write_text(note if len(note) % 2 else json.dumps(origin))
-    refused(memory.read_origin, path)
+    (path / consolidation.ORIGIN).write_text(note if len(note) % 2 else json.dumps(origin))
+    refused(consolidation.read_origin, path)
 
 
 @given(st.lists(altered({"step": 1, "loss": 2.0}).map(json.dumps) | damaged(b'{"step": 3}').map(repr), max_size=5))
@@ -350,7 +355,7 @@ def test_a_config_that_claims_terabytes_allocates_nothing(key):
 def test_a_header_that_claims_terabytes_allocates_nothing():
     path = copy_of(folder(), "hf")
     (path / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 42) + b"{}")
-    assert hostile.within(100, lambda: hugging_face._open(path)).startswith("ConfigError")
+    assert hostile.within(100, lambda: open_folder(path)).startswith("ConfigError")
 
 
 SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import RECIPES, load_recipe, packaged
-from igla_mega.plan import base_model, calibration, finished, hardware
+from igla_mega.layout import hardware
+from igla_mega.plan import base_model, calibration, finished
 
 ROOT = Path(__file__).resolve().parents[2]
 

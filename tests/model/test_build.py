@@ -7,20 +7,20 @@ import ranks
 import tiny
 import torch
 
-from igla_mega import parallel
 from igla_mega.config.features import Moe
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Model
+from igla_mega.distributed.mesh import build_mesh
 from igla_mega.model import build
 from igla_mega.model.shards import local_runs
-from igla_mega.plan.layout import choose_layout
+from igla_mega.plan.choose import choose_layout
 
 TP, PP, FSDP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"strategy": "FSDP"}
 
 
 def built_on_meta(model: Model, moe: Moe | None = None):
     layout = choose_layout(tiny.recipe(), 1, "cpu")
-    parallel.build(layout, 1)
+    build_mesh(layout, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = build.transformer_config(model, layout, dtype=torch.bfloat16, device=torch.device("cpu"), moe=moe)
     [chunk] = build.build_chunks(config, model, moe=moe)

@@ -6,8 +6,8 @@ import tiny
 import torch
 from test_layouts import label, largest_differences
 
+from igla_mega.engine.step import train_step
 from igla_mega.ops import ring_attention as ring
-from igla_mega.train.step import train_step
 
 TOLERANCE = 1e-5
 """Absolute, on losses of 5.6 nats and norms of 1 to 3, over twenty steps."""

@@ -6,8 +6,8 @@ import tiny
 import torch
 import tuned
 
+from igla_mega.engine.step import evaluate
 from igla_mega.model import lora
-from igla_mega.train.step import evaluate
 
 NUM_STEPS = 10
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ import torch
 from igla_mega.config.features import Moe
 from igla_mega.model import experts, spec
 from igla_mega.model.router import Load, _ranks, routers_of
-from igla_mega.train.loop import ALARM_STEPS, Alarm, _load_metrics
+from igla_mega.train.metrics import ALARM_STEPS, Alarm, _load_metrics
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 

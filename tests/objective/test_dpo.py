@@ -10,12 +10,12 @@ import torch
 import tuned
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from igla_mega.checkpoint.hugging_face import weights_of
+from igla_mega.checkpoint.hf_names import weights_of
 from igla_mega.config.features import Dpo
-from igla_mega.data.preference import Pair, rows_of
+from igla_mega.data.pairs import Pair, rows_of
+from igla_mega.engine.step import _own_tokens
 from igla_mega.model.shards import named_shards
 from igla_mega.objective import dpo
-from igla_mega.train.step import _own_tokens
 
 PAIRS = 8
 TOLERANCE = 1e-6

@@ -9,8 +9,8 @@ import pytest
 import ranks
 
 from igla_mega.config.load import load_recipe
+from igla_mega.layout.layout import lay_out
 from igla_mega.plan.activations import in_flight, kept_by_layer, layer_ops, peak
-from igla_mega.plan.layout import lay_out
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 QUICK = (

@@ -6,7 +6,7 @@ import pytest
 
 from igla_mega.config.load import load_recipe
 from igla_mega.plan.attention import describe, ring_cost
-from igla_mega.plan.layout import choose_layout
+from igla_mega.plan.choose import choose_layout
 
 MIB = 2**20
 

@@ -7,7 +7,7 @@ import pytest
 import ranks
 
 from igla_mega.config.load import load_recipe
-from igla_mega.plan.layout import lay_out
+from igla_mega.layout.layout import lay_out
 from igla_mega.plan.parameters import held
 
 RECIPE = "pretrain_7b"
@@ -46,10 +46,10 @@ def built(world_size: int, rank: int, overrides: list[str]) -> tuple[tuple[int, 
     from torch.distributed.device_mesh import DeviceMesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from igla_mega import parallel
-    from igla_mega.assemble import build_engine
+    from igla_mega.distributed.mesh import build_mesh
+    from igla_mega.engine.build import build_engine
+    from igla_mega.engine.optimizer import moments_of
     from igla_mega.model import lora
-    from igla_mega.train.optimizer import moments_of
 
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -77,7 +77,7 @@ def built(world_size: int, rank: int, overrides: list[str]) -> tuple[tuple[int, 
             (lora, "initialize", lambda *args: None),  # draws from generators that fake tensors do not have
         ):
             stack.enter_context(mock.patch.object(place, name, instead))
-        mesh = parallel.build(layout, 1)
+        mesh = build_mesh(layout, 1)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         engine, _ = build_engine(recipe, layout, mesh, torch.device("cpu"), initialize=False)
         if layout.strategy == "FSDP":

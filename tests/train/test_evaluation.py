@@ -13,18 +13,21 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from igla_mega import cli, parallel
+from igla_mega import cli
 from igla_mega import run as whole_run
 from igla_mega.checkpoint import store
+from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.config import rules
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump, load_recipe
 from igla_mega.config.schema import Needle, Tasks
 from igla_mega.data.indexed import IndexedReader, IndexedWriter
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
-from igla_mega.evaluate import evaluate_tasks
-from igla_mega.train import evaluation, needle, scoring
-from igla_mega.train.step import train_step
+from igla_mega.distributed.mesh import single_process_mesh
+from igla_mega.engine.step import train_step
+from igla_mega.evaluate import needle, scoring
+from igla_mega.evaluate.checkpoint import evaluate_tasks
+from igla_mega.evaluate.tasks import open_harness, run_tasks
 
 pytest.importorskip("lm_eval")
 VOCAB, LENGTH = 320, 64
@@ -270,9 +273,9 @@ def tasks_in(corpus: Path, task_files: Path, moe: bool, distributed: dict):
     asked = Tasks(names=("choose", "read", "write"), limit=8, include_path=str(task_files))
     harness = None
     if engine.mesh.is_main:
-        harness = evaluation.open_harness(asked, load_tokenizer(corpus / "tokenizer"), LENGTH)
+        harness = open_harness(asked, load_tokenizer(corpus / "tokenizer"), LENGTH)
     with scoring.undisturbed(engine):
-        return evaluation.run_tasks(engine, harness, 1)
+        return run_tasks(engine, harness, 1)
 
 
 @pytest.mark.parametrize(
@@ -294,11 +297,11 @@ def test_tasks_have_the_scores_of_one_process_in_every_layout(corpus, task_files
 
 
 def failing(corpus: Path, task_files: Path):
-    from igla_mega.train.harness import Asker
+    from igla_mega.evaluate.harness import Asker
 
     engine, _ = tiny.engine(recipe_of(corpus))
     broken = SimpleNamespace(results=lambda *_: 1 / 0)
-    said = evaluation.run_tasks(engine, broken if engine.mesh.is_main else None, 1)
+    said = run_tasks(engine, broken if engine.mesh.is_main else None, 1)
     return said, Asker(engine).failed
 
 
@@ -310,8 +313,8 @@ def test_a_task_whose_own_code_fails_is_reported_and_holds_up_no_rank(corpus, ta
 def saved(corpus: Path, folder: Path):
     recipe = recipe_of(corpus)
     engine, _ = tiny.engine(recipe)
-    writer = store.CheckpointWriter(folder, engine.mesh, store.Retention(1), asynchronous=False)
-    writer.save(engine.optimizer.slots(), store.Progress(1, 4, 4 * LENGTH), dump(recipe))
+    writer = store.CheckpointWriter(folder, engine.mesh, Retention(1), asynchronous=False)
+    writer.save(engine.optimizer.slots(), Progress(1, 4, 4 * LENGTH), dump(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -327,13 +330,13 @@ def both_ways(checkpoint: Path, hf_dir: Path, task_files: Path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from igla_mega.checkpoint.single import alone as alone_layout
-    from igla_mega.checkpoint.single import load_single
-    from igla_mega.train.harness import Asker, EngineLM
-    from igla_mega.train.step import Engine
+    from igla_mega.checkpoint.load_model import alone as alone_layout
+    from igla_mega.checkpoint.load_model import load_single
+    from igla_mega.engine.step import Engine
+    from igla_mega.evaluate.harness import Asker, EngineLM
 
     model, recipe = load_single(checkpoint)
-    mesh = parallel.alone(alone_layout(recipe.model), torch.device("cpu"), 0)
+    mesh = single_process_mesh(alone_layout(recipe.model), torch.device("cpu"), 0)
     engine = Engine(mesh, alone_layout(recipe.model), [model], None)
     ours = EngineLM(load_tokenizer(hf_dir), LENGTH, Asker(engine), 0)
     theirs = HFLM(pretrained=str(hf_dir), device="cpu", batch_size=3, dtype="float32")
@@ -373,7 +376,7 @@ def test_scores_are_those_of_the_harness_s_own_hugging_face_model_on_the_exporte
 def refused(names: tuple, include_path: str | None, corpus: Path):
     try:
         asked = Tasks(names=names, include_path=include_path)
-        evaluation.open_harness(asked, load_tokenizer(corpus / "tokenizer"), LENGTH)
+        open_harness(asked, load_tokenizer(corpus / "tokenizer"), LENGTH)
     except ConfigError as error:
         return str(error)
 
@@ -424,8 +427,8 @@ def test_options_of_tasks_without_tasks_are_refused_in_words():
 
 
 def test_eval_for_machines_is_one_object_also_where_a_perplexity_overflows(monkeypatch):
-    monkeypatch.setattr("igla_mega.evaluate.evaluate", lambda *_: {"web": (1000.0, math.inf, 7)})
-    monkeypatch.setattr("igla_mega.evaluate.evaluate_tasks", lambda *_: {"choose/acc": 0.5})
+    monkeypatch.setattr("igla_mega.evaluate.checkpoint.evaluate", lambda *_: {"web": (1000.0, math.inf, 7)})
+    monkeypatch.setattr("igla_mega.evaluate.checkpoint.evaluate_tasks", lambda *_: {"choose/acc": 0.5})
     words = ["eval", "run", "--data", "web", "--tasks", "choose", "--json"]
     printed = json.loads(CliRunner().invoke(cli.app, words).stdout)
     assert printed == {

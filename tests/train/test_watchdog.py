@@ -17,8 +17,9 @@ import torch.distributed as dist
 from small_run import lines, write_recipe
 
 from igla_mega.checkpoint import remote, store
-from igla_mega.train import loop, pace, watchdog
-from igla_mega.train.pulse import Pulse, followed
+from igla_mega.checkpoint.progress import Progress, Retention
+from igla_mega.engine.heartbeat import Pulse, followed
+from igla_mega.train import loop, stragglers, watchdog
 
 HANG_SECONDS = 3
 AT = "training, step 3, micro-batch 1, forward"
@@ -145,12 +146,10 @@ def save_with_a_slow_store(recipe, folder: str) -> tuple[dict, int]:
     pulse, alive = Pulse(), []
     with followed(pulse):
         there = remote.Remote(f"file://{folder}/bucket")
-        writer = store.CheckpointWriter(
-            Path(folder, "run"), engine.mesh, store.Retention(1), asynchronous=True, remote=there
-        )
+        writer = store.CheckpointWriter(Path(folder, "run"), engine.mesh, Retention(1), asynchronous=True, remote=there)
         before, put = dict(pulse.issued), there.put
         there.put = lambda *args: (time.sleep(1.2), put(*args))
-        writer.save(engine.slots(), store.Progress(step=1), "name: tiny\n")
+        writer.save(engine.slots(), Progress(step=1), "name: tiny\n")
         outcomes = writer.finish(alive=lambda: alive.append(1))
     assert [(one.where, one.error) for one in outcomes] == [("shared", None), ("remote", None)]
     return {group: count - before.get(group, 0) for group, count in pulse.issued.items()}, len(alive)
@@ -230,5 +229,5 @@ def test_a_rank_that_is_slower_than_the_rest_is_named_once(layout, tmp_path):
 
 def test_above_64_ranks_the_times_are_summed_up():
     seconds = [1.0] * 99 + [3.0]
-    assert pace.summary(seconds) == {"min": 1.0, "median": 1.0, "max": 3.0, "slowest_rank": 99}
-    assert pace.slower(seconds, 1.5) == [99] and pace.slower([1.0, 2.0], 1.5) == [1]
+    assert stragglers.summary(seconds) == {"min": 1.0, "median": 1.0, "max": 3.0, "slowest_rank": 99}
+    assert stragglers.slower(seconds, 1.5) == [99] and stragglers.slower([1.0, 2.0], 1.5) == [1]

@@ -153,12 +153,13 @@ def engine_and_step(
     import torch
     import torch.distributed as dist
 
-    from igla_mega import host, parallel
-    from igla_mega.assemble import build_engine
     from igla_mega.config.schema import Recipe
-    from igla_mega.plan.layout import choose_layout
-    from igla_mega.train import preference
-    from igla_mega.train.step import train_step
+    from igla_mega.distributed import host
+    from igla_mega.distributed.mesh import build_mesh, init_process_groups
+    from igla_mega.engine.build import build_engine
+    from igla_mega.engine.step import train_step
+    from igla_mega.plan.choose import choose_layout
+    from igla_mega.train import dpo_reference
 
     sizes = dict(MODELS[model])
     num_rows, sequence = sizes.pop("rows"), sizes.pop("sequence")
@@ -191,13 +192,13 @@ def engine_and_step(
     device = host.prepare()
     host.keep_freed_memory()
     if not dist.is_initialized():
-        parallel.start(device)
+        init_process_groups(device)
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
-    mesh = parallel.build(layout, recipe.training.seed)
+    mesh = build_mesh(layout, recipe.training.seed)
     engine, _ = build_engine(recipe, layout, mesh, device)
     if recipe.dpo is not None:
-        mode = preference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
-        engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine))
+        mode = dpo_reference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
+        engine = replace(engine, objective=dpo_reference.objective(recipe.dpo, mode, engine))
 
     def batches() -> Iterator[dict]:
         rows = layout.micro_batch_size * rows_per_sample

@@ -19,7 +19,7 @@ def seeded(*names: str) -> list:
     """A list of NUM_TENSORS fp32 tensors for each name, the same in every process."""
     import torch
 
-    from igla_mega import host
+    from igla_mega.distributed import host
 
     host.keep_freed_memory()  # as a run of igla_mega does; it spares all ways the page faults of their temporaries
     generator = torch.Generator().manual_seed(1)
@@ -29,7 +29,7 @@ def seeded(*names: str) -> list:
 def partials(num_partials: int, type_name: str) -> tuple:
     import torch
 
-    from igla_mega import host
+    from igla_mega.distributed import host
 
     host.keep_freed_memory()
     generator = torch.Generator().manual_seed(1)

@@ -167,28 +167,29 @@ def measure(case: Case) -> dict:
     import torch.distributed as dist
     from megatron.core.parallel_state import get_global_memory_buffer
 
-    from igla_mega import host, parallel
-    from igla_mega.assemble import build_engine, frozen_chunks
+    from igla_mega.distributed import host
+    from igla_mega.distributed.mesh import build_mesh, init_process_groups
+    from igla_mega.engine.build import build_engine, frozen_chunks
+    from igla_mega.engine.step import train_step
     from igla_mega.objective.ewc import PER_TOKEN, Ewc, Origin
     from igla_mega.plan import activations, parameters
-    from igla_mega.plan.layout import choose_layout
-    from igla_mega.train import preference
-    from igla_mega.train.step import train_step
+    from igla_mega.plan.choose import choose_layout
+    from igla_mega.train import dpo_reference
 
     recipe = recipe_of(case)
     assert recipe.model is not None
     device = host.prepare()
     if not dist.is_initialized():
-        parallel.start(device)
+        init_process_groups(device)
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
-    mesh = parallel.build(layout, 1)
+    mesh = build_mesh(layout, 1)
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
         base = _saved_base(recipe, layout, mesh, device, Path(folder)) if recipe.quantization is not None else None
         engine, _ = build_engine(recipe, layout, mesh, device, base=base)
     if recipe.dpo is not None:
-        mode = preference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
+        mode = dpo_reference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
         frozen = frozen_chunks(recipe, layout, mesh, device, None) if mode == "model" else ()
-        engine = replace(engine, objective=preference.objective(recipe.dpo, mode, engine, frozen))
+        engine = replace(engine, objective=dpo_reference.objective(recipe.dpo, mode, engine, frozen))
     if recipe.memory is not None:
         ewc = Ewc(mesh, recipe.memory.ewc_lambda)
         slots = list(engine.slots())
@@ -245,8 +246,8 @@ def _weight_bytes(chunks) -> int:
 
 def _saved_base(recipe, layout, mesh, device, folder: Path) -> Path:
     """A checkpoint of random weights, to be coded in 4 bits."""
-    from igla_mega.assemble import build_engine
     from igla_mega.checkpoint import store
+    from igla_mega.engine.build import build_engine
 
     plain = recipe.model_copy(update={"lora": None, "quantization": None})
     engine, _ = build_engine(plain, layout, mesh, device)

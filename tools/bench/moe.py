@@ -32,7 +32,7 @@ def hugging_face(keep: bool) -> Callable[[], float]:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from igla_mega import host
+    from igla_mega.distributed import host
 
     if keep:
         host.keep_freed_memory()
@@ -60,12 +60,13 @@ def on_gpu(rounds: int) -> dict[str, dict]:
     """
     import torch
 
-    from igla_mega import host, parallel
-    from igla_mega.assemble import build_engine
     from igla_mega.config.load import load_recipe
-    from igla_mega.plan.hardware import dense_peak_flops
-    from igla_mega.plan.layout import choose_layout
-    from igla_mega.train.step import train_step
+    from igla_mega.distributed import host
+    from igla_mega.distributed.mesh import build_mesh, init_process_groups
+    from igla_mega.engine.build import build_engine
+    from igla_mega.engine.step import train_step
+    from igla_mega.layout.hardware import dense_peak_flops
+    from igla_mega.plan.choose import choose_layout
 
     num_rows, sequence = 4, 4096
     recipe = load_recipe(
@@ -79,9 +80,9 @@ def on_gpu(rounds: int) -> dict[str, dict]:
         ],
     )
     device = host.prepare()
-    parallel.start(device)
+    init_process_groups(device)
     layout = choose_layout(recipe, 1, "cuda")
-    mesh = parallel.build(layout, recipe.training.seed)
+    mesh = build_mesh(layout, recipe.training.seed)
     assert recipe.model is not None and recipe.moe is not None, "recipe 7"
     attention = 6 * recipe.model.num_layers * recipe.model.num_heads * recipe.model.head_size * sequence
     flops = (6 * recipe.model.matmul_parameters(recipe.moe) + attention) * num_rows * sequence

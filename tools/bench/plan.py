@@ -48,8 +48,9 @@ def engine(model: str, distributed: dict) -> Callable[[], float]:
 def planned(model: str, num_ranks: int, distributed: dict, path: Path) -> float:
     """Tokens a second by the plan."""
     from igla_mega.config.schema import Recipe
-    from igla_mega.plan import calibration, hardware
-    from igla_mega.plan.layout import choose_layout
+    from igla_mega.layout import hardware
+    from igla_mega.plan import calibration
+    from igla_mega.plan.choose import choose_layout
     from igla_mega.plan.time import Clock
 
     sizes = dict(MODELS[model])

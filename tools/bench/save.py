@@ -9,13 +9,16 @@ from pathlib import Path
 
 from _common import Processes, Variant, engine_and_step, ratio, text, write
 
+from igla_mega.checkpoint.load import load_slots
+
 STEPS = 4
 """Steps timed without a save, and as many after one was asked for: it is on disk before they end."""
 
 
 def saving(folder: str, distributed: dict) -> Callable[[], dict]:
     """Each call returns seconds of steps without a save, and of as many from a save on, its copy included."""
-    from igla_mega.checkpoint.store import CheckpointWriter, Progress, Retention
+    from igla_mega.checkpoint.progress import Progress, Retention
+    from igla_mega.checkpoint.store import CheckpointWriter
 
     engine, step = engine_and_step("laptop", **distributed)
     writer = CheckpointWriter(Path(folder), engine.mesh, Retention(keep_last=1), asynchronous=True)
@@ -72,7 +75,7 @@ def store_and_peers(folder: str) -> Callable[[], dict]:
         safetensors.torch.save_file(tensors, path / "model.safetensors")
 
     ways: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
-        "ours": (lambda p: store.save_folder(p, slots, {}, engine.mesh), lambda p: store.load_slots(p, slots, group)),
+        "ours": (lambda p: store.save_folder(p, slots, {}, engine.mesh), lambda p: load_slots(p, slots, group)),
         "torch DCP": (lambda p: dcp.save(tensors, checkpoint_id=p), dcp_load),
         "safetensors": (safetensors_save, safetensors_load),
     }

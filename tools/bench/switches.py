@@ -77,11 +77,12 @@ def engine(device_name: str, precision: str, changed: dict) -> Callable[[], floa
     import torch
     import torch.distributed as dist
 
-    from igla_mega import host, parallel
-    from igla_mega.assemble import build_engine
     from igla_mega.config.schema import Recipe
-    from igla_mega.plan.layout import choose_layout
-    from igla_mega.train.step import train_step
+    from igla_mega.distributed import host
+    from igla_mega.distributed.mesh import build_mesh, init_process_groups
+    from igla_mega.engine.build import build_engine
+    from igla_mega.engine.step import train_step
+    from igla_mega.plan.choose import choose_layout
 
     cuda = device_name == "cuda"
     sizes = {**MODELS["A"], "num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS}
@@ -109,9 +110,9 @@ def engine(device_name: str, precision: str, changed: dict) -> Callable[[], floa
     if recipe.distributed.keep_freed_memory:
         host.keep_freed_memory()
     if not dist.is_initialized():
-        parallel.start(device)
+        init_process_groups(device)
     layout = choose_layout(recipe, dist.get_world_size(), device_name)
-    mesh = parallel.build(layout, recipe.training.seed)
+    mesh = build_mesh(layout, recipe.training.seed)
     built, _ = build_engine(recipe, layout, mesh, device)
     size = layout.micro_batch_size
     tokens = random_tokens(rows, length + 1).split(size)[mesh.data.rank :: layout.data]

@@ -33,7 +33,7 @@ def hugging_face(model: str, keep: bool) -> Callable[[], float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from igla_mega import host
+    from igla_mega.distributed import host
 
     if keep:
         host.keep_freed_memory()

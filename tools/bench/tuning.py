@@ -42,7 +42,7 @@ def peft_step(model: str) -> Callable[[], float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from igla_mega import host
+    from igla_mega.distributed import host
 
     host.keep_freed_memory()
     torch.manual_seed(1)

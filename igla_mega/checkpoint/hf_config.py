@@ -1,0 +1,171 @@
+"""`config.json` of Hugging Face models to the `model` and `moe` sections of a recipe, and back."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from igla_mega.config import json_text
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Moe
+from igla_mega.config.schema import Model
+
+SIZES = {  # of a Hugging Face folder's `config.json`, and of the recipe's `model` section
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+_SIZES = {**SIZES, "rms_norm_eps": "norm_epsilon", "initializer_range": "init_std"}
+_EXPERTS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+}
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# What transformers takes where `config.json` is silent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    },
+}
+_ROPE_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position",
+}
+
+
+def is_mixtral(moe: Moe | None, checkpoint: Path) -> None:
+    """Refuse experts that a MixtralForCausalLM does not have."""
+    if moe is None:
+        return
+    told = {
+        "moe.shared_intermediate_size": moe.shared_intermediate_size is not None,
+        "moe.pre_softmax": moe.pre_softmax,
+        "moe.bias_update_rate": moe.bias_update_rate > 0,
+    }
+    if breaches := [
+        f"{checkpoint}: {key}: transformers' Mixtral has no such thing." for key, has in told.items() if has
+    ]:
+        raise ConfigError(*breaches, "  Such a model can be trained and evaluated here, not exported.")
+
+
+def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
+    """The `model` and `moe` sections of a Hugging Face configuration.
+
+    Raises:
+        ConfigError: every trait that this model does not have.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
+        raise ConfigError(
+            f"{path}: model_type: {kind} is not a Llama.\n  Models of type {' and '.join(_DEFAULTS)} can be imported."
+        )
+    given = {**_DEFAULTS[kind], **config}
+    if wrong := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(given.get(key) or {}, dict)]:
+        raise ConfigError(f"{path}: {wrong[0]}: not a JSON object.\n  Download the folder again.")
+    for key in ("sliding_window", "max_position_embeddings"):
+        if not isinstance(given.get(key) or 0, int | float):
+            raise ConfigError(f"{path}: {key}: {given[key]!r} is not a number.\n  Download the folder again.")
+    rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
+    breaches = [f"{path}: {key}: not given." for key in _REQUIRED if given.get(key) is None]
+    biases = ("attention_bias", "mlp_bias")
+    breaches += [f"{path}: {key}: biases are not supported." for key in biases if given.get(key)]
+    if given.get("hidden_act", "silu") != "silu":
+        breaches.append(f"{path}: hidden_act: {given['hidden_act']} is not supported; silu is.")
+    if given.get("quantization_config"):
+        breaches.append(f"{path}: quantization_config: quantized weights are not supported; use the full model.")
+    window = given.get("sliding_window")
+    if kind == "mixtral":
+        breaches += [f"{path}: {key}: not given." for key in _EXPERTS if given.get(key) is None]
+        if given.get("router_jitter_noise"):
+            breaches.append(f"{path}: router_jitter_noise: {given['router_jitter_noise']} is not supported; 0 is.")
+    if window is not None and kind in ("mistral", "mixtral") and window < given["max_position_embeddings"]:
+        breaches.append(f"{path}: sliding_window: {window} is not supported; null is.")
+    if (rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1.0) != 1.0:
+        breaches.append(f"{path}: partial_rotary_factor: only 1.0 is supported.")
+    scaling_type = rope.get("rope_type") or rope.get("type") or "default"
+    if scaling_type not in ("default", "llama3"):
+        breaches.append(f"{path}: rope_scaling: type {scaling_type} is not supported; llama3 is.")
+    missing = [key for key in _ROPE_SCALING if scaling_type == "llama3" and key not in rope]
+    if missing:
+        breaches.append(f"{path}: rope_scaling: type llama3 needs {', '.join(missing)}.")
+    if breaches:
+        raise ConfigError(*breaches, "  Use a plain Llama.")
+    section = {ours: given[theirs] for theirs, ours in _SIZES.items() if given.get(theirs) is not None}
+    section["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or 10000.0
+    if scaling_type == "llama3":
+        section["rope_scaling"] = {ours: rope[theirs] for theirs, ours in _ROPE_SCALING.items()}
+    try:
+        moe = None
+        if kind == "mixtral":
+            moe = Moe.model_validate({ours: given[theirs] for theirs, ours in _EXPERTS.items()})
+        return Model.model_validate(section), moe
+    except ValidationError as error:
+        theirs = {ours: name for name, ours in (_SIZES | _EXPERTS).items()}
+        details = [(str(detail["loc"][0]), detail["msg"]) for detail in error.errors()]
+        raise ConfigError(
+            *(f"{path}: {theirs.get(key, key)}: {section.get(key)!r}: {text}." for key, text in details),
+            "  Download the folder again.",
+        ) from None
+
+
+def config_of(model: Model, moe: Moe | None, dtype: str) -> dict[str, Any]:
+    """A LlamaConfig or MixtralConfig in the keys that transformers 4 wrote and 5 still reads."""
+    scaling = model.rope_scaling
+    own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+    if moe is not None:
+        own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+        own |= {theirs: getattr(moe, ours) for theirs, ours in _EXPERTS.items()}
+    return {
+        **own,
+        **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": scaling
+        and {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for theirs, ours in _ROPE_SCALING.items()}},
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json_text.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file.\n  Give a Hugging Face folder: config.json and safetensors."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).\n  Download it again.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a JSON object.\n  Download it again.")
+    return content
+
+
+def few(breaches: list[str]) -> list[str]:
+    return breaches if len(breaches) <= 4 else [*breaches[:3], f"... and {len(breaches) - 3} more."]

@@ -1,0 +1,70 @@
+"""Where prepared datasets lie: for each source of a recipe, the prefix of its indexed dataset."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+from igla_mega.data.indexed import joined_path
+from igla_mega.data.raw_files import SUFFIXES
+from igla_mega.data.remote_files import cache_folder, is_remote, local_dataset
+from igla_mega.layout.stages import drawn_from
+
+TARGETS = ".targets"
+
+
+class DataSection(Protocol):
+    """The part of a recipe's `data:` that preparation reads."""
+
+    @property
+    def sources(self) -> Mapping[str, str | Sequence[str]]: ...
+    @property
+    def tokenizer(self) -> str | None: ...
+    @property
+    def prepared(self) -> str | None: ...
+    @property
+    def text_key(self) -> str: ...
+    @property
+    def skip_broken_lines(self) -> bool: ...
+    @property
+    def workers(self) -> int | None: ...
+
+
+def source_prefixes(data: DataSection) -> dict[str, str]:
+    """Where each source's dataset is, or will be put by `prepare_sources`: name -> path without .bin and .idx."""
+    if not data.sources:
+        raise ConfigError("data.sources: none given.\n  Give each name in data.mix its JSONL files.")
+    if not data.prepared and not all(indexed_prefix(path, data) for path in data.sources.values()):
+        raise ConfigError("data.prepared: none given.\n  Name the folder for the prepared datasets.")
+    if wrong := [name for name in data.sources if not name or "/" in name or name.startswith(".")]:
+        raise ConfigError(
+            *[f"data.sources.{name}: cannot name a file.\n  Use no slash, no dot first." for name in wrong]
+        )
+    prepared = Path(data.prepared or "")
+    return {name: indexed_prefix(path, data) or str(prepared / name) for name, path in data.sources.items()}
+
+
+def indexed_prefix(path: str | Sequence[str], data: DataSection) -> str | None:
+    """The prefix of what is an indexed dataset already, as megatron's users have them, and needs no preparation."""
+    if not isinstance(path, str):
+        return None
+    if is_remote(path) and "*" not in path and not path.endswith(SUFFIXES):
+        return local_dataset(path, cache_folder(getattr(data, "cache", None)))
+    return path if Path(f"{path}.idx").is_file() or joined_path(path).is_file() else None
+
+
+def sample_prefixes(recipe: Recipe) -> dict[str, str]:
+    """Where the datasets are that a recipe of conversations or pairs draws from: source name -> prefix.
+
+    Raises:
+        ConfigError: `sft.data` or `dpo.data` names none of its sources.
+    """
+    known = source_prefixes(recipe.data)
+    names = drawn_from(recipe)
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"data.sources.{unknown[0]}: no path for what `{'sft' if recipe.sft else 'dpo'}.data` names.\n"
+            f"  Give it one; there are {', '.join(known)}."
+        )
+    return {name: known[name] for name in names}

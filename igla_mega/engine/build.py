@@ -1,0 +1,194 @@
+"""From a recipe to what a rank trains with: its model and optimizer, and its data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from igla_mega.checkpoint import frozen_base, store
+from igla_mega.checkpoint.load import load_slots, load_weights, spread_masters
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+from igla_mega.data.batches import Corpus, Dataset
+from igla_mega.data.conversations import Conversations, Pairs
+from igla_mega.data.prepared import sample_prefixes, source_prefixes
+from igla_mega.distributed.mesh import Mesh
+from igla_mega.engine import ddp, fsdp
+from igla_mega.engine.step import Engine
+from igla_mega.layout.layout import Layout
+from igla_mega.model import build, lora
+from igla_mega.model.shards import Shards, local_runs, named_shards, shards_of
+from igla_mega.model.spec import DTYPES, fp8_settings, graph_settings, use_transformer_engine
+
+
+def build_engine(
+    recipe: Recipe,
+    layout: Layout,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    initialize: bool = True,
+    base: Path | None = None,
+) -> tuple[Engine, Shards]:
+    """Build this rank's model and optimizer.
+
+    Args:
+        initialize: give the weights their initial values; False when a checkpoint's will follow.
+        base: checkpoint that frozen weights are read from, where adapters train; these get their first values here.
+    """
+    model, dtype = recipe.model, DTYPES[recipe.distributed.precision]
+    assert model is not None, "resolved before"
+    sharded, seed = layout.strategy == "FSDP", recipe.training.seed
+    chunks, shards, config, switch = _chunks(recipe, layout, mesh, device, base)
+
+    def fill() -> None:
+        if initialize:
+            build.initialize(local_runs(chunks, shards), model, seed)
+        if recipe.lora is not None:
+            frozen_base.fill(chunks, shards, recipe.lora, model, base, seed)
+
+    if sharded:
+        fsdp.wrap(chunks[0], mesh, dtype, device)
+        fill()
+        optimizer = fsdp.ShardedAdamW(chunks[0], shards, mesh, config, recipe.training, recipe.optimizer)
+        return Engine(mesh, layout, chunks, optimizer, adapters=switch), shards
+
+    build.materialize(chunks, device)
+    fill()
+    wrapped = ddp.wrap(
+        chunks,
+        config,
+        distributed_optimizer=layout.distributed_optimizer and mesh.data_context.size > 1,
+        overlap=recipe.distributed.overlap_communication and device.type == "cuda",
+    )
+    adam = ddp.MegatronAdamW(wrapped, shards, mesh, config, recipe.training, recipe.optimizer)
+    if dtype != torch.float32 and (initialize or recipe.lora is not None):
+        # mcore copies its fp32 masters from the bf16 weights: give them back what rounding took.
+        masters = [(slot.shard, slot.values["master"], slot.start) for slot in adam.slots()]
+        if recipe.lora is None:
+            build.initialize(masters, model, seed)
+        elif recipe.lora.adapter is None:
+            lora.initialize(masters, seed)
+    return Engine(mesh, layout, wrapped, adam, adapters=switch), shards
+
+
+def _chunks(
+    recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, base: Path | None
+) -> tuple[list[build.CausalLM], Shards, TransformerConfig, lora.Switch | None]:
+    """This rank's model chunks without memory for their weights, which of the whole they are, and their adapters."""
+    model, where = recipe.model, recipe.distributed
+    dtype = DTYPES[where.precision]
+    assert model is not None, "resolved before"
+    # Adapters hook into our own layers.
+    transformer_engine = recipe.lora is None and use_transformer_engine(where.kernels, device)
+    more: dict = fp8_settings(where.fp8_recipe, device, transformer_engine) if where.precision == "FP8" else {}
+    if where.cuda_graphs and device.type == "cuda":
+        more |= graph_settings(recipe.training.seed, layout.recompute)
+    config = build.transformer_config(
+        model,
+        layout,
+        dtype=torch.float32 if layout.strategy == "FSDP" else dtype,
+        device=device,
+        recompute=layout.recompute,
+        transformer_engine=transformer_engine,
+        fused=where.fused_layers,
+        attention=where.attention,
+        more=more,
+        moe=recipe.moe,
+        capacity_factor=recipe.training.expert_capacity_factor,
+    )
+    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine, moe=recipe.moe)
+    switch = None
+    if recipe.lora is not None:
+        coded = recipe.quantization
+        switch = frozen_base.attach(chunks, recipe.lora, coded, base, mesh, model.vocab_size, config.params_dtype)
+    for chunk in chunks:
+        chunk.log_probs = recipe.dpo is not None
+        chunk.loss_chunk = None if where.loss_chunk == "auto" else where.loss_chunk
+        chunk.few_targets = recipe.form == "instructions"
+    return chunks, shards_of(chunks, mesh, model.vocab_size), config, switch
+
+
+def frozen_chunks(
+    recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, base: Path | None
+) -> list[build.CausalLM]:
+    """A second model of the base's weights, which does not train: this rank's chunks."""
+    plain = recipe.model_copy(update={"lora": None, "quantization": None})
+    chunks, shards, _, _ = _chunks(plain, layout, mesh, device, None)
+    for chunk in chunks:
+        chunk.requires_grad_(False).eval()
+    if layout.strategy == "FSDP":
+        fsdp.wrap(chunks[0], mesh, DTYPES[recipe.distributed.precision], device)
+    else:
+        build.materialize(chunks, device)
+    if base is None:
+        build.initialize(local_runs(chunks, shards), recipe.model, recipe.training.seed)  # type: ignore[arg-type]
+    else:
+        load_weights(base, named_shards(chunks, shards), mesh.host_group)
+    return chunks
+
+
+def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int, *, with_moments: bool = True) -> None:
+    """Make an engine what it was when the checkpoint was saved, in whatever layout either has.
+
+    Without moments only the weights are taken, as for a base model.
+
+    The weights the modules compute with are read by themselves: with a distributed optimizer this rank's masters
+    are only part of them.
+    """
+    pairs = frozen_base.trained(engine.chunks, shards) if engine.adapters else named_shards(engine.chunks, shards)
+    if store.is_local(checkpoint):
+        slots = list(engine.slots())
+        load_slots(checkpoint, slots, None, kinds=None if with_moments else ("master",))
+        spread_masters(pairs, slots, engine.mesh)
+        engine.optimizer.loaded(num_updates)
+        return
+    group = engine.mesh.host_group
+    load_weights(checkpoint, pairs, group)
+    load_slots(checkpoint, engine.slots(), group, kinds=None if with_moments else ("master",))
+    engine.optimizer.loaded(num_updates)
+
+
+def open_corpus(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] | None = None) -> Corpus:
+    """Open the recipe's prepared data sets, to draw from them as `mix` says, or as the recipe's does."""
+    assert recipe.model is not None, "resolved before"
+    return Corpus(
+        source_prefixes(recipe.data),
+        recipe.data.mix if mix is None else mix,
+        sequence_length=sequence_length,
+        seed=recipe.training.seed,
+        vocab_size=recipe.model.vocab_size,
+        validation_fraction=recipe.data.validation_fraction,
+        document_mask=recipe.data.document_mask,
+        loader=recipe.data.loader,
+        prefetch=recipe.data.prefetch,
+        packing=recipe.data.document_packing,
+    )
+
+
+def open_dataset(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] | None = None) -> Dataset:
+    """Open what a recipe learns from: text, conversations or pairs, prepared."""
+    if recipe.form == "text":
+        return open_corpus(recipe, sequence_length, mix)
+    assert recipe.model is not None, "resolved before"
+    prefixes, training = sample_prefixes(recipe), recipe.training
+    settings: dict = {
+        "sequence_length": sequence_length,
+        "seed": training.seed,
+        "vocab_size": recipe.model.vocab_size,
+        "validation_fraction": recipe.data.validation_fraction,
+    }
+    if recipe.form == "instructions":
+        return Conversations(prefixes, pack=recipe.data.packing, **settings)
+    return Pairs(prefixes, **settings)
+
+
+def num_steps(recipe: Recipe, layout: Layout) -> int:
+    """Optimizer steps of a run without phases: as given, or so many that `epochs` passes over all windows are made."""
+    if recipe.training.total_steps is not None:
+        return recipe.training.total_steps
+    if recipe.training.epochs is None:
+        raise ConfigError("training.total_steps: neither it nor training.epochs is given. Set one.")
+    windows = sum(open_dataset(recipe, layout.sequence_length).windows_per_epoch().values())
+    return max(1, recipe.training.epochs * windows // layout.global_batch)

@@ -1,0 +1,225 @@
+"""Data parallelism by megatron-core: gradients in one buffer, optimizer state whole or split over the ranks."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.distributed.finalize_model_grads import (
+    _allreduce_non_tensor_model_parallel_grads,
+    _allreduce_word_embedding_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from igla_mega.config.schema import Optimizer as OptimizerSection
+from igla_mega.config.schema import Training
+from igla_mega.distributed.mesh import Mesh
+from igla_mega.engine.optimizer import held_step, moments_of, set_num_steps
+from igla_mega.model.shards import Shards, Slot, named_shards
+from igla_mega.objective.ewc import Ewc, Pull
+from igla_mega.ops.fisher import fisher_accumulate_
+
+
+def wrap(
+    chunks: list[GPTModel], config: TransformerConfig, *, distributed_optimizer: bool, overlap: bool
+) -> list[nn.Module]:
+    """Give each chunk a gradient buffer (fp32) that is summed over the data and context ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed_optimizer,
+    )
+    for chunk in chunks:
+        chunk.overlaps_reduction = overlap  # type: ignore[assignment]
+    # Only the first chunk's gradients come last in the backward pass: buckets of the others would overlap nothing.
+    return [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+class MegatronAdamW:
+    """megatron-core's AdamW: fp32 main weights under bf16, clipping over every axis of the mesh."""
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        shards: Shards,
+        mesh: Mesh,
+        config: TransformerConfig,
+        training: Training,
+        optimizer: OptimizerSection,
+    ):
+        ddp: Any = chunks[0].ddp_config
+        self.max_norm = training.gradient_clip or math.inf
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.epsilon,
+            # 0 means no clipping; the norm is wanted all the same.
+            clip_grad=self.max_norm,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
+        )
+        self.chunks, self.shards, self.mesh, self.config = chunks, shards, mesh, config
+        self.megatron = get_megatron_optimizer(settings, chunks)
+        for part in self._parts():
+            for group in part.optimizer.param_groups:
+                # mcore leaves the multiplier (0 on norms) to its own scheduler, which is not used here.
+                group["weight_decay"] = training.weight_decay * group["wd_mult"]
+                if isinstance(part.optimizer, torch.optim.AdamW):
+                    # Without it torch's own default: a kernel an operation on a GPU, a loop on a CPU.
+                    group.update(fused=optimizer.fused, foreach=False if optimizer.fused else None)
+        config.finalize_model_grads_func = self._finalize
+        config.grad_scale_func = self.megatron.scale_loss
+        if ddp.overlap_grad_reduce:
+            config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+            config.param_sync_func = None
+
+    @torch.no_grad()
+    def _finalize(self, model: list[nn.Module], num_tokens: Tensor | None = None, **groups) -> None:
+        """Sum the gradients over ranks and divide them by the number of targets in the global batch.
+
+        megatron-core's own division first waits for the device, to see whether there are any.
+        """
+        finalize_model_grads(model, None, **groups)
+        if num_tokens is None:
+            return
+        last = dist.get_process_group_ranks(self.mesh.pipeline.group)[-1]
+        dist.broadcast(num_tokens, last, group=self.mesh.pipeline.group)
+        dist.all_reduce(num_tokens, group=self.mesh.data_context.group)
+        for chunk in self.chunks:
+            chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
+
+    def _parts(self) -> list[MegatronOptimizer]:
+        parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        return [part for part in parts if not part.is_stub_optimizer]
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.megatron.zero_grad()
+
+    def step(self, learning_rate: float, ewc: Ewc | None = None) -> tuple[float, Pull | None]:
+        for group in self.megatron.param_groups:
+            group["lr"] = learning_rate
+        self.megatron.prepare_grads()
+        held = ewc is not None and ewc.holds
+        return held_step(
+            ewc,
+            list(self.slots()) if held else [],
+            self._gradients() if held else [],
+            [part.optimizer for part in self._parts()],
+            clip=self._clip,
+            update=self.megatron.step_with_ready_grads,
+        )
+
+    def _clip(self) -> float:
+        grad_norm = float(self.megatron.get_grad_norm())
+        if (factor := self.max_norm / (grad_norm + 1e-6)) < 1:
+            # In place: megatron-core's own clipping multiplies into a copy, and copies that back.
+            params = [param for part in self._parts() for param in part.get_parameters()]
+            if grads := [param.grad for param in params if param.grad is not None]:  # a rank may own none
+                torch._foreach_mul_(grads, factor)
+        return grad_norm
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of each slot, in the order of `slots`: views of mcore's fp32 buffer, which its masters' are."""
+        runs = [(param, start, master.numel()) for part in self._parts() for param, master, start in _masters(part)]
+        return [param.main_grad.view(-1)[start : start + size] for param, start, size in runs]  # type: ignore
+
+    @property
+    def one_sample(self) -> bool:
+        # Experts see tokens of several ranks: those of two samples could not be told apart.
+        mesh = self.mesh
+        return bool(self.config.num_moe_experts) and mesh.tensor.size * mesh.expert.size * mesh.expert_tensor.size > 1
+
+    @contextmanager
+    def per_sample(self) -> Iterator[Callable[[list[Tensor]], None]]:
+        config, alone = self.config, self.one_sample or self.mesh.data_context.size == 1
+        saved = config.finalize_model_grads_func, config.no_sync_func
+
+        def add(sums: list[Tensor]) -> None:
+            if alone:
+                fisher_accumulate_(sums, self._gradients(), 1.0)
+            else:
+                # Context-parallel ranks have the same sample, and each has added its square.
+                torch._foreach_add_(sums, self._gradients(), alpha=1.0 / self.mesh.context.size)
+
+        with ExitStack() as stack:
+            for chunk in self.chunks:  # no bucket is summed while the backward pass still runs
+                stack.enter_context(chunk.no_sync())  # type: ignore[operator]
+            config.no_sync_func = nullcontext
+            config.finalize_model_grads_func = self._finish_sample if alone else self._square_and_sum
+            try:
+                yield add
+            finally:
+                config.finalize_model_grads_func, config.no_sync_func = saved
+
+    def _finish_sample(self, *_, **__) -> None:
+        """Complete the sums of one sample's gradient: over its tokens' ranks, and over tied weights."""
+        for chunk in self.chunks if self.one_sample or self.mesh.context.size > 1 else ():
+            for expert, buffers in ((False, chunk.buffers), (True, chunk.expert_parallel_buffers)):
+                axis = self.mesh.replicas(expert=expert) if self.one_sample else self.mesh.context
+                for buffer in buffers:  # type: ignore[union-attr]
+                    dist.all_reduce(buffer.grad_data, group=axis.group)
+        _allreduce_non_tensor_model_parallel_grads(list(self.chunks), self.config, self.mesh.tensor.group)
+        _allreduce_word_embedding_grads(list(self.chunks), self.config)
+
+    def _square_and_sum(self, *_, **__) -> None:
+        """Square the finished gradients, and have mcore sum the squares as it sums gradients."""
+        self._finish_sample()
+        for buffer in self._buffers():
+            buffer.square_()
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
+                chunk.start_grad_sync()  # type: ignore[operator]
+            chunk.finish_grad_sync()  # type: ignore[operator]
+
+    def _buffers(self) -> list[Tensor]:
+        buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in self.chunks]  # type: ignore
+        return [buffer.grad_data for own in buffers for buffer in own]
+
+    def slots(self) -> Iterator[Slot]:
+        shard_of = {param: shard for shard, param in named_shards(self.chunks, self.shards)}
+        for part in self._parts():
+            for param, master, start in _masters(part):
+                values = {"master": master, **moments_of(part.optimizer, master)}
+                flat = {name: tensor.detach().view(-1) for name, tensor in values.items()}
+                yield Slot(shard_of[param], start, flat, replicated=not hasattr(part, "gbuf_ranges"))
+
+    def loaded(self, num_steps: int) -> None:
+        for part in self._parts():
+            set_num_steps(part.optimizer, num_steps)
+
+
+def _masters(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+    """Model parameters that this rank updates, the fp32 tensor updated, and where that starts in the flat parameter."""
+    if hasattr(part, "gbuf_ranges"):  # DistributedOptimizer: a flat range of each parameter
+        for param, (group, order) in part.model_param_group_index_map.items():
+            run = part._get_model_param_range_map(param)["param"]
+            yield param, part.optimizer.param_groups[group]["params"][order], run.start
+        return
+    if hasattr(part, "float16_groups"):
+        pairs = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+        for params, masters in [*pairs, *((group, group) for group in part.fp32_from_fp32_groups)]:
+            yield from ((param, master, 0) for param, master in zip(params, masters, strict=True))
+        return
+    for group in part.optimizer.param_groups:
+        yield from ((param, param, 0) for param in group["params"])

@@ -1,0 +1,194 @@
+"""Fully sharded data parallelism: torch's `fully_shard` on GPTModel, alone or under tensor parallelism.
+
+torch's own clipping and state dicts know only the data-parallel mesh, and are silently wrong under tensor
+parallelism; what stands here counts each parameter once over both.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+from torch.distributed.tensor import DTensor
+
+from igla_mega.config.schema import Optimizer as OptimizerSection
+from igla_mega.config.schema import Training
+from igla_mega.distributed.mesh import Axis, Mesh
+from igla_mega.engine.optimizer import held_step, moments_of, set_num_steps
+from igla_mega.model.shards import Shards, Slot, local_values, named_shards
+from igla_mega.objective.ewc import Ewc, Pull
+
+
+def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> GPTModel:
+    """Shard every layer, and the rest as one unit, over the data and context ranks; compute in `dtype`.
+
+    What is on the meta device gets memory on `device`, not yet values. Experts are units of their own,
+    over the ranks that hold the same ones; codes of 4 bits stay whole on every rank.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        # The default casts every input of a layer, the rotary angles too: bf16 has no room for position 2048.
+        cast_forward_inputs=False,
+    )
+    device_mesh = DeviceMesh.from_group(mesh.data_context.group, device.type)
+    if routed := [layer.mlp.experts for layer in chunk.decoder.layers if chunk.config.num_moe_experts]:
+        expert_mesh = DeviceMesh.from_group(mesh.expert_data.group, device.type)
+        for experts in routed:
+            fully_shard(experts, mesh=expert_mesh, mp_policy=policy)
+    # No gradient reaches the routers' biases, which every rank moves alike.
+    biases = {param for name, param in chunk.named_parameters() if name.endswith("expert_bias")}
+    for module in (*chunk.decoder.layers, chunk):
+        fully_shard(module, mesh=device_mesh, mp_policy=policy, ignored_params=biases)
+    for module in chunk.modules():
+        if isinstance(module, FSDPModule):
+            # Sum, not mean: ranks may hold unequal numbers of targets, so the division comes once, at the end.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return chunk._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+
+
+class ShardedAdamW:
+    """torch's fused AdamW on the fp32 shards, with a gradient norm over data and tensor ranks."""
+
+    def __init__(
+        self,
+        chunk: GPTModel,
+        shards: Shards,
+        mesh: Mesh,
+        config: TransformerConfig,
+        training: Training,
+        optimizer: OptimizerSection,
+    ):
+        self.chunk, self.config = chunk, config
+        self.mesh, self.max_norm = mesh, training.gradient_clip or math.inf
+        self.params = [(shard, param) for shard, param in named_shards([chunk], shards) if param.requires_grad]
+        matrices = [param for shard, param in self.params if len(shard.shape) > 1]
+        norms = [param for shard, param in self.params if len(shard.shape) == 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+            lr=training.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.epsilon,
+            fused=optimizer.fused,
+        )
+        # Gradients are reduced in every micro-batch, so that only shards of them are kept.
+        config.no_sync_func = None
+        config.grad_scale_func = None
+        config.finalize_model_grads_func = self._finalize
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad()
+
+    @torch.no_grad()
+    def _finalize(self, model, num_tokens: Tensor, *_, **__) -> None:
+        """Divide the summed gradients by the number of targets in the global batch."""
+        num_tokens = num_tokens.clone()
+        dist.all_reduce(num_tokens, group=self.mesh.data_context.group)
+        for shard, param in self.params:
+            grad = _local(param.grad)
+            if shard.sequence_parallel:
+                dist.all_reduce(grad, group=self.mesh.tensor.group)
+            grad.div_(num_tokens.clamp(min=1))
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, ewc: Ewc | None = None) -> tuple[float, Pull | None]:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        held = ewc is not None and ewc.holds
+        slots, gradients = (list(self.slots()), self._gradients()) if held else ([], [])
+        return held_step(ewc, slots, gradients, [self.adam], clip=self._clip, update=self.adam.step)
+
+    def _clip(self) -> float:
+        # Of the whole world each rank has a part of its own of the experts, and of the rest where it counts.
+        grads = [(_local(param.grad), shard.is_first_copy) for shard, param in self.params]
+        norms = torch._foreach_norm([grad for grad, counts in grads if counts], 2.0, dtype=torch.float32)
+        squares = torch.stack(norms).double().square().sum()
+        dist.all_reduce(squares)
+        grad_norm = squares.sqrt().item()
+        if grad_norm > self.max_norm:
+            torch._foreach_mul_([grad for grad, _ in grads], self.max_norm / (grad_norm + 1e-6))
+        return grad_norm
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of each slot, 1-D."""
+        return [_local(param.grad).view(-1) for _, param in self.params]
+
+    @property
+    def one_sample(self) -> bool:
+        return False
+
+    @contextmanager
+    def per_sample(self) -> Iterator[Callable[[list[Tensor]], None]]:
+        def add(sums: list[Tensor]) -> None:
+            # Context-parallel ranks have the same sample, and each has added its square.
+            torch._foreach_add_(sums, self._gradients(), alpha=1.0 / self.mesh.context.size)
+
+        units = [module for module in self.chunk.modules() if isinstance(module, FSDPModule)]
+        saved = self.config.finalize_model_grads_func
+        with ExitStack() as hooks:
+            self._complete_norms(hooks)
+            for unit in units:
+                unit.set_custom_reduce_scatter(_SquareAndReduceScatter(self.mesh.context))
+            self.config.finalize_model_grads_func = lambda *_, **__: None
+            try:
+                yield add
+            finally:
+                self.config.finalize_model_grads_func = saved
+                for unit in units:
+                    unit.set_custom_reduce_scatter(DefaultReduceScatter())
+
+    def _complete_norms(self, hooks: ExitStack) -> None:
+        """Have norms under sequence parallelism sum their gradient over tensor ranks at once: later it is squared."""
+        partial = {id(param): shard for shard, param in self.params if shard.sequence_parallel}
+        hooked: set[int] = set()
+
+        def add_hooks(module: nn.Module, *_) -> None:
+            for name in names[module]:
+                weight = getattr(module, name)  # gathered by now
+                if id(weight) not in hooked:
+                    hooked.add(id(weight))
+                    hook = weight.register_post_accumulate_grad_hook(
+                        lambda gathered: dist.all_reduce(gathered.grad, group=self.mesh.tensor.group)
+                    )
+                    hooks.callback(hook.remove)
+
+        names: dict[nn.Module, list[str]] = {}
+        for module in self.chunk.modules():
+            own = [name for name, param in module.named_parameters(recurse=False) if id(param) in partial]
+            if own:
+                names[module] = own
+                hooks.callback(module.register_forward_hook(add_hooks).remove)
+
+    def slots(self) -> Iterator[Slot]:
+        for shard, param in self.params:
+            values = {"master": param, **moments_of(self.adam, param)}
+            runs = {name: local_values(tensor) for name, tensor in values.items()}
+            yield Slot(shard, runs["master"][1], {name: flat for name, (flat, _) in runs.items()}, replicated=False)
+
+    def loaded(self, num_steps: int) -> None:
+        set_num_steps(self.adam, num_steps)
+
+
+class _SquareAndReduceScatter(DefaultReduceScatter):
+    """What `fully_shard` calls with a unit's gradient: one sample a data-parallel rank, squared before it is summed."""
+
+    def __init__(self, context: Axis):
+        self.context = context
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs):
+        if self.context.size > 1:
+            dist.all_reduce(input_tensor, group=self.context.group)
+        return super().__call__(output_tensor, input_tensor.square_(), *args, **kwargs)
+
+
+def _local(grad: Tensor | None) -> Tensor:
+    assert grad is not None, "every parameter takes part in the loss"
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -1,0 +1,231 @@
+"""One optimizer step, and one validation pass."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from igla_mega.distributed.mesh import Axis, Mesh
+from igla_mega.engine.heartbeat import Pulse
+from igla_mega.engine.optimizer import BadStep, Optimizer
+from igla_mega.layout.layout import Layout
+from igla_mega.model.lora import Switch, seed_dropout
+from igla_mega.model.router import Load, MicroBatch, bias_slots, collect, move_biases, shared_of
+from igla_mega.model.shards import Slot
+from igla_mega.objective import language
+from igla_mega.objective.ewc import Ewc, Pull
+from igla_mega.objective.language import Batch
+from igla_mega.ops.zigzag import zigzag_shard
+
+ForwardStep = Callable[[Iterator[Batch], nn.Module], Any]
+"""megatron-core's: runs one micro-batch through a chunk; the report that its loss gives is fp64: the summed loss, the
+number of targets, then sums of an objective's metrics."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step makes smaller, and what it reports of that."""
+
+    forward_step: ForwardStep = language.forward_step
+    metrics: tuple[str, ...] = ()
+    """Names of the means that are reported beside the loss."""
+    completed: Callable[["Engine", Iterator[Batch]], Iterator[Batch]] | None = None
+    """Adds to micro-batches what must be known before the step (the reference of preference optimization)."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What takes a step: this rank's part of the model and of its optimizer."""
+
+    mesh: Mesh
+    layout: Layout
+    chunks: Sequence[nn.Module]
+    """Wrapped for data parallelism; one, or several with interleaved pipeline stages."""
+    optimizer: Optimizer
+    ewc: Ewc | None = None
+    """What holds the weights back, when something is asked to."""
+    objective: Objective = Objective()
+    adapters: Switch | None = None
+    """Turns the low-rank adapters off; None where all weights train."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Where this rank is."""
+
+    def slots(self) -> Iterator[Slot]:
+        """Walk over all that a checkpoint keeps of this rank."""
+        slots = self.optimizer.slots()
+        yield from self.ewc.with_state(slots) if self.ewc else slots
+        if self.adapters is None:
+            yield from bias_slots(self.chunks, self.mesh)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    loss: float
+    """Nats per target token over the global batch, without the penalty."""
+    grad_norm: float
+    """L2 over all parameters, before clipping; with the pull where that is added before."""
+    pull: Pull | None = None
+    """Of Elastic Weight Consolidation, while there is something to hold."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The objective's own, means over the global batch."""
+    load: Load | None = None
+    """Of a mixture of experts: what each had to do."""
+
+
+def train_step(
+    engine: Engine,
+    batches: Iterator[Batch],
+    *,
+    step: int,
+    seed: int,
+    learning_rate: float,
+    highest_loss: float = math.inf,
+) -> StepReport:
+    """Take one optimizer step over `layout.num_microbatches` micro-batches drawn from `batches`.
+
+    Args:
+        highest_loss: beyond it the loss is taken for a spike, nats.
+
+    Raises:
+        BadStep: the loss or the gradient's norm is not finite, or a spike, on every rank alike; nothing has been
+            updated.
+    """
+    pulse = engine.pulse
+    pulse.step = step + 1
+    # Randomness belongs to the step, not to the process: a resumed run, in any layout, draws the same.
+    torch.manual_seed(seed + step)
+    engine.optimizer.zero_grad()
+
+    # On return the gradients are summed over data and context ranks and divided by the number of target tokens.
+    if engine.objective.completed:
+        batches = engine.objective.completed(engine, batches)
+    if engine.adapters:
+        batches = _keyed(batches, engine, step, seed)
+    reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=False)
+    pulse.at("loss")
+    sums = _summed(engine, reports)
+    loss, *metrics = means(sums)
+    if not (math.isfinite(loss) and loss <= highest_loss):
+        what = "spike" if math.isfinite(loss) else "loss"
+        raise BadStep(what, loss, [report[0].item() for report in reports])
+    # The pull is added there, to reduced gradients: once a step, not once a rank.
+    pulse.at("optimizer")
+    grad_norm, pull = engine.optimizer.step(learning_rate, engine.ewc)
+    load = collect(engine.chunks, sums[1])
+    if load is not None and engine.adapters is None:
+        move_biases(engine.chunks, load)
+    return StepReport(loss, grad_norm, pull, dict(zip(engine.objective.metrics, metrics, strict=True)), load)
+
+
+def evaluate(engine: Engine, batches: Iterator[Batch], num_batches: int) -> float:
+    """Mean loss over `num_batches` global batches, in nats per target token."""
+    return measure(engine, batches, num_batches)["loss"]
+
+
+@torch.no_grad()
+def measure(engine: Engine, batches: Iterator[Batch], num_batches: int) -> dict[str, float]:
+    """Mean loss (nats per target token; of preference optimization, per pair) and what else the objective reports."""
+    for chunk in engine.chunks:
+        chunk.eval()
+    total = [0.0] * (2 + len(engine.objective.metrics))
+    with engine.pulse.doing("validation"):
+        for _ in range(num_batches):
+            own = engine.objective.completed(engine, batches) if engine.objective.completed else batches
+            total = [a + b for a, b in zip(total, forward_backward(engine, own, forward_only=True), strict=True)]
+    for chunk in engine.chunks:
+        chunk.train()
+    return dict(zip(("loss", *engine.objective.metrics), means(total), strict=True))
+
+
+def means(sums: Sequence[float]) -> list[float]:
+    """Loss and metrics, from their sums with the number of targets in the second place."""
+    return [value / max(sums[1], 1.0) for value in (sums[0], *sums[2:])]
+
+
+def forward_backward(engine: Engine, batches: Iterator[Batch], *, forward_only: bool) -> list[float]:
+    """Run megatron-core's schedule; return the report's sums over the global batch: loss, targets, metrics."""
+    reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=forward_only)
+    return _summed(engine, reports)
+
+
+def _summed(engine: Engine, reports: list) -> list[float]:
+    sums = torch.zeros(2 + len(engine.objective.metrics), dtype=torch.float64)
+    # Tensor-parallel ranks of the last stage all hold the same loss; one of them counts.
+    if reports and engine.mesh.tensor.rank == 0:
+        sums = torch.stack(reports).sum(0)
+    sums = sums.to(next(engine.chunks[0].parameters()).device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def scheduled(
+    engine: Engine, chunks: Sequence[nn.Module], batches: Iterator[Batch], step: ForwardStep, *, forward_only: bool
+) -> list:
+    """What `step` reports of each micro-batch of a global one on the last pipeline stage; nothing on the others."""
+    layout, several = engine.layout, len(chunks) > 1
+    # Each interleaved chunk walks over the same micro-batches by itself.
+    iterators = _tee(batches, len(chunks), layout.num_microbatches) if several else [batches]
+    told = [_told(iterator, engine, chunk) for iterator, chunk in zip(iterators, chunks, strict=True)]
+    own = [engine.pulse.drawn(_own_tokens(iterator, engine.mesh.context)) for iterator in told]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=own if several else own[0],
+        model=chunks if several else chunks[0],
+        num_microbatches=layout.num_microbatches,
+        seq_length=layout.padded_length,
+        micro_batch_size=layout.micro_batch_size * layout.rows_per_sample,
+        forward_only=forward_only,
+    )
+
+
+def _keyed(batches: Iterator[Batch], engine: Engine, step: int, seed: int) -> Iterator[Batch]:
+    """Number the rows of each micro-batch: the masks of dropout are drawn by row, the same in every layout."""
+    layout = engine.layout
+    for number, batch in enumerate(batches):
+        place = (step * layout.num_microbatches + number) * layout.data + engine.mesh.data.rank
+        yield {**batch, "dropout": (seed, place * layout.micro_batch_size * layout.rows_per_sample)}
+
+
+def _own_tokens(batches: Iterator[Batch], context: Axis) -> Iterator[Batch]:
+    """This context-parallel rank's tokens of micro-batches; labels were shifted before, so that none crosses a cut."""
+    for batch in batches:
+        if "dropout" in batch:
+            seed_dropout(*batch["dropout"])  # here, where the forward pass asks for the micro-batch
+        if context.size > 1:
+            # What fills up a row at its end counts for nothing (loss_mask 0), and no token before it sees it.
+            tokens = {name: zigzag_shard(batch[name], context.group, 1, pad=True) for name in language.TOKENS}
+            batch = {**batch, **tokens}
+        yield batch
+
+
+def _told(batches: Iterator[Batch], engine: Engine, chunk: nn.Module) -> Iterator[Batch]:
+    """Whole micro-batches; the routers of a chunk are told of each where its forward pass asks for it."""
+    routers = shared_of(chunk)
+    for batch in batches:
+        if routers is not None:
+            routers.at_hand = _routed(batch["loss_mask"], engine)
+        yield batch
+
+
+def _routed(loss_mask: Tensor, engine: Engine) -> MicroBatch:
+    """What routers need to know of a micro-batch of rows with this mask, fp32 [B, S] of the whole sequences."""
+    length, mesh, layout = loss_mask.size(1), engine.mesh, engine.layout
+    # A row's last target is its last token but one; all behind are padding.
+    places = torch.arange(1, length + 1, device=loss_mask.device)
+    ends = (places * (loss_mask > 0)).amax(1, keepdim=True)
+    real = ((places <= ends + 1) & (ends > 0)).to(torch.int8)
+    real = zigzag_shard(real, mesh.context.group, 1, pad=True).bool().t()
+    if layout.sequence_parallel:
+        real = real.chunk(mesh.tensor.size)[mesh.tensor.rank]
+    pairs = layout.rows_per_sample == 2
+    return MicroBatch(torch.full_like(loss_mask[:, 0], 0.5) if pairs else loss_mask.sum(1), real)
+
+
+def _tee(batches: Iterator[Batch], num_chunks: int, num_microbatches: int) -> list[Iterator[Batch]]:
+    drawn = [next(batches) for _ in range(num_microbatches)]
+    return [iter(drawn) for _ in range(num_chunks)]

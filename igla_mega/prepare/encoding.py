@@ -1,0 +1,281 @@
+"""Blocks of text to tokens, by threads or processes, in order: the same for any number of them."""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from igla_mega.data.indexed import token_dtype
+from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
+from igla_mega.prepare import fast, giant
+from igla_mega.prepare.filters import Filters
+from igla_mega.prepare.formats import Block, Broken, Position
+from igla_mega.prepare.records import texts_of
+
+MOST_THREADS = 4
+"""Above, processes: the threads of one share the interpreter, which reads JSON."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a block becomes tokens; what a worker needs to know."""
+
+    tokenizer: str
+    fast: bool
+    text_key: str = "text"
+    append_eod: bool = True
+    language_key: str | None = None
+    filters: Filters = field(default_factory=Filters)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came out of one block."""
+
+    tokens: list[np.ndarray]
+    """Ids of the documents, end to end."""
+    lengths: np.ndarray
+    """Of the documents in tokens, int32."""
+    characters: int
+    """Of the documents, their ends not counted."""
+    text_bytes: int
+    empty: int
+    broken: list[Broken]
+    dropped: Counter
+    """Documents left out, by filter."""
+    languages: Counter
+    """Documents by tag."""
+    digest: bytes
+    """sha256 of the block."""
+    after: Position
+    input_bytes: int
+    files: tuple[int, int]
+    """Numbers of the first and of the last input that the block is of."""
+
+
+class Encoder:
+    """One worker's own tokenizer."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer | None = None, engine: fast.FastTokenizer | None = None):
+        self.job = job
+        tokenizer = tokenizer or load_tokenizer(job.tokenizer)
+        self.eod_id = tokenizer.eod_id
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.engine: Any = engine or fast.FastTokenizer(tokenizer) if job.fast else tokenizer
+
+    def encode(self, block: Block, unwanted: np.ndarray | None = None) -> Encoded:
+        """Encode a block; its data is let go.
+
+        Args:
+            unwanted: of each of its texts, whether it is left out, bool; counted as `duplicate`.
+        """
+        job = self.job
+        digest = _digest(block)
+        if (long_text := giant.long_text(block, job.text_key)) is not None and job.language_key is None:
+            return self._encode_giant(block, long_text, digest, unwanted)
+        read = texts_of(block, job.text_key, job.language_key)
+        block.data = None  # the queue still holds the block
+        texts, languages = read.texts, read.languages
+        dropped: Counter = Counter()
+        if unwanted is not None:
+            dropped["duplicate"] += int(unwanted.sum())
+            texts = [text for text, out in zip(texts, unwanted, strict=True) if not out]
+            languages = [tag for tag, out in zip(languages, unwanted, strict=False) if not out]
+        texts, tags, by_filter = job.filters.keep(texts, languages)
+        dropped.update(by_filter)
+        arrays, lengths = self._arrays(texts)
+        full = lengths > 0
+        if self._eod is not None:
+            arrays, lengths = [self._with_ends(np.concatenate(arrays), lengths[full])] if full.any() else [], lengths
+            lengths = lengths[full] + 1
+        else:
+            lengths = lengths[full]
+        return Encoded(
+            arrays,
+            lengths.astype(np.int32),
+            sum(map(len, texts)),
+            sum(len(text) if text.isascii() else len(text.encode()) for text in texts),
+            # A text of which the tokenizer's normaliser leaves nothing is an empty document too.
+            read.empty + int((~full).sum()),
+            read.broken,
+            dropped,
+            Counter(tag or "unknown" for tag in tags),
+            digest,
+            block.after,
+            block.input_bytes,
+            block.files,
+        )
+
+    @property
+    def _eod(self) -> int | None:
+        return self.eod_id if self.job.append_eod else None
+
+    def _arrays(self, texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Ids of the texts, end to end, in their type, and the length of each."""
+        if not texts:
+            return [], np.zeros(0, np.int64)
+        if max(map(len, texts)) <= fast.PIECE_CHARS:
+            ids, lengths = self.engine.encode_flat(texts)
+            return [ids.astype(self.dtype)], lengths
+        arrays, sizes = [], []
+        for text in texts:
+            parts = [self.engine.encode_flat([piece])[0] for piece in fast.pieces(iter([text]), self.engine)]
+            arrays += [part.astype(self.dtype) for part in parts]
+            sizes.append(sum(map(len, parts)))
+        return arrays, np.array(sizes, dtype=np.int64)
+
+    def _with_ends(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        joined = np.empty(len(ids) + len(lengths), self.dtype)
+        ends = np.cumsum(lengths + 1) - 1
+        inside = np.ones(len(joined), dtype=bool)
+        inside[ends] = False
+        joined[inside] = ids
+        joined[ends] = self._eod
+        return joined
+
+    def _encode_giant(self, block: Block, text: giant.LongText, digest: bytes, unwanted: np.ndarray | None) -> Encoded:
+        """A document that fills its block: its text is never there as a whole."""
+        nothing = np.zeros(0, np.int32)
+        counts: dict[str, int] = {"characters": 0, "bytes": 0}
+
+        def counted() -> Iterator[str]:
+            for piece in text.pieces():
+                counts["characters"] += len(piece)
+                counts["bytes"] += len(piece.encode())
+                yield piece
+
+        def encoded(arrays: list[np.ndarray], empty: int, broken: list[Broken], dropped: Counter) -> Encoded:
+            block.data = None
+            size = sum(map(len, arrays))
+            lengths = np.array([size], np.int32) if size else nothing
+            return Encoded(
+                arrays, lengths, counts["characters"], counts["bytes"], empty, broken, dropped, Counter(), digest,
+                block.after, block.input_bytes, block.files,
+            )  # fmt: skip
+
+        if unwanted is not None and unwanted.any():
+            return encoded([], 0, [], Counter(duplicate=1))
+        if reason := self.job.filters.reason_for(text.sample(), text.num_bytes):
+            return encoded([], 0, [], Counter({reason: 1}))
+        arrays = []
+        try:
+            for piece in fast.pieces(counted(), self.engine):
+                arrays.append(self.engine.encode_flat([piece])[0].astype(self.dtype))
+        except ValueError as error:
+            return encoded([], 0, [Broken(f"{block.file}:{block.first}", str(error), text.shown)], Counter())
+        if not sum(map(len, arrays)):
+            return encoded([], 1, [], Counter())
+        if self._eod is not None:
+            arrays.append(np.array([self._eod], self.dtype))
+        return encoded(arrays, 0, [], Counter())
+
+
+def _digest(block: Block) -> bytes:
+    if isinstance(block.data, bytes | bytearray):
+        return hashlib.sha256(block.data).digest()
+    digest = hashlib.sha256()
+    for record in block.data:
+        for value in record:
+            content = value if isinstance(value, bytes | bytearray) else repr(value).encode(errors="surrogatepass")
+            digest.update(b"%d " % len(content))
+            digest.update(content)
+    return digest.digest()
+
+
+_worker: Encoder
+
+
+def _start_process(job: Job) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = Encoder(job)
+
+
+def _in_process(block: Block, unwanted: np.ndarray | None) -> Encoded:
+    return _worker.encode(block, unwanted)
+
+
+class _Threads:
+    """Threads, each with an encoder of its own, made when it is first needed."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, engine: fast.FastTokenizer | None):
+        self._job, self._tokenizer = job, tokenizer
+        self._spare = [engine] if engine is not None else []
+        self._local = threading.local()
+
+    def __call__(self, block: Block, unwanted: np.ndarray | None) -> Encoded:
+        encoder = getattr(self._local, "encoder", None)
+        if encoder is None:
+            try:
+                engine = self._spare.pop()
+            except IndexError:
+                engine = None
+            encoder = self._local.encoder = Encoder(self._job, self._tokenizer, engine)
+        return encoder.encode(block, unwanted)
+
+
+def encode_all(
+    blocks: Iterator[tuple[Block, np.ndarray | None]],
+    job: Job,
+    tokenizer: Tokenizer,
+    workers: int,
+    engine: fast.FastTokenizer | None = None,
+) -> Iterator[Encoded]:
+    """Encode blocks in order, two per worker under way.
+
+    Args:
+        engine: a fast tokenizer that is there already, for the first worker.
+    """
+    encode: Any
+    if workers > MOST_THREADS:
+        # Spawned, not forked: the tokenizer's and the progress bar's threads hold locks that a fork would copy.
+        spawn = multiprocessing.get_context("spawn")
+        pool: Executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_process, initargs=(job,))
+        encode = _in_process
+    else:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        encode = _Threads(job, tokenizer, engine)
+
+    def submit(block: Block, unwanted: np.ndarray | None) -> Future:
+        return pool.submit(encode, block, unwanted)
+
+    with _one_thread_each(), pool:
+        try:
+            under_way = deque(submit(*item) for item in itertools.islice(blocks, 2 * workers))
+            while under_way:
+                encoded = under_way.popleft().result()
+                under_way.extend(submit(*item) for item in itertools.islice(blocks, 1))
+                yield encoded
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """The workers are the threads: the tokenizers' own ones would be as many again for each."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def num_workers(workers: int | None, total_bytes: int, worth_bytes: int) -> int:
+    """As many as asked for; else the cores, and no more than the input is worth."""
+    if workers is not None:
+        return max(1, workers)
+    return max(1, min(len(os.sched_getaffinity(0)), total_bytes // worth_bytes))

@@ -1,0 +1,149 @@
+"""Conversations and preference pairs, from JSONL to indexed datasets.
+
+A conversation is a document of `<prefix>`, and which of its tokens are targets the same document of `<prefix>.targets`
+(uint8). A pair is three documents: prompt, chosen, rejected. `<prefix>.json` says what they were made from.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from igla_mega.config import json_text
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+from igla_mega.data import chat, pairs
+from igla_mega.data.indexed import IndexedWriter, token_dtype
+from igla_mega.data.prepared import TARGETS, sample_prefixes
+from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
+from igla_mega.prepare.preprocess import input_files
+
+FORMAT = 1
+"""Of what is written; raised when the same input would give other bytes."""
+
+
+def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
+    """Make every source of a recipe of conversations or pairs ready to train on; what is up to date is left alone.
+
+    Returns:
+        Source name -> prefix.
+
+    Raises:
+        ConfigError: a line that nothing can be learned from, and why; or no sources, tokenizer, template or place.
+    """
+    data, prefixes = recipe.data, sample_prefixes(recipe)
+    if not data.tokenizer:
+        raise ConfigError("data.tokenizer: none given.\n  Give a Hugging Face folder or a tokenizer.json.")
+    tokenizer = load_tokenizer(data.tokenizer)
+    for name, prefix in prefixes.items():
+        inputs = data.sources[name]
+        if prefix == inputs:
+            continue
+        files = input_files([inputs] if isinstance(inputs, str) else inputs)
+        template = _template(recipe, files)
+        stamp = _stamp(recipe, files, tokenizer, template)
+        if _is_done(prefix, stamp):
+            continue
+        num_samples, left_out = _write(recipe, files, prefix, tokenizer, template)
+        if not num_samples:
+            raise ConfigError(f"data.sources.{name}: every line is left out as too long.\n  Raise data.max_length.")
+        _seal(prefix, {"digest": stamp, "samples": num_samples, "left_out": left_out})
+        if progress:
+            words = f"; {left_out:,} too long and left out" if left_out else ""
+            print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}{words}", file=sys.stderr, flush=True)
+    return prefixes
+
+
+def _template(recipe: Recipe, files: list[Path]) -> chat.ChatTemplate | None:
+    """The chat template; None where none is given and no line has turns."""
+    try:
+        return chat.load_template(recipe.data.tokenizer or "", recipe.data.chat_template)
+    except ConfigError:
+        if recipe.data.chat_template is not None or any(_has_turns(entry) for f in files for _, entry in _lines(f)):
+            raise
+        return None
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict]]:
+    return chat.json_lines(file)
+
+
+def _has_turns(entry: dict) -> bool:
+    plain = {"prompt", "completion", "chosen", "rejected"} & entry.keys()
+    return not plain or any(isinstance(entry[key], list) for key in plain)
+
+
+def _write(
+    recipe: Recipe, files: list[Path], prefix: str, tokenizer: Tokenizer, template: chat.ChatTemplate | None
+) -> tuple[int, int]:
+    written = left_out = 0
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    dtype, max_length = token_dtype(tokenizer.vocab_size), recipe.data.max_length or recipe.sequence_length
+    if recipe.form == "instructions":
+        with IndexedWriter(prefix, dtype) as tokens, IndexedWriter(prefix + TARGETS, np.dtype(np.uint8)) as targets:
+            for file in files:
+                for place, conversation in chat.read_conversations(file):
+                    sample = chat.tokenize(
+                        conversation,
+                        tokenizer,
+                        template,
+                        place,
+                        max_length=max_length,
+                        too_long=recipe.data.too_long,
+                    )
+                    if sample is None:
+                        left_out += 1
+                        continue
+                    tokens.add(sample.tokens.astype(dtype), np.array([len(sample.tokens)]))
+                    targets.add(sample.targets.astype(np.uint8), np.array([len(sample.tokens)]))
+                    written += 1
+        return written, left_out
+    if max_length is None:
+        raise ConfigError("data.max_length: none given, and the base model's longest sequence is not known.\n  Set it.")
+    with IndexedWriter(prefix, dtype) as tokens:
+        for file in files:
+            for _, pair in pairs.read_pairs(
+                file,
+                tokenizer,
+                template,
+                max_length=max_length,
+                max_prompt_length=recipe.data.max_prompt_length or max_length,
+                too_long=recipe.data.too_long,
+            ):
+                if pair is None:
+                    left_out += 1
+                    continue
+                tokens.add(np.concatenate(pair).astype(dtype), np.array([len(part) for part in pair]))
+                written += 1
+    return written, left_out
+
+
+def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: chat.ChatTemplate | None) -> str:
+    data = recipe.data
+    made_from = {
+        "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "tokenizer": tokenizer.digest(),
+        "template": template.source if template else None,
+        "form": recipe.form,
+        "limits": [data.max_length or recipe.sequence_length, data.max_prompt_length, data.too_long],
+    }
+    return hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()
+
+
+def _is_done(prefix: str, stamp: str) -> bool:
+    try:
+        return (
+            json_text.loads(Path(f"{prefix}.json").read_bytes())["digest"] == stamp and Path(f"{prefix}.idx").is_file()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _seal(prefix: str, content: dict) -> None:
+    partial = Path(f"{prefix}.json.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, f"{prefix}.json")

@@ -1,0 +1,303 @@
+"""A step that went wrong is run again, to see where it goes wrong, and whether it does so again.
+
+The same bits again: the data, the weights or the code. Sound at the second time: the machine.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from igla_mega.distributed.mesh import Mesh
+from igla_mega.engine.heartbeat import Pulse
+from igla_mega.engine.optimizer import BadStep
+from igla_mega.engine.step import Engine, StepReport
+from igla_mega.model.router import routers_of
+
+SHOWN = 4
+"""Ranks or weights that are named before the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on a rank something that is not finite came up first."""
+
+    micro_batch: int
+    """Counted from 1."""
+    order: int
+    """Modules of the micro-batch that came before."""
+    module: str
+    came_in: bool
+    """Whether what the module was given was not finite already."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one rank has to say of a bad step."""
+
+    rank: int
+    stage: int
+    """Of the pipeline."""
+    first_losses: list[float]
+    """Of its micro-batches in the first run, where it has the last stage."""
+    gradients: tuple[str, str]
+    """Digests of the first run's gradients, and of the second's."""
+    forward: Place | None = None
+    backward: Place | None = None
+    weights: list[str] = field(default_factory=list)
+    """Those that are not finite."""
+    weight_gradients: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of a bad step once it was run again."""
+
+    report: StepReport | None
+    """Of the second run, where that was sound: the step is taken."""
+    what: str
+    value: float
+    verdict: Literal["transient", "deterministic", "not repeatable"]
+    ranks: list[int]
+    place: str
+    entry: dict[str, Any]
+    """For `bad_steps.jsonl`."""
+
+    @property
+    def words(self) -> str:
+        """What happened, where, and what the second run says of the cause, in two sentences."""
+        named = {"loss": f"the loss is {self.value}", "gradient norm": f"the gradient's norm is {self.value}"}
+        happened = named.get(self.what, f"the loss leaps to {self.value:.4g}")
+        return f"{happened}{self.place}.\n  {self._cause()}"
+
+    def _cause(self) -> str:
+        if self.verdict == "transient":
+            again = f"{self.report.loss:.4f}" if self.report else "sound"
+            return (
+                f"Run again it is {again}: a fault of a machine, not of data or code. The step is taken with the "
+                "second result. If it comes back, test the node: igla-mega doctor."
+            )
+        if self.verdict == "deterministic":
+            return "Run again it gives the same bits: the cause is in the data, the weights or the code."
+        return "Run again it is bad too, with other bits: a kernel that adds in any order, or a faulty machine."
+
+
+def diagnose(engine: Engine, bad: BadStep, retake: Callable[[], StepReport]) -> Diagnosis:
+    """Take the step again and see. Every rank calls it.
+
+    Args:
+        retake: the step, from the same weights, micro-batches and seed; what `bad` came from.
+    """
+    first = gradient_digest(engine.chunks)
+    report, second = None, bad
+    _forget_visits(engine)
+    with _probed(engine.chunks, engine.pulse) as probe:
+        try:
+            report = retake()
+        except BadStep as again:
+            second = again
+            _forget_visits(engine)
+    names = [(name, param) for chunk in engine.chunks for name, param in _named(chunk)]
+    own = Account(
+        engine.mesh.rank,
+        engine.mesh.pipeline.rank,
+        bad.losses,
+        (first, gradient_digest(engine.chunks)),
+        probe.forward,
+        probe.backward,
+        [name for name, param in names if not _finite(param)][:SHOWN],
+        [name for name, param in names if not _finite(_gradient(param))][:SHOWN] if report is None else [],
+    )
+    accounts = _gathered(own, engine.mesh)
+    if report is not None:
+        return _transient(bad, report, accounts)
+    same = bad.what == second.what and all(one.gradients[0] == one.gradients[1] for one in accounts)
+    verdict: Literal["deterministic", "not repeatable"] = "deterministic" if same else "not repeatable"
+    ranks, place, more = _origin(bad, accounts) if bad.what != "spike" else ([], "", {})
+    return Diagnosis(None, bad.what, bad.value, verdict, ranks, place, _entry(bad, verdict, ranks, more))
+
+
+def _transient(bad: BadStep, report: StepReport, accounts: Sequence[Account]) -> Diagnosis:
+    ranks = [one.rank for one in accounts if not all(math.isfinite(loss) for loss in one.first_losses)]
+    batches = {n for one in accounts for n, loss in enumerate(one.first_losses, 1) if not math.isfinite(loss)}
+    place = f" ({_ranks(ranks)}, micro-batch {min(batches)})" if ranks else ""
+    more = {"micro_batch": min(batches) if batches else None, "again": report.loss}
+    return Diagnosis(report, bad.what, bad.value, "transient", ranks, place, _entry(bad, "transient", ranks, more))
+
+
+def _origin(bad: BadStep, accounts: Sequence[Account]) -> tuple[list[int], str, dict[str, Any]]:
+    """Which ranks it began on, where, in words and for the record."""
+    if bad.what == "gradient norm" and not any(one.forward for one in accounts):
+        backward = [(one, one.backward) for one in accounts if one.backward]
+        found = _earliest(backward, lambda one, at: (at.micro_batch, -one.stage, at.order))
+        direction, gives = "backward", "gradient"
+    else:
+        forward = [(one, one.forward) for one in accounts if one.forward and not one.forward.came_in]
+        found = _earliest(forward, lambda one, at: (at.micro_batch, one.stage, at.order))
+        direction, gives = "forward", "output"
+    if not found:
+        holders = [one for one in accounts if one.weight_gradients]
+        ranks = [one.rank for one in holders]
+        if not holders:
+            return [], ": every gradient is finite, and the sum of their squares is not", {"micro_batch": None}
+        name = holders[0].weight_gradients[0]
+        return ranks, f" ({_ranks(ranks)}): of the gradient of {name}", {"micro_batch": None, "module": name}
+    ranks, place = [one.rank for one, _ in found], found[0][1]
+    broken = sorted({name for one, _ in found for name in one.weights})
+    why = f"; not finite already: the weights {', '.join(broken[:SHOWN])}" if broken else ""
+    words = (
+        f" ({_ranks(ranks)}, micro-batch {place.micro_batch}, {direction}): the first module whose {gives} is not "
+        f"finite is {place.module}{why}"
+    )
+    more = {"micro_batch": place.micro_batch, "pass": direction, "module": place.module, "broken_weights": broken}
+    return ranks, words, more
+
+
+def _earliest(
+    found: list[tuple[Account, Place]], key: Callable[[Account, Place], tuple]
+) -> list[tuple[Account, Place]]:
+    first = min((key(one, at) for one, at in found), default=None)
+    return [(one, at) for one, at in found if key(one, at) == first]
+
+
+def _entry(bad: BadStep, verdict: str, ranks: list[int], more: dict[str, Any]) -> dict[str, Any]:
+    # JSON knows no NaN.
+    value = bad.value if math.isfinite(bad.value) else str(bad.value)
+    again = more.get("again")
+    return {"what": bad.what, "value": value, "verdict": verdict, "ranks": ranks, **more, "again": again}
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:SHOWN])) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _gathered(own: Account, mesh: Mesh) -> list[Account]:
+    everyones: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(everyones, asdict(own), group=mesh.host_group)
+    accounts = []
+    for one in everyones:
+        places = {key: Place(**one[key]) if one[key] else None for key in ("forward", "backward")}
+        accounts.append(Account(**{**one, **places, "gradients": tuple(one["gradients"])}))
+    return accounts
+
+
+def _forget_visits(engine: Engine) -> None:
+    """What routers have counted in a step that was not taken."""
+    for router in routers_of(engine.chunks):
+        router.take_tally()
+
+
+def gradient_digest(chunks: Iterable[nn.Module]) -> str:
+    """A digest of this rank's gradients, bit for bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for chunk in chunks:
+        for name, param in _named(chunk):
+            if (gradient := _gradient(param)) is None:
+                continue
+            bits = gradient.detach().contiguous().view(torch.int32 if gradient.element_size() == 4 else torch.uint8)
+            digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()
+
+
+def _gradient(param: nn.Parameter) -> Tensor | None:
+    gradient = getattr(param, "main_grad", None)
+    gradient = param.grad if gradient is None else gradient
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _finite(tensor: Tensor | None) -> bool:
+    if tensor is None or not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.to_local() if isinstance(tensor, DTensor) else tensor).all())
+
+
+def _named(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    names = {module: name for name, module in _modules(chunk)}
+    for module in chunk.modules():
+        for own, param in module.named_parameters(recurse=False):
+            yield f"{names[module]}.{own}", param
+
+
+def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a chunk by their names in the whole model, whatever wraps it and whichever stage it is."""
+    layers = {}
+    for name, module in chunk.named_modules():
+        name = name.removeprefix("module").removeprefix(".")
+        number = getattr(module, "layer_number", None)
+        if number is not None and name.startswith("decoder.layers.") and name.count(".") == 2:
+            layers[name] = f"decoder.layers.{number - 1}"
+        layer = ".".join(name.split(".")[:3])
+        yield layers.get(layer, layer) + name[len(layer) :], module
+
+
+@dataclass
+class _Probe:
+    """Notes the first module of this rank, in either direction, whose tensors are not finite."""
+
+    pulse: Pulse
+    forward: Place | None = None
+    backward: Place | None = None
+    _counts: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        batch = self.pulse.micro_batch
+        order = self._count("forward", batch)
+        tensors = list(_tensors(output))
+        if self.forward is None and not all(map(_finite, tensors)):
+            came_in = not all(map(_finite, _tensors(inputs)))
+            self.forward = Place(batch, order, name or "the model", came_in)
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self.before, name, batch))
+
+    def before(self, name: str, batch: int, gradient: Tensor) -> None:
+        order = self._count("backward", batch)
+        if self.backward is None and not _finite(gradient):
+            self.backward = Place(batch, order, name or "the model", False)
+
+    def _count(self, direction: str, batch: int) -> int:
+        self._counts[direction, batch] = order = self._counts.get((direction, batch), 0) + 1
+        return order
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+
+
+@contextmanager
+def _probed(chunks: Iterable[nn.Module], pulse: Pulse) -> Iterator[_Probe]:
+    probe = _Probe(pulse)
+    with ExitStack() as hooks:
+        for chunk in chunks:
+            for name, module in _modules(chunk):
+                hooks.callback(module.register_forward_hook(partial(probe.after, name)).remove)
+        yield probe
+
+
+def highest_loss(losses: Sequence[float], window: int, deviations: float) -> float:
+    """The loss beyond which a step is a spike, nats; infinite until half a window of losses is known.
+
+    The median of the last losses and `deviations` times their spread: 1.4826 times the median distance from it, which
+    is the standard deviation of normal noise and which a few spikes do not move; at least 1 % of the median.
+    """
+    if 2 * len(losses) < window:
+        return math.inf
+    middle = median(losses)
+    spread = 1.4826 * median(abs(loss - middle) for loss in losses)
+    return middle + deviations * max(spread, 0.01 * abs(middle))
