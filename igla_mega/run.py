@@ -23,14 +23,14 @@ from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory, Moe
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Dataset, Share
+from igla_mega.data.batches import BatchShard, Corpus, Dataset
 from igla_mega.data.blend import recorded_mixes
 from igla_mega.data.conversations import Pairs
 from igla_mega.data.journal import replace_file
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import Mesh, build_mesh, destroy_process_groups, init_process_groups
 from igla_mega.engine.build import build_engine, frozen_chunks, load_into, num_steps, open_corpus, open_dataset
-from igla_mega.engine.heartbeat import Pulse, follow_layers
+from igla_mega.engine.heartbeat import Heartbeat, follow_layers
 from igla_mega.engine.step import Engine
 from igla_mega.layout.layout import Layout
 from igla_mega.layout.stages import Stage, parts_of, weights_of
@@ -79,8 +79,8 @@ def train(
     # First of all: what the watchdog writes there may be another run's.
     lock = lock_run_folder(run_dir, recipe) if dist.get_rank() == 0 else None
     dist.barrier()
-    with guarded(run_dir, distributed.hang_seconds, distributed.timeout_seconds) as pulse:
-        finished = _train(recipe, run_dir, device, stop, pulse, stop_after, models, verbose)
+    with guarded(run_dir, distributed.hang_seconds, distributed.timeout_seconds) as heartbeat:
+        finished = _train(recipe, run_dir, device, stop, heartbeat, stop_after, models, verbose)
     destroy_process_groups()
     if lock:
         lock.close()
@@ -92,7 +92,7 @@ def _train(
     run_dir: Path,
     device: torch.device,
     stop: StopRequest,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     stop_after: int | None,
     models: Path | None,
     verbose: bool,
@@ -110,7 +110,7 @@ def _train(
     if recipe.distributed.kernels == "require":
         ops.require_kernels(device.type)
     mesh = build_mesh(stages[0].layout, recipe.training.seed)
-    finished = _train_stages(recipe, run_dir, stages, mesh, device, stop, pulse, stop_after, base, verbose)
+    finished = _train_stages(recipe, run_dir, stages, mesh, device, stop, heartbeat, stop_after, base, verbose)
     dist.barrier(group=mesh.host_group)  # a launcher ends the others when the first one has ended
     return finished
 
@@ -147,11 +147,11 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
     engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda))
     display: Display | Silent = Display(0, 0) if mesh.is_main else Silent()
     try:
-        origin = consolidation.consolidate(engine, corpus, (source,), asked, recipe.training.seed, display)
+        metadata = consolidation.consolidate(engine, corpus, (source,), asked, recipe.training.seed, display)
         consolidation.save_file(engine, out, load.dump(recipe))
         display.say(
-            f"{out}: Fisher and anchor of {checkpoint} on {source}, {origin.samples:,} sequences of "
-            f"{origin.sequence_length}, labels of the {origin.labels}"
+            f"{out}: Fisher and anchor of {checkpoint} on {source}, {metadata.samples:,} sequences of "
+            f"{metadata.sequence_length}, labels of the {metadata.labels}"
         )
     finally:
         display.close()
@@ -204,7 +204,7 @@ def _train_stages(
     mesh: Mesh,
     device: torch.device,
     stop: StopRequest,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     stop_after: int | None,
     base: Path | None,
     verbose: bool,
@@ -267,7 +267,7 @@ def _train_stages(
             first = next(index for index, stage in enumerate(stages) if stage.part == part)
             start, corpus = stages[first], corpora[first]
             engine, texts, restore = _build_part(
-                own, start, corpus, mesh, device, pulse, found, base, progress, run_dir, display
+                own, start, corpus, mesh, device, heartbeat, found, base, progress, run_dir, display
             )
             run = Run(
                 recipe=own,
@@ -290,7 +290,7 @@ def _train_stages(
                     display.say(line)
             if nothing_left:
                 display.say(f"nothing to do: {run_dir} is at step {progress.step} of {total_steps}")
-                _finish_saves(writer, pulse, display, trackers)
+                _finish_saves(writer, heartbeat, display, trackers)
                 return progress.stage == len(stages)
             if trackers and part == number:
                 words = opening[-1] if found else opening[0]
@@ -304,7 +304,7 @@ def _train_stages(
                 break
             found = None
             del run, engine, learning, restore  # before the next part's are made
-        _finish_saves(writer, pulse, display, trackers)
+        _finish_saves(writer, heartbeat, display, trackers)
         writer.refuse_loss()
         if trackers and progress.stage == len(stages):
             trackers.event("finished", progress.step, f"all {total_steps} steps are taken")
@@ -318,10 +318,10 @@ def _train_stages(
 
 
 def _finish_saves(
-    writer: store.CheckpointWriter, pulse: Pulse, display: Display | Silent, trackers: Trackers | None
+    writer: store.CheckpointWriter, heartbeat: Heartbeat, display: Display | Silent, trackers: Trackers | None
 ) -> None:
-    with pulse.doing("saving", patient=True):
-        log_saves(writer.finish(alive=partial(pulse.at, "")), display, trackers)
+    with heartbeat.doing("saving", may_be_slow=True):
+        log_saves(writer.finish(alive=partial(heartbeat.at, "")), display, trackers)
 
 
 def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local | None, Remote | None]:
@@ -396,7 +396,7 @@ def _build_part(
     corpus: Dataset,
     mesh: Mesh,
     device: torch.device,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     found: tuple[Path, Progress] | None,
     base: Path | None,
     progress: Progress,
@@ -410,8 +410,8 @@ def _build_part(
         was at a checkpoint of the part.
     """
     engine, shards = build_engine(recipe, stage.layout, mesh, device, initialize=not (found or base), base=base)
-    engine = replace(engine, pulse=pulse)
-    follow_layers(pulse, engine.chunks)
+    engine = replace(engine, heartbeat=heartbeat)
+    follow_layers(heartbeat, engine.chunks)
     asked = recipe.memory
     if asked is not None and asked.ewc_lambda > 0:
         engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda, asked.coupling))
@@ -476,8 +476,8 @@ def _weights_after(recipe: Recipe, base: Path | None, checkpoints: Path, step: i
     return merged
 
 
-def _share(layout: Layout, mesh: Mesh) -> Share:
-    return Share(layout.global_batch, layout.micro_batch_size, layout.data, mesh.data.rank)
+def _share(layout: Layout, mesh: Mesh) -> BatchShard:
+    return BatchShard(layout.global_batch, layout.micro_batch_size, layout.data, mesh.data.rank)
 
 
 def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:

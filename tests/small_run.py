@@ -53,7 +53,7 @@ class Fault:
         loop.train_step = hurt_step
 
     def hurt(self, engine, output):
-        if engine.pulse.micro_batch != 2:
+        if engine.heartbeat.micro_batch != 2:
             return None
         tensor, *rest = output if isinstance(output, tuple) else (output,)
         if self.backward:

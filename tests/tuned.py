@@ -101,9 +101,9 @@ def quantize(chunks, shards, base, mesh, compute_dtype) -> None:
 def gathered(built, shards) -> dict[str, torch.Tensor]:
     """The whole matrices of the adapters, on every rank."""
     parts: dict[str, list] = {}
-    for slot in built.optimizer.slots():
-        rectangles = list(slot.shard.rectangles(slot.values["master"], slot.start))
-        parts.setdefault(slot.shard.name, []).extend((slot.shard.shape, o, p.clone()) for o, p in rectangles)
+    for state in built.optimizer.states():
+        rectangles = list(state.shard.rectangles(state.values["master"], state.start))
+        parts.setdefault(state.shard.name, []).extend((state.shard.shape, o, p.clone()) for o, p in rectangles)
     everyones: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, parts)
     whole = {}

@@ -287,8 +287,8 @@ def saved_base(recipe: Recipe, device: torch.device, folder: Path) -> Path:
     layout = choose_layout(plain, 1, device.type)
     mesh = parallel_mesh(layout, device)
     engine, _ = build_engine(plain, layout, mesh, device)
-    slots = [slot._replace(values={"master": slot.values["master"]}) for slot in engine.slots()]
-    store.save_folder(folder, slots, {}, mesh)
+    states = [state._replace(values={"master": state.values["master"]}) for state in engine.states()]
+    store.save_folder(folder, states, {}, mesh)
     return folder
 
 

@@ -211,7 +211,7 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
             "transformers is not installed, so the logits cannot be compared.\n  pip install 'igla-mega[hf]'"
         ) from None
     logging.disable_progress_bar()
-    ours, recipe = load_model.load_single(checkpoint, dtype=torch.float32)
+    ours, recipe = load_model.load_model(checkpoint, dtype=torch.float32)
     assert recipe.model is not None, "load_single refuses that"
     folder = open_folder(hf_dir)
     params = dict(ours.named_parameters())

@@ -19,7 +19,7 @@ from igla_mega.checkpoint.remote import Remote
 from igla_mega.checkpoint.store import run_id
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.model.shards import Shard, Slot, local_values
+from igla_mega.model.shards import ParameterState, Shard, local_values
 
 
 def load_weights(
@@ -44,39 +44,43 @@ def load_weights(
 
 
 @torch.no_grad()
-def spread_masters(pairs: Iterable[tuple[Shard, Tensor]], slots: Iterable[Slot], mesh: Mesh) -> None:
+def spread_masters(pairs: Iterable[tuple[Shard, Tensor]], states: Iterable[ParameterState], mesh: Mesh) -> None:
     """Make the weights that the modules compute with from the fp32 masters, which replicas may share among them.
 
     All replicas call it with the same parameters in the same order.
     """
-    own: dict[str, list[Slot]] = {}
-    for slot in slots:
-        own.setdefault(slot.shard.name, []).append(slot)
+    own: dict[str, list[ParameterState]] = {}
+    for state in states:
+        own.setdefault(state.shard.name, []).append(state)
     for shard, param in pairs:
         values, start = local_values(param)
         whole = torch.zeros(values.numel(), dtype=torch.float32, device=values.device)
         held = own.get(shard.name, [])
-        for slot in held:
-            master = slot.values["master"]
-            whole[slot.start - start : slot.start - start + master.numel()] = master
+        for state in held:
+            master = state.values["master"]
+            whole[state.start - start : state.start - start + master.numel()] = master
         group = mesh.replicas(expert=shard.expert)
-        if group.size > 1 and not isinstance(param, DTensor) and not any(slot.replicated for slot in held):
+        if group.size > 1 and not isinstance(param, DTensor) and not any(state.replicated for state in held):
             # Bits are added to zeros: a sum of numbers would lose the sign of -0.
             dist.all_reduce(whole.view(torch.int32), group=group.group)
         values.copy_(whole)
 
 
-def load_slots(
-    path: Path, slots: Iterable[Slot], group: dist.ProcessGroup | None, *, kinds: Collection[str] | None = None
+def load_states(
+    path: Path,
+    states: Iterable[ParameterState],
+    group: dist.ProcessGroup | None,
+    *,
+    kinds: Collection[str] | None = None,
 ) -> None:
-    """Read the slots' values, all or those of some kinds. Raises as `load_weights` does."""
+    """Read the states' values, all or those of some kinds. Raises as `load_weights` does."""
     targets: dict[str, tuple] = {}
-    for slot in slots:
-        for kind, values in slot.values.items():
+    for state in states:
+        for kind, values in state.values.items():
             if kinds is not None and kind not in kinds:
                 continue
-            entry = targets.setdefault(key_of(slot.shard.name, kind), (slot.shard.shape, []))
-            entry[1].extend(slot.shard.rectangles(values, slot.start))
+            entry = targets.setdefault(key_of(state.shard.name, kind), (state.shard.shape, []))
+            entry[1].extend(state.shard.rectangles(values, state.start))
     _read(path, targets, group)
 
 

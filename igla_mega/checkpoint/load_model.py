@@ -16,7 +16,7 @@ from igla_mega.model.shards import named_shards, shards_of
 from igla_mega.model.spec import DTYPES
 
 
-def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Recipe]:
+def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Recipe]:
     """Build the whole model of a checkpoint in this process, in evaluation mode, on CUDA where there is one.
 
     Of adapters, with their base, which is coded in 4 bits where it was in training.
@@ -33,7 +33,7 @@ def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tupl
     model = recipe.model
     assert model is not None, "read_recipe refuses that"
     device = host.prepare()
-    layout = alone(model)
+    layout = single_process_layout(model)
     mesh = single_process_mesh(layout, device, recipe.training.seed)
     config = transformer_config(model, layout, dtype=dtype, device=device, moe=recipe.moe)
     chunks = build_chunks(config, model, moe=recipe.moe)
@@ -53,7 +53,7 @@ def load_single(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tupl
     return chunks[0].eval(), recipe
 
 
-def alone(model: Model) -> Layout:
+def single_process_layout(model: Model) -> Layout:
     """The layout of a process that runs a whole model by itself, a sequence at a time."""
     return Layout(
         tensor=1,

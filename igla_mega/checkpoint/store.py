@@ -41,7 +41,7 @@ from igla_mega.checkpoint.progress import Progress, Retention, SaveOutcome
 from igla_mega.checkpoint.remote import Remote, Uploads
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.model.shards import Slot
+from igla_mega.model.shards import ParameterState
 
 __all__ = ["MANIFEST", "damage", "is_local", "step_dir", "steps_in"]
 
@@ -101,23 +101,23 @@ class CheckpointWriter:
 
     def save(
         self,
-        slots: Iterable[Slot],
+        states: Iterable[ParameterState],
         progress: Progress,
         recipe_yaml: str,
         notes: Mapping[str, str] | None = None,
         *,
         local: bool = False,
     ) -> None:
-        """Save `slots` as the checkpoint of `progress.step`; waits until the one before it is written.
+        """Save `states` as the checkpoint of `progress.step`; waits until the one before it is written.
 
         Args:
-            notes: more files that describe what the slots hold, name -> text.
+            notes: more files that describe what the states hold, name -> text.
             local: on this node's own disk.
         """
         self._join()
         started = time.monotonic()
         staged = _Staging(self.staging_bytes if self.asynchronous else 0)
-        state = _to_write(slots, None if local else self.mesh, staged)
+        state = _to_write(states, None if local else self.mesh, staged)
         texts = {"progress.json": json.dumps(asdict(progress), indent=1) + "\n", "recipe.yaml": recipe_yaml}
         texts |= notes or {}
         step, released = progress.step, threading.Event()
@@ -255,14 +255,14 @@ class CheckpointWriter:
         return sum(size for size, _ in outcomes)
 
 
-def save_folder(folder: Path, slots: Iterable[Slot], texts: Mapping[str, str], mesh: Mesh) -> None:
-    """Save slots by themselves, in the format of a checkpoint: whole or not at all.
+def save_folder(folder: Path, states: Iterable[ParameterState], texts: Mapping[str, str], mesh: Mesh) -> None:
+    """Save states by themselves, in the format of a checkpoint: whole or not at all.
 
     Raises:
         RuntimeError: it could not be written.
     """
     try:
-        _write_folder(folder, _to_write(slots, mesh, _Staging(0)), texts, mesh.host_group, lambda: None)
+        _write_folder(folder, _to_write(states, mesh, _Staging(0)), texts, mesh.host_group, lambda: None)
     except (CheckpointException, OSError) as error:
         raise RuntimeError(f"{folder}: could not be written: {last_line(error)}") from error
 
@@ -339,7 +339,7 @@ class _Staging:
         return room
 
 
-def _to_write(slots: Iterable[Slot], mesh: Mesh | None, staging: _Staging) -> dict[str, Pieces]:
+def _to_write(states: Iterable[ParameterState], mesh: Mesh | None, staging: _Staging) -> dict[str, Pieces]:
     """Of those pieces of the state that this rank is the one to write: copies on the host, and what is copied late.
 
     Args:
@@ -347,28 +347,28 @@ def _to_write(slots: Iterable[Slot], mesh: Mesh | None, staging: _Staging) -> di
     """
     copies: dict[str, list] = {}
     shapes, dtypes = {}, {}
-    for slot in slots:
-        if mesh is not None and not (slot.shard.is_first_copy and _is_writer(slot, mesh)):
+    for state in states:
+        if mesh is not None and not (state.shard.is_first_copy and _is_writer(state, mesh)):
             continue
-        for kind, values in slot.values.items():
-            name = key_of(slot.shard.name, kind)
-            shapes[name], dtypes[name] = slot.shard.shape, values.dtype
+        for kind, values in state.values.items():
+            name = key_of(state.shard.name, kind)
+            shapes[name], dtypes[name] = state.shard.shape, values.dtype
             pieces = copies.setdefault(name, [])
             if staging.takes(values.nbytes):
                 staged = values.to("cpu", copy=True)
-                pieces += [(at, p.shape, p) for at, p in slot.shard.rectangles(staged, slot.start)]
+                pieces += [(at, p.shape, p) for at, p in state.shard.rectangles(staged, state.start)]
             else:
-                rectangles = slot.shard.rectangles(values, slot.start)
+                rectangles = state.shard.rectangles(values, state.start)
                 pieces += [(at, p.shape, lambda live=p: live) for at, p in rectangles]
     return {name: Pieces(shapes[name], dtypes[name], pieces) for name, pieces in copies.items()}
 
 
-def _is_writer(slot: Slot, mesh: Mesh) -> bool:
-    if not slot.replicated:
+def _is_writer(state: ParameterState, mesh: Mesh) -> bool:
+    if not state.replicated:
         return True
     # Ranks that keep the same share the writing by name.
-    owner = int.from_bytes(hashlib.blake2b(slot.shard.name.encode(), digest_size=4).digest(), "big")
-    replicas = mesh.replicas(expert=slot.shard.expert)
+    owner = int.from_bytes(hashlib.blake2b(state.shard.name.encode(), digest_size=4).digest(), "big")
+    replicas = mesh.replicas(expert=state.shard.expert)
     return owner % replicas.size == replicas.rank
 
 

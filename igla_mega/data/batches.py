@@ -24,7 +24,7 @@ Borders = tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """Which part of each global batch this process computes.
 
     Micro-batch m of data-parallel rank r holds rows (m * data_parallel + r) * micro_batch_size + j of the global batch:
@@ -64,12 +64,12 @@ class Dataset(Protocol):
     def notes(self) -> list[str]:
         """What to say at the start."""
 
-    def micro_batches(self, step: int, share: Share) -> Iterator[Batch]: ...
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]: ...
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]: ...
     def windows_per_epoch(self) -> dict[str, int]: ...
     def validation_names(self) -> list[str]: ...
     def num_validation_samples(self, name: str) -> int: ...
-    def validation_batches(self, name: str, share: Share, num_batches: int) -> Iterator[Batch]: ...
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]: ...
     def fingerprint(self) -> str: ...
 
 
@@ -173,7 +173,7 @@ class Corpus:
             starts[here] = windows.starts(indices[here])
         return [(self.blend.names[source], int(start)) for source, start in zip(sources, starts, strict=True)]
 
-    def micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
         """The micro-batches of one rank at one step (counted from 0), in order.
 
         Yields:
@@ -185,7 +185,7 @@ class Corpus:
         """
         return self._loader.step(step, share)
 
-    def _micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
+    def _micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
         for microbatch in range(share.num_microbatches):
             samples = step * share.global_batch + share.rows(microbatch)
             if self._packed:
@@ -276,7 +276,7 @@ class Corpus:
         first, end = self._validation[name]
         return max((end - first - 1) // self.sequence_length, 1)
 
-    def validation_batches(self, name: str, share: Share, num_batches: int) -> Iterator[Batch]:
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
         """Validation samples of one source, in the order of the file, the same at every call.
 
         Every rank gets equally many micro-batches: what goes beyond the split is filled with rows of loss_mask 0, and

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Batch, Share, as_tensor, fingerprint_of
+from igla_mega.data.batches import Batch, BatchShard, as_tensor, fingerprint_of
 from igla_mega.data.chat import Sample
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.packing import Packing, Row, fill_row
@@ -121,7 +121,7 @@ class Conversations(_Samples):
         first, stop = (int(self._starts[name][i]) for i in (index, index + 1))
         return Sample(self._tokens(name, index), self._targets[name].tokens(first, stop).astype(bool))
 
-    def micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
         """The micro-batches of one rank at one step, as `objective.language.Batch`."""
         for microbatch in range(share.num_microbatches):
             rows = step * share.global_batch + share.rows(microbatch)
@@ -145,7 +145,7 @@ class Conversations(_Samples):
     def num_validation_samples(self, name: str) -> int:
         return self._validation[name].num_rows
 
-    def validation_batches(self, name: str, share: Share, num_batches: int) -> Iterator[Batch]:
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
         """Rows held out of a source, the same at every call; filled up with rows of no target."""
         packing = self._validation[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
@@ -167,7 +167,7 @@ class Pairs(_Samples):
         """Pairs of a source, those held out among them."""
         return self.readers[name].num_documents // self.documents_each
 
-    def all_pairs(self, name: str, share: Share) -> Iterator[Batch]:
+    def all_pairs(self, name: str, share: BatchShard) -> Iterator[Batch]:
         """Micro-batches of every pair of a source in the order of the file, filled up with its first."""
         count = self.num_pairs(name)
         for first in range(0, count, share.global_batch):
@@ -175,7 +175,7 @@ class Pairs(_Samples):
                 numbers = first + share.rows(microbatch)
                 yield self._batch([(name, int(n) if n < count else 0) for n in numbers])
 
-    def micro_batches(self, step: int, share: Share) -> Iterator[Batch]:
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
         """The micro-batches of one rank at one step, as `objective.dpo.Batch`."""
         size = len(self._train)
         for microbatch in range(share.num_microbatches):
@@ -206,7 +206,7 @@ class Pairs(_Samples):
     def num_validation_samples(self, name: str) -> int:
         return len(self._held_out[name])
 
-    def validation_batches(self, name: str, share: Share, num_batches: int) -> Iterator[Batch]:
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
         """Pairs held out of a source, the same at every call; the last batch begins anew where they do not fill it."""
         held = self._held_out[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from igla_mega.checkpoint import frozen_base, store
-from igla_mega.checkpoint.load import load_slots, load_weights, spread_masters
+from igla_mega.checkpoint.load import load_states, load_weights, spread_masters
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset
@@ -65,7 +65,7 @@ def build_engine(
     adam = ddp.MegatronAdamW(wrapped, shards, mesh, config, recipe.training, recipe.optimizer)
     if dtype != torch.float32 and (initialize or recipe.lora is not None):
         # mcore copies its fp32 masters from the bf16 weights: give them back what rounding took.
-        masters = [(slot.shard, slot.values["master"], slot.start) for slot in adam.slots()]
+        masters = [(state.shard, state.values["master"], state.start) for state in adam.states()]
         if recipe.lora is None:
             build.initialize(masters, model, seed)
         elif recipe.lora.adapter is None:
@@ -101,12 +101,12 @@ def _chunks(
     chunks = build.build_chunks(config, model, transformer_engine=transformer_engine, moe=recipe.moe)
     switch = None
     if recipe.lora is not None:
-        coded = recipe.quantization
-        switch = frozen_base.attach(chunks, recipe.lora, coded, base, mesh, model.vocab_size, config.params_dtype)
+        quantized = recipe.quantization
+        switch = frozen_base.attach(chunks, recipe.lora, quantized, base, mesh, model.vocab_size, config.params_dtype)
     for chunk in chunks:
         chunk.log_probs = recipe.dpo is not None
         chunk.loss_chunk = None if where.loss_chunk == "auto" else where.loss_chunk
-        chunk.few_targets = recipe.form == "instructions"
+        chunk.sparse_loss_mask = recipe.form == "instructions"
     return chunks, shards_of(chunks, mesh, model.vocab_size), config, switch
 
 
@@ -139,14 +139,14 @@ def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int
     """
     pairs = frozen_base.trained(engine.chunks, shards) if engine.adapters else named_shards(engine.chunks, shards)
     if store.is_local(checkpoint):
-        slots = list(engine.slots())
-        load_slots(checkpoint, slots, None, kinds=None if with_moments else ("master",))
-        spread_masters(pairs, slots, engine.mesh)
+        states = list(engine.states())
+        load_states(checkpoint, states, None, kinds=None if with_moments else ("master",))
+        spread_masters(pairs, states, engine.mesh)
         engine.optimizer.loaded(num_updates)
         return
     group = engine.mesh.host_group
     load_weights(checkpoint, pairs, group)
-    load_slots(checkpoint, engine.slots(), group, kinds=None if with_moments else ("master",))
+    load_states(checkpoint, engine.states(), group, kinds=None if with_moments else ("master",))
     engine.optimizer.loaded(num_updates)
 
 

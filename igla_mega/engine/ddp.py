@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from igla_mega.config.schema import Optimizer as OptimizerSection
 from igla_mega.config.schema import Training
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.engine.optimizer import held_step, moments_of, set_num_steps
-from igla_mega.model.shards import Shards, Slot, named_shards
+from igla_mega.engine.optimizer import moments_of, set_num_steps, step_with_ewc
+from igla_mega.model.shards import ParameterState, Shards, named_shards
 from igla_mega.objective.ewc import Ewc, Pull
 from igla_mega.ops.fisher import fisher_accumulate_
 
@@ -121,9 +121,9 @@ class MegatronAdamW:
             group["lr"] = learning_rate
         self.megatron.prepare_grads()
         held = ewc is not None and ewc.holds
-        return held_step(
+        return step_with_ewc(
             ewc,
-            list(self.slots()) if held else [],
+            list(self.states()) if held else [],
             self._gradients() if held else [],
             [part.optimizer for part in self._parts()],
             clip=self._clip,
@@ -140,7 +140,7 @@ class MegatronAdamW:
         return grad_norm
 
     def _gradients(self) -> list[Tensor]:
-        """The gradient of each slot, in the order of `slots`: views of mcore's fp32 buffer, which its masters' are."""
+        """The gradient of each state, in the order of `states`: views of megatron-core's fp32 gradient buffer."""
         runs = [(param, start, master.numel()) for part in self._parts() for param, master, start in _masters(part)]
         return [param.main_grad.view(-1)[start : start + size] for param, start, size in runs]  # type: ignore
 
@@ -196,13 +196,13 @@ class MegatronAdamW:
         buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in self.chunks]  # type: ignore
         return [buffer.grad_data for own in buffers for buffer in own]
 
-    def slots(self) -> Iterator[Slot]:
+    def states(self) -> Iterator[ParameterState]:
         shard_of = {param: shard for shard, param in named_shards(self.chunks, self.shards)}
         for part in self._parts():
             for param, master, start in _masters(part):
                 values = {"master": master, **moments_of(part.optimizer, master)}
                 flat = {name: tensor.detach().view(-1) for name, tensor in values.items()}
-                yield Slot(shard_of[param], start, flat, replicated=not hasattr(part, "gbuf_ranges"))
+                yield ParameterState(shard_of[param], start, flat, replicated=not hasattr(part, "gbuf_ranges"))
 
     def loaded(self, num_steps: int) -> None:
         for part in self._parts():

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from igla_mega.config.schema import Optimizer as OptimizerSection
 from igla_mega.config.schema import Training
 from igla_mega.distributed.mesh import Axis, Mesh
-from igla_mega.engine.optimizer import held_step, moments_of, set_num_steps
-from igla_mega.model.shards import Shards, Slot, local_values, named_shards
+from igla_mega.engine.optimizer import moments_of, set_num_steps, step_with_ewc
+from igla_mega.model.shards import ParameterState, Shards, local_values, named_shards
 from igla_mega.objective.ewc import Ewc, Pull
 
 
@@ -103,8 +103,8 @@ class ShardedAdamW:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         held = ewc is not None and ewc.holds
-        slots, gradients = (list(self.slots()), self._gradients()) if held else ([], [])
-        return held_step(ewc, slots, gradients, [self.adam], clip=self._clip, update=self.adam.step)
+        states, gradients = (list(self.states()), self._gradients()) if held else ([], [])
+        return step_with_ewc(ewc, states, gradients, [self.adam], clip=self._clip, update=self.adam.step)
 
     def _clip(self) -> float:
         # Of the whole world each rank has a part of its own of the experts, and of the rest where it counts.
@@ -118,7 +118,7 @@ class ShardedAdamW:
         return grad_norm
 
     def _gradients(self) -> list[Tensor]:
-        """The gradient of each slot, 1-D."""
+        """The gradient of each state, 1-D."""
         return [_local(param.grad).view(-1) for _, param in self.params]
 
     @property
@@ -167,11 +167,13 @@ class ShardedAdamW:
                 names[module] = own
                 hooks.callback(module.register_forward_hook(add_hooks).remove)
 
-    def slots(self) -> Iterator[Slot]:
+    def states(self) -> Iterator[ParameterState]:
         for shard, param in self.params:
             values = {"master": param, **moments_of(self.adam, param)}
             runs = {name: local_values(tensor) for name, tensor in values.items()}
-            yield Slot(shard, runs["master"][1], {name: flat for name, (flat, _) in runs.items()}, replicated=False)
+            yield ParameterState(
+                shard, runs["master"][1], {name: flat for name, (flat, _) in runs.items()}, replicated=False
+            )
 
     def loaded(self, num_steps: int) -> None:
         set_num_steps(self.adam, num_steps)

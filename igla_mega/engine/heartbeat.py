@@ -46,7 +46,7 @@ SAVER = "checkpoint"
 
 
 @dataclass
-class Pulse:
+class Heartbeat:
     """What a rank does now, and that it still does something."""
 
     ticks: int = 0
@@ -69,7 +69,7 @@ class Pulse:
     """Collectives entered so far, by group."""
     waited: float = 0.0
     """Seconds spent in collectives so far, waiting for others included; without an accelerator."""
-    patient: bool = True
+    may_be_slow: bool = True
     """Whether what is done now may take long without a sign: a start, a save, the first step of a stage."""
     events: list[tuple[Any, Any]] | None = None
     """On an accelerator, while a step is timed: events around every collective."""
@@ -80,10 +80,10 @@ class Pulse:
         self.phase, self.micro_batch, self.layer = phase, micro_batch, 0
 
     @contextmanager
-    def doing(self, task: str, *, patient: bool = False) -> Iterator[None]:
+    def doing(self, task: str, *, may_be_slow: bool = False) -> Iterator[None]:
         """Name what happens meanwhile."""
-        before = self.task, self.patient, self.phase, self.micro_batch
-        self.task, self.patient = task, patient
+        before = self.task, self.may_be_slow, self.phase, self.micro_batch
+        self.task, self.may_be_slow = task, may_be_slow
         self.at("")
         failed: BaseException | None = None
         try:
@@ -95,7 +95,7 @@ class Pulse:
             self.ticks += 1
             # Where a run ends by an error, the place of that error is what is to be told.
             if failed is None or isinstance(failed, FloatingPointError):
-                self.task, self.patient, self.phase, self.micro_batch = before
+                self.task, self.may_be_slow, self.phase, self.micro_batch = before
 
     def drawn(self, batches: Iterator) -> Iterator:
         """The micro-batches, saying which is waited for and which is gone through."""
@@ -137,7 +137,7 @@ class Pulse:
 
 
 @contextmanager
-def followed(pulse: Pulse) -> Iterator[None]:
+def followed(heartbeat: Heartbeat) -> Iterator[None]:
     """Have the pulse follow every collective that this process enters, whoever calls it."""
     main = threading.get_ident()
 
@@ -150,16 +150,16 @@ def followed(pulse: Pulse) -> Iterator[None]:
                 return call(group, *args, **kwargs)
             key, number = group.group_name, 0
             if name not in _ONE_SIDED:
-                number = pulse.issued[key] = pulse.issued.get(key, 0) + 1
-            pulse.collective = (name, key, number)
+                number = heartbeat.issued[key] = heartbeat.issued.get(key, 0) + 1
+            heartbeat.collective = (name, key, number)
             return timed(call, group, *args, **kwargs)
 
         return enter
 
     def timed(call: Callable, *args, **kwargs):
-        pulse.ticks += 1
-        pulse.waiting = True
-        events = pulse.events
+        heartbeat.ticks += 1
+        heartbeat.waiting = True
+        events = heartbeat.events
         if events is not None:
             begin = torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -167,9 +167,9 @@ def followed(pulse: Pulse) -> Iterator[None]:
         try:
             return call(*args, **kwargs)
         finally:
-            pulse.waited += time.perf_counter() - start
-            pulse.waiting = False
-            pulse.ticks += 1
+            heartbeat.waited += time.perf_counter() - start
+            heartbeat.waiting = False
+            heartbeat.ticks += 1
             if events is not None:
                 end = torch.cuda.Event(enable_timing=True)
                 end.record()
@@ -190,24 +190,24 @@ def followed(pulse: Pulse) -> Iterator[None]:
         yield
 
 
-def follow_layers(pulse: Pulse, chunks: Iterable[nn.Module]) -> None:
+def follow_layers(heartbeat: Heartbeat, chunks: Iterable[nn.Module]) -> None:
     """Have the pulse follow the layers of model chunks, forward and backward, and the reduction of their gradients."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, TransformerLayer):
-                module.register_forward_hook(partial(pulse.forward, module.layer_number))
+                module.register_forward_hook(partial(heartbeat.forward, module.layer_number))
         config: Any = get_model_config(chunk)
         reduce = config.finalize_model_grads_func
         if reduce is not None and not isinstance(reduce, _Announced):
-            config.finalize_model_grads_func = _Announced(pulse, reduce)
+            config.finalize_model_grads_func = _Announced(heartbeat, reduce)
 
 
 class _Announced:
     """A function that says that it is called."""
 
-    def __init__(self, pulse: Pulse, call: Callable):
-        self.pulse, self.call = pulse, call
+    def __init__(self, heartbeat: Heartbeat, call: Callable):
+        self.heartbeat, self.call = heartbeat, call
 
     def __call__(self, *args, **kwargs):
-        self.pulse.at("gradient reduce")
+        self.heartbeat.at("gradient reduce")
         return self.call(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from igla_mega.model.shards import Slot, local_values
+from igla_mega.model.shards import ParameterState, local_values
 from igla_mega.objective.ewc import Ewc, Pull
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,11 +44,11 @@ class Optimizer(Protocol):
             BadStep: the norm is not finite; nothing has been updated.
         """
 
-    def slots(self) -> Iterator[Slot]:
+    def states(self) -> Iterator[ParameterState]:
         """Walk over the state this rank keeps, making it (zeros) where no step has been taken yet."""
 
     def loaded(self, num_steps: int) -> None:
-        """Take up values that were written into the slots, as after `num_steps` updates."""
+        """Take up values that were written into the states, as after `num_steps` updates."""
 
     @property
     def one_sample(self) -> bool:
@@ -59,13 +59,13 @@ class Optimizer(Protocol):
 
         Yields:
             A function that adds the sum over data-parallel ranks of the squared gradient of the pass just made to
-            tensors of the slots, 1-D fp32.
+            tensors of the states, 1-D fp32.
         """
 
 
-def held_step(
+def step_with_ewc(
     ewc: Ewc | None,
-    slots: Sequence[Slot],
+    states: Sequence[ParameterState],
     gradients: Sequence[Tensor],
     adams: Sequence[torch.optim.Optimizer],
     *,
@@ -78,7 +78,7 @@ def held_step(
     penalty does not use up the norm that clipping leaves. `proximal`: after AdamW's step, as a step of its own.
 
     Args:
-        slots, gradients: of one another, in the same order; gradients reduced, divided and unscaled.
+        states, gradients: of one another, in the same order; gradients reduced, divided and unscaled.
         adams: the optimizers that `update` steps.
         clip: clips the gradients and returns their norm.
 
@@ -91,20 +91,20 @@ def held_step(
         update()
         return grad_norm, None
     if ewc.coupling == "coupled":
-        pull = ewc.pull(slots, gradients)
+        pull = ewc.pull(states, gradients)
         grad_norm = clip()
         update()
         return grad_norm, pull
     grad_norm = clip()
     if ewc.coupling == "decoupled":
-        pull = ewc.pull(slots, gradients)
+        pull = ewc.pull(states, gradients)
         update()
         return grad_norm, pull
-    pull = ewc.measure(slots, gradients)
+    pull = ewc.measure(states, gradients)
     with ExitStack() as hooks:
         # Behind AdamW's step and before the weights are handed on to the modules and to other ranks.
         for adam in adams:
-            hook = adam.register_step_post_hook(lambda stepped, *_: _draw_to_anchor(ewc, slots, stepped))
+            hook = adam.register_step_post_hook(lambda stepped, *_: _draw_to_anchor(ewc, states, stepped))
             hooks.callback(hook.remove)
         update()
     return grad_norm, pull
@@ -119,16 +119,16 @@ def _finite(clip: Callable[[], float]) -> Callable[[], float]:
     return checked
 
 
-def _draw_to_anchor(ewc: Ewc, slots: Sequence[Slot], adam: torch.optim.Optimizer) -> None:
-    """Take the proximal step of every slot that `adam` has just updated."""
-    places = {slot.values["master"].data_ptr(): i for i, slot in enumerate(slots) if slot.values["master"].numel()}
+def _draw_to_anchor(ewc: Ewc, states: Sequence[ParameterState], adam: torch.optim.Optimizer) -> None:
+    """Take the proximal step of every state that `adam` has just updated."""
+    places = {state.values["master"].data_ptr(): i for i, state in enumerate(states) if state.values["master"].numel()}
     for group in adam.param_groups:
         for param in group["params"]:
             weights = local_values(param)[0]
             if (index := places.get(weights.data_ptr())) is None:
                 continue
             num_steps = float(adam.state[param].get("step", group.get("step")))
-            unbiased = slots[index].values["exp_avg_sq"] / (1 - group["betas"][1] ** num_steps)
+            unbiased = states[index].values["exp_avg_sq"] / (1 - group["betas"][1] ** num_steps)
             ewc.draw_to_anchor(index, weights, unbiased, learning_rate=group["lr"], epsilon=group["eps"])
 
 

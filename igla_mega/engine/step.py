@@ -11,12 +11,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from igla_mega.distributed.mesh import Axis, Mesh
-from igla_mega.engine.heartbeat import Pulse
+from igla_mega.engine.heartbeat import Heartbeat
 from igla_mega.engine.optimizer import BadStep, Optimizer
 from igla_mega.layout.layout import Layout
 from igla_mega.model.lora import Switch, seed_dropout
-from igla_mega.model.router import Load, MicroBatch, bias_slots, collect, move_biases, shared_of
-from igla_mega.model.shards import Slot
+from igla_mega.model.router import Load, MicroBatch, bias_states, collect, move_biases, shared_of
+from igla_mega.model.shards import ParameterState
 from igla_mega.objective import language
 from igla_mega.objective.ewc import Ewc, Pull
 from igla_mega.objective.language import Batch
@@ -52,15 +52,15 @@ class Engine:
     objective: Objective = Objective()
     adapters: Switch | None = None
     """Turns the low-rank adapters off; None where all weights train."""
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Where this rank is."""
 
-    def slots(self) -> Iterator[Slot]:
+    def states(self) -> Iterator[ParameterState]:
         """Walk over all that a checkpoint keeps of this rank."""
-        slots = self.optimizer.slots()
-        yield from self.ewc.with_state(slots) if self.ewc else slots
+        states = self.optimizer.states()
+        yield from self.ewc.with_state(states) if self.ewc else states
         if self.adapters is None:
-            yield from bias_slots(self.chunks, self.mesh)
+            yield from bias_states(self.chunks, self.mesh)
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def train_step(
         BadStep: the loss or the gradient's norm is not finite, or a spike, on every rank alike; nothing has been
             updated.
     """
-    pulse = engine.pulse
-    pulse.step = step + 1
+    heartbeat = engine.heartbeat
+    heartbeat.step = step + 1
     # Randomness belongs to the step, not to the process: a resumed run, in any layout, draws the same.
     torch.manual_seed(seed + step)
     engine.optimizer.zero_grad()
@@ -105,16 +105,16 @@ def train_step(
     if engine.objective.completed:
         batches = engine.objective.completed(engine, batches)
     if engine.adapters:
-        batches = _keyed(batches, engine, step, seed)
+        batches = _with_dropout_seeds(batches, engine, step, seed)
     reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=False)
-    pulse.at("loss")
+    heartbeat.at("loss")
     sums = _summed(engine, reports)
     loss, *metrics = means(sums)
     if not (math.isfinite(loss) and loss <= highest_loss):
         what = "spike" if math.isfinite(loss) else "loss"
         raise BadStep(what, loss, [report[0].item() for report in reports])
     # The pull is added there, to reduced gradients: once a step, not once a rank.
-    pulse.at("optimizer")
+    heartbeat.at("optimizer")
     grad_norm, pull = engine.optimizer.step(learning_rate, engine.ewc)
     load = collect(engine.chunks, sums[1])
     if load is not None and engine.adapters is None:
@@ -133,7 +133,7 @@ def measure(engine: Engine, batches: Iterator[Batch], num_batches: int) -> dict[
     for chunk in engine.chunks:
         chunk.eval()
     total = [0.0] * (2 + len(engine.objective.metrics))
-    with engine.pulse.doing("validation"):
+    with engine.heartbeat.doing("validation"):
         for _ in range(num_batches):
             own = engine.objective.completed(engine, batches) if engine.objective.completed else batches
             total = [a + b for a, b in zip(total, forward_backward(engine, own, forward_only=True), strict=True)]
@@ -170,8 +170,8 @@ def scheduled(
     layout, several = engine.layout, len(chunks) > 1
     # Each interleaved chunk walks over the same micro-batches by itself.
     iterators = _tee(batches, len(chunks), layout.num_microbatches) if several else [batches]
-    told = [_told(iterator, engine, chunk) for iterator, chunk in zip(iterators, chunks, strict=True)]
-    own = [engine.pulse.drawn(_own_tokens(iterator, engine.mesh.context)) for iterator in told]
+    told = [_with_router_context(iterator, engine, chunk) for iterator, chunk in zip(iterators, chunks, strict=True)]
+    own = [engine.heartbeat.drawn(_shard_for_context_parallel(iterator, engine.mesh.context)) for iterator in told]
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=own if several else own[0],
@@ -183,7 +183,7 @@ def scheduled(
     )
 
 
-def _keyed(batches: Iterator[Batch], engine: Engine, step: int, seed: int) -> Iterator[Batch]:
+def _with_dropout_seeds(batches: Iterator[Batch], engine: Engine, step: int, seed: int) -> Iterator[Batch]:
     """Number the rows of each micro-batch: the masks of dropout are drawn by row, the same in every layout."""
     layout = engine.layout
     for number, batch in enumerate(batches):
@@ -191,7 +191,7 @@ def _keyed(batches: Iterator[Batch], engine: Engine, step: int, seed: int) -> It
         yield {**batch, "dropout": (seed, place * layout.micro_batch_size * layout.rows_per_sample)}
 
 
-def _own_tokens(batches: Iterator[Batch], context: Axis) -> Iterator[Batch]:
+def _shard_for_context_parallel(batches: Iterator[Batch], context: Axis) -> Iterator[Batch]:
     """This context-parallel rank's tokens of micro-batches; labels were shifted before, so that none crosses a cut."""
     for batch in batches:
         if "dropout" in batch:
@@ -203,7 +203,7 @@ def _own_tokens(batches: Iterator[Batch], context: Axis) -> Iterator[Batch]:
         yield batch
 
 
-def _told(batches: Iterator[Batch], engine: Engine, chunk: nn.Module) -> Iterator[Batch]:
+def _with_router_context(batches: Iterator[Batch], engine: Engine, chunk: nn.Module) -> Iterator[Batch]:
     """Whole micro-batches; the routers of a chunk are told of each where its forward pass asks for it."""
     routers = shared_of(chunk)
     for batch in batches:

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from igla_mega.checkpoint.folder import TOKENIZER, read_recipe, resolve_checkpoint, tokenizer_of
-from igla_mega.checkpoint.load_model import alone, load_single
+from igla_mega.checkpoint.load_model import load_model, single_process_layout
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe, Tasks
-from igla_mega.data.batches import Dataset, Share, on_device, split_point
+from igla_mega.data.batches import BatchShard, Dataset, on_device, split_point
 from igla_mega.data.conversations import Pairs
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
@@ -64,7 +64,7 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     results = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
-        model, _ = load_single(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
+        model, _ = load_model(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
         with Progress(*columns, console=Console(stderr=True)) as progress:
             for name, part in parts.items():
                 task = progress.add_task(name, total=part[2] - part[1] - 1)
@@ -130,8 +130,10 @@ def _engine(checkpoint: Path, recipe: Recipe, device: torch.device) -> Engine:
     assert recipe.model is not None and length is not None, "read_recipe refuses that"
     if ranks == 1:
         bf16 = device.type == "cuda" and recipe.distributed.precision != "FP32"
-        model, _ = load_single(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
-        layout = replace(alone(recipe.model), micro_batch_size=max(1, BATCH_TOKENS[device.type] // length))
+        model, _ = load_model(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
+        layout = replace(
+            single_process_layout(recipe.model), micro_batch_size=max(1, BATCH_TOKENS[device.type] // length)
+        )
         layout = replace(layout, sequence_length=length)
         return Engine(single_process_mesh(layout, device, 0), layout, [model], None)  # type: ignore[arg-type]
     if recipe.lora is not None:
@@ -185,7 +187,7 @@ def _of_samples(
     device = next(model.parameters()).device
     pairs = isinstance(samples, Pairs)
     # Alone, a pair fills its batch: none is measured twice.
-    share = Share(*([1 if pairs else max(1, BATCH_TOKENS[device.type] // samples.sequence_length)] * 2))
+    share = BatchShard(*([1 if pairs else max(1, BATCH_TOKENS[device.type] // samples.sequence_length)] * 2))
     num_batches = -(-samples.num_validation_samples(name) // share.global_batch)
     task = progress.add_task(name, total=num_batches)
     kinds = [f"{name}, chosen", f"{name}, rejected"] if pairs else [name]

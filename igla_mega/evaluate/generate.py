@@ -9,7 +9,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
-from igla_mega.checkpoint.load_model import load_single
+from igla_mega.checkpoint.load_model import load_model
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ def generate(
         )
     pieces = []
     try:
-        model, _ = load_single(checkpoint, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        model, _ = load_model(checkpoint, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         drawn = sample(
             model,
             ids,

@@ -39,7 +39,7 @@ class CausalLM(GPTModel):
     """As `inverse_frequencies` gives them, in fp32 and in fp64."""
     draws_labels = False
     """Labels are drawn from the model itself; those given are the keys of the draws (`ops.categorical.token_keys`)."""
-    few_targets = False
+    sparse_loss_mask = False
     """Most tokens are no target: the loss passes those over. Finding them waits for the device."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; None: as many as suit the device."""
@@ -82,7 +82,7 @@ class CausalLM(GPTModel):
         if self.log_probs:
             chosen = linear_log_probs(flat, weight, labels, loss_mask, vocab_size=self.true_vocab_size, group=group)
             return chosen.view(hidden.shape[:2])
-        if self.few_targets:
+        if self.sparse_loss_mask:
             targets = loss_mask.nonzero().squeeze(1)
             flat, labels, loss_mask = (part.index_select(0, targets) for part in (flat, labels, loss_mask))
         return linear_cross_entropy(

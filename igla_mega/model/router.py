@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from igla_mega.config.features import Moe
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.model.shards import Shard, Slot
+from igla_mega.model.shards import ParameterState, Shard
 from igla_mega.ops.zigzag import zigzag_join, zigzag_split
 
 
@@ -83,19 +83,19 @@ class Router(MegatronModule):
         chosen = self._choose(logits)
         weights = (probabilities.gather(1, chosen)) if moe.pre_softmax else logits.gather(1, chosen).softmax(-1)
         weights = torch.zeros_like(logits).scatter(1, chosen, weights)
-        visits = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+        tokens_per_expert = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         real = micro_batch.real
         if real is None or not self.training:
             real = torch.ones(length, rows, dtype=torch.bool, device=hidden.device)
-        kept = visits
+        kept = tokens_per_expert
         if self.training and self.config.moe_expert_capacity_factor is not None:
-            kept = self._within_capacity(weights.detach(), visits, real)
+            kept = self._within_capacity(weights.detach(), tokens_per_expert, real)
         if self.training and torch.is_grad_enabled() and self.shared.counts:
-            balance = self._balance(probabilities, visits, real, micro_batch.weights)
+            balance = self._balance(probabilities, tokens_per_expert, real, micro_batch.weights)
             if moe.router_aux_loss_coef > 0:
                 weights = _WithLoss.apply(weights, balance * moe.router_aux_loss_coef)
-            self._count(probabilities.detach(), visits, kept, real, balance.detach())
-        if kept is not visits:
+            self._count(probabilities.detach(), tokens_per_expert, kept, real, balance.detach())
+        if kept is not tokens_per_expert:
             weights = weights * kept
         return (weights if moe.scaling_factor == 1.0 else weights * moe.scaling_factor), kept
 
@@ -116,32 +116,34 @@ class Router(MegatronModule):
         """The experts of each token, [T, k]."""
         moe = self.moe
         if moe.force_balanced:
-            visits = torch.arange(len(logits) * moe.num_experts_per_tok, device=logits.device) % moe.num_experts
-            return visits.view(len(logits), moe.num_experts_per_tok)
+            tokens_per_expert = (
+                torch.arange(len(logits) * moe.num_experts_per_tok, device=logits.device) % moe.num_experts
+            )
+            return tokens_per_expert.view(len(logits), moe.num_experts_per_tok)
         scores = logits + self.expert_bias if moe.bias_update_rate > 0 else logits
         return scores.topk(moe.num_experts_per_tok, dim=1).indices
 
     @torch.no_grad()
-    def _within_capacity(self, weights: Tensor, visits: Tensor, real: Tensor) -> Tensor:
+    def _within_capacity(self, weights: Tensor, tokens_per_expert: Tensor, real: Tensor) -> Tensor:
         """Of the visits [T, E] those that the experts have room for: the most probable ones, padding last."""
         length, rows = real.shape
         # Below every visit lies what is none, which only `pad_to_capacity` can reach.
-        scores = torch.where(visits, weights + real.reshape(-1, 1), weights - 1.0).view(length, rows, -1)
+        scores = torch.where(tokens_per_expert, weights + real.reshape(-1, 1), weights - 1.0).view(length, rows, -1)
         over = self.moe.capacity_over
         if over == "sequence":
             scores, wide = self._whole_sequences(scores), self._whole_sequences(real[..., None])
             room = self._capacity(wide.sum(0))  # [B, 1]
-            return (self._own_tokens(_ranks(scores, 0) < room) & visits.view(length, rows, -1)).flatten(0, 1)
+            return (self._own_tokens(_ranks(scores, 0) < room) & tokens_per_expert.view(length, rows, -1)).flatten(0, 1)
         if over == "global":
             group = self._groups.tp_dp_cp
             everyones = _gather(scores.flatten(0, 1), group)  # [ranks, T, E]
             num_real = _gather(real.sum().view(1), group).sum()
             ranks = _ranks(everyones.flatten(0, 1), 0).view_as(everyones)[group.rank()]
-            return (ranks < self._capacity(num_real)) & visits
+            return (ranks < self._capacity(num_real)) & tokens_per_expert
         ranks = _ranks(scores.flatten(0, 1), 0)
         # As megatron-core counts a rank's tokens, padding included: without it no size would be known before.
         kept = ranks < self._capacity(torch.tensor(length * rows, device=ranks.device))
-        return kept if self.moe.pad_to_capacity else kept & visits
+        return kept if self.moe.pad_to_capacity else kept & tokens_per_expert
 
     def _capacity(self, num_tokens: Tensor) -> Tensor:
         """Visits that an expert takes of so many tokens."""
@@ -167,7 +169,9 @@ class Router(MegatronModule):
         """How many tensor- and context-parallel ranks share a sequence's tokens."""
         return self._groups.tp.size() if self.config.sequence_parallel else 1, self._groups.cp.size()
 
-    def _balance(self, probabilities: Tensor, visits: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
+    def _balance(
+        self, probabilities: Tensor, tokens_per_expert: Tensor, real: Tensor, weights: Tensor | None
+    ) -> Tensor:
         """This rank's addend of the balancing loss: E * sum over experts of share of visits * mean probability.
 
         The share is a number to the gradient, of all tokens that are balanced together; the sum of the addends over
@@ -177,7 +181,7 @@ class Router(MegatronModule):
         moe = self.moe
         groups = real.size(1) if moe.balance_over == "sequence" else 1
         place = real.reshape(-1, groups, 1)
-        counted = torch.cat([visits.view(-1, groups, moe.num_experts) & place, place], -1).sum(0)
+        counted = torch.cat([tokens_per_expert.view(-1, groups, moe.num_experts) & place, place], -1).sum(0)
         counted = counted.to(torch.float32)  # [groups, E + 1]
         if math.prod(self._sequence_ranks()) > 1:
             dist.all_reduce(counted, group=self._groups.tp_cp)
@@ -190,10 +194,12 @@ class Router(MegatronModule):
         return (losses * (weights if moe.balance_over == "sequence" else weights.sum())).sum()
 
     @torch.no_grad()
-    def _count(self, probabilities: Tensor, visits: Tensor, kept: Tensor, real: Tensor, balance: Tensor) -> None:
+    def _count(
+        self, probabilities: Tensor, tokens_per_expert: Tensor, kept: Tensor, real: Tensor, balance: Tensor
+    ) -> None:
         rows = real.reshape(-1, 1)
         entropy = -(torch.xlogy(probabilities, probabilities).sum(-1) * rows[:, 0]).sum(dtype=torch.float64)
-        sums = [(visits & rows).sum(0), (kept & visits & rows).sum(0), rows.sum().view(1)]
+        sums = [(tokens_per_expert & rows).sum(0), (kept & tokens_per_expert & rows).sum(0), rows.sum().view(1)]
         tally = torch.cat([*(values.double() for values in sums), entropy.view(1), balance.double().view(1)])
         self._tally = tally if self._tally is None else self._tally + tally
 
@@ -207,7 +213,7 @@ class Router(MegatronModule):
 class Load:
     """What the experts of every layer had to do in a step, over the global batch."""
 
-    visits: list[list[float]]
+    tokens_per_expert: list[list[float]]
     """For each layer, each expert's share of all visits, before any is dropped. Fair is 1 / E."""
     drop_rate: list[float]
     """For each layer, the share of visits that found no room."""
@@ -220,11 +226,15 @@ class Load:
     def max_violation(self) -> list[float]:
         """For each layer, by how much the busiest expert exceeds its fair share, as a multiple of that (Wang et al.
         2024, arXiv:2408.15664, eq. 4)."""
-        return [max(layer) * len(layer) - 1 for layer in self.visits]
+        return [max(layer) * len(layer) - 1 for layer in self.tokens_per_expert]
 
     def starving(self, bound: float) -> list[tuple[int, int]]:
         """Layer and expert of those with less than `bound` times their fair share."""
-        shares = ((layer, e, share * len(own)) for layer, own in enumerate(self.visits) for e, share in enumerate(own))
+        shares = (
+            (layer, e, share * len(own))
+            for layer, own in enumerate(self.tokens_per_expert)
+            for e, share in enumerate(own)
+        )
         return [(layer, expert) for layer, expert, share in shares if share < bound]
 
     def dropping(self, bound: float) -> list[int]:
@@ -238,13 +248,13 @@ def routers_of(chunks: Iterable[nn.Module]) -> Iterator[Router]:
         yield from (module for module in chunk.modules() if isinstance(module, Router))
 
 
-def bias_slots(chunks: Iterable[nn.Module], mesh: Mesh) -> Iterator[Slot]:
+def bias_states(chunks: Iterable[nn.Module], mesh: Mesh) -> Iterator[ParameterState]:
     """The routers' biases, as a checkpoint keeps them: no optimizer has them."""
     for router in routers_of(chunks):
         if router.moe.bias_update_rate > 0:
             name, shape = f"decoder.layers.{router.layer_number - 1}.mlp.router.expert_bias", (router.moe.num_experts,)
             shard = Shard(name, shape, shape, None, mesh.tensor.rank, mesh.tensor.size, 1, sequence_parallel=False)
-            yield Slot(shard, 0, {"master": router.expert_bias.detach()}, replicated=True)
+            yield ParameterState(shard, 0, {"master": router.expert_bias.detach()}, replicated=True)
 
 
 def shared_of(chunk: nn.Module) -> Shared | None:
@@ -270,10 +280,10 @@ def collect(chunks: Sequence[nn.Module], weight: float) -> Load | None:
         if (tally := router.take_tally()) is not None:
             sums[router.layer_number - 1] += tally
     dist.all_reduce(sums)
-    visits, kept, rest = sums.cpu().split([experts, experts, 3], dim=1)
-    total = visits.sum(1, keepdim=True).clamp(min=1)
+    tokens_per_expert, kept, rest = sums.cpu().split([experts, experts, 3], dim=1)
+    total = tokens_per_expert.sum(1, keepdim=True).clamp(min=1)
     return Load(
-        visits=(visits / total).tolist(),
+        tokens_per_expert=(tokens_per_expert / total).tolist(),
         drop_rate=(1 - kept.sum(1) / total[:, 0]).tolist(),
         entropy=(rest[:, 1] / rest[:, 0].clamp(min=1)).tolist(),
         balance=(rest[:, 2] / max(weight, 1.0)).tolist(),
@@ -285,8 +295,12 @@ def move_biases(chunks: Sequence[nn.Module], load: Load) -> None:
     """Raise the bias of experts that had too little to do in the last step, and lower the others'."""
     for router in routers_of(chunks):
         if router.moe.bias_update_rate > 0:
-            visits = torch.tensor(load.visits[router.layer_number - 1], device=router.expert_bias.device)
-            router.expert_bias.add_((visits.mean() - visits).sign(), alpha=router.moe.bias_update_rate)
+            tokens_per_expert = torch.tensor(
+                load.tokens_per_expert[router.layer_number - 1], device=router.expert_bias.device
+            )
+            router.expert_bias.add_(
+                (tokens_per_expert.mean() - tokens_per_expert).sign(), alpha=router.moe.bias_update_rate
+            )
 
 
 def _ranks(scores: Tensor, dim: int) -> Tensor:

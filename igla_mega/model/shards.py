@@ -109,7 +109,7 @@ class Shard:
                 yield (global_row, column), block[first - row : last - row]
 
 
-class Slot(NamedTuple):
+class ParameterState(NamedTuple):
     """The fp32 state that this rank's optimizer keeps for (a run of) one parameter."""
 
     shard: Shard

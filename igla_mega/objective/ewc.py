@@ -2,7 +2,7 @@
 
 The penalty is `lambda / 2 * sum_i F_i (theta_i - theta*_i)^2` in nats per token, where F is the diagonal Fisher
 information per token of an earlier task and theta* the weights it was taken at. Fisher and anchor are two more fp32
-values of each slot: they are sharded, saved and resharded as the optimizer's moments are.
+values of each state: they are sharded, saved and resharded as the optimizer's moments are.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.model.shards import Slot
+from igla_mega.model.shards import ParameterState
 from igla_mega.ops.ewc_penalty import ewc_pull_
 
 PER_TOKEN = "per token"
@@ -28,7 +28,7 @@ Merging = Literal["online", "separate", "laplace"]
 
 
 @dataclass(frozen=True)
-class Origin:
+class FisherMetadata:
     """Where a Fisher comes from, as it lies beside it: lambda means nothing without it."""
 
     normalization: str
@@ -44,9 +44,9 @@ class Origin:
     model: str
     """Digest of the weights it was taken at, the latest where several are merged."""
 
-    def merged(self, later: "Origin", anchor_is_latest: bool) -> "Origin":
+    def merged(self, later: "FisherMetadata", anchor_is_latest: bool) -> "FisherMetadata":
         """Of the sum of this one and a later one."""
-        return Origin(
+        return FisherMetadata(
             self.normalization,
             later.labels,
             self.samples + later.samples,
@@ -71,8 +71,8 @@ class Pull:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Fisher and anchor of one slot, 1-D fp32 of the slot's length."""
+class FisherAnchor:
+    """Fisher and anchor of one state, 1-D fp32 of the state's length."""
 
     fisher: Tensor
     anchor: Tensor
@@ -85,40 +85,40 @@ class Ewc:
     mesh: Mesh
     ewc_lambda: float
     coupling: Coupling = "coupled"
-    origin: Origin | None = None
-    state: list[Held] = field(default_factory=list)
-    """In the order of the optimizer's slots."""
+    metadata: FisherMetadata | None = None
+    anchors: list[FisherAnchor] = field(default_factory=list)
+    """In the order of the optimizer's states."""
     _groups: list[tuple[float, list[int]]] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
         """Whether there is something to hold."""
-        return bool(self.state)
+        return bool(self.anchors)
 
-    def hold(self, slots: Sequence[Slot], state: list[Held], origin: Origin) -> None:
+    def hold(self, states: Sequence[ParameterState], anchors: list[FisherAnchor], metadata: FisherMetadata) -> None:
         """Hold `state` from now on.
 
         Raises:
             ConfigError: it is not finite, or a Fisher is below 0.
         """
-        assert len(slots) == len(state), "one for each slot"
-        self.refuse_broken(slots, state)
-        self.state, self.origin = state, origin
-        self._groups = _by_weight(slots, self.mesh)
+        assert len(states) == len(anchors), "one for each state"
+        self.refuse_broken(states, anchors)
+        self.anchors, self.metadata = anchors, metadata
+        self._groups = _by_weight(states, self.mesh)
 
-    def refuse_broken(self, slots: Sequence[Slot], state: Sequence[Held]) -> None:
+    def refuse_broken(self, states: Sequence[ParameterState], anchors: Sequence[FisherAnchor]) -> None:
         """Raise on every rank when a value on any of them is not finite, or a Fisher below 0.
 
         Raises:
             ConfigError: names the parameter.
         """
         found = ""
-        for slot, held in zip(slots, state, strict=True):
+        for state, held in zip(states, anchors, strict=True):
             # A minimum is NaN where a value is, and an infinity shows in the largest.
             if held.fisher.numel() and not (float(held.fisher.min()) >= 0 and math.isfinite(float(held.fisher.max()))):
-                found = f"the Fisher of {slot.shard.name} is negative or not finite"
+                found = f"the Fisher of {state.shard.name} is negative or not finite"
             elif held.anchor.numel() and not bool(torch.isfinite(held.anchor).all()):
-                found = f"the anchor of {slot.shard.name} is not finite"
+                found = f"the anchor of {state.shard.name} is not finite"
         everyones: list = [None] * self.mesh.world_size
         dist.all_gather_object(everyones, found, group=self.mesh.host_group)
         if any(everyones):
@@ -127,63 +127,67 @@ class Ewc:
                 "  Take it again from a model whose loss is finite on its data."
             )
 
-    def allocate(self, slots: Sequence[Slot]) -> list[Held]:
-        """Room for the state of these slots, for a checkpoint to be read into."""
-        return [Held(torch.zeros_like(s.values["master"]), torch.zeros_like(s.values["master"])) for s in slots]
+    def allocate(self, states: Sequence[ParameterState]) -> list[FisherAnchor]:
+        """Room for the state of these states, for a checkpoint to be read into."""
+        return [
+            FisherAnchor(torch.zeros_like(s.values["master"]), torch.zeros_like(s.values["master"])) for s in states
+        ]
 
-    def with_state(self, slots: Iterable[Slot]) -> Iterator[Slot]:
-        """The slots with `fisher` and `anchor` among their values."""
-        if not self.state:
-            yield from slots
+    def with_state(self, states: Iterable[ParameterState]) -> Iterator[ParameterState]:
+        """The states with `fisher` and `anchor` among their values."""
+        if not self.anchors:
+            yield from states
             return
-        for slot, held in zip(slots, self.state, strict=True):
-            yield slot._replace(values={**slot.values, "fisher": held.fisher, "anchor": held.anchor})
+        for state, held in zip(states, self.anchors, strict=True):
+            yield state._replace(values={**state.values, "fisher": held.fisher, "anchor": held.anchor})
 
-    def pull(self, slots: Sequence[Slot], gradients: Sequence[Tensor]) -> Pull:
+    def pull(self, states: Sequence[ParameterState], gradients: Sequence[Tensor]) -> Pull:
         """Add `lambda * F * (theta - theta*)` to the gradients, in place.
 
         Exact whatever the number of ranks, micro-batches or tokens: the gradients are reduced, divided and unscaled.
 
         Args:
-            slots: with `master`, in the order of the state.
-            gradients: of the slots, 1-D.
+            states: with `master`, in the order of the state.
+            gradients: of the states, 1-D.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=gradients[0].device if gradients else None)
         for share, members in self._groups:
             sums += share * ewc_pull_(
                 [gradients[i] for i in members],
-                [slots[i].values["master"] for i in members],
-                [self.state[i].anchor for i in members],
-                [self.state[i].fisher for i in members],
+                [states[i].values["master"] for i in members],
+                [self.anchors[i].anchor for i in members],
+                [self.anchors[i].fisher for i in members],
                 self.ewc_lambda,
             )
         dist.all_reduce(sums)
         nats, task_square, pull_square = sums.tolist()
         return Pull(nats, math.sqrt(pull_square), math.sqrt(task_square))
 
-    def measure(self, slots: Sequence[Slot], gradients: Sequence[Tensor]) -> Pull:
+    def measure(self, states: Sequence[ParameterState], gradients: Sequence[Tensor]) -> Pull:
         """As `pull`, and leave the gradients as they are."""
-        return self.pull(slots, [gradient.clone() for gradient in gradients])
+        return self.pull(states, [gradient.clone() for gradient in gradients])
 
     @torch.no_grad()
     def draw_to_anchor(
         self, index: int, weights: Tensor, second_moment: Tensor, *, learning_rate: float, epsilon: float
     ) -> None:
-        """Take the proximal step of one slot after AdamW's own: stable for any lambda.
+        """Take the proximal step of one state after AdamW's own: stable for any lambda.
 
         theta <- (theta + c theta*) / (1 + c) with c = learning_rate * lambda * F / (sqrt(v) + epsilon), the implicit
         form of AdamW's step along the pull.
 
         Args:
-            index: of the slot.
+            index: of the state.
             second_moment: AdamW's, freed of its bias.
         """
-        held = self.state[index]
+        held = self.anchors[index]
         strength = (learning_rate * self.ewc_lambda) * held.fisher / second_moment.sqrt().add_(epsilon)
         weights.add_(strength * held.anchor).div_(1 + strength)
 
 
-def merge(method: Merging, gamma: float, old: Sequence[Held], new: Sequence[Held]) -> list[Held]:
+def merge(
+    method: Merging, gamma: float, old: Sequence[FisherAnchor], new: Sequence[FisherAnchor]
+) -> list[FisherAnchor]:
     """Fold the Fisher and anchor of a finished phase into those of the phases before it, two buffers as before.
 
     `online` (Schwarz et al. 2018, arXiv:1805.06370): F = gamma * F_old + F_new about the newest weights; `laplace`
@@ -197,19 +201,19 @@ def merge(method: Merging, gamma: float, old: Sequence[Held], new: Sequence[Held
         if method == "separate":
             fisher = before.fisher + after.fisher
             moved = (after.fisher / fisher).nan_to_num_(nan=1.0)  # where neither holds, the newest
-            merged.append(Held(fisher, torch.lerp(before.anchor, after.anchor, moved)))
+            merged.append(FisherAnchor(fisher, torch.lerp(before.anchor, after.anchor, moved)))
         else:
             decay = gamma if method == "online" else 1.0
-            merged.append(Held(decay * before.fisher + after.fisher, after.anchor))
+            merged.append(FisherAnchor(decay * before.fisher + after.fisher, after.anchor))
     return merged
 
 
-def damped(mesh: Mesh, slots: Sequence[Slot], fisher: list[Tensor], damping: float) -> list[Tensor]:
+def damped(mesh: Mesh, states: Sequence[ParameterState], fisher: list[Tensor], damping: float) -> list[Tensor]:
     """Add `damping` times the mean over all parameters: rows of rare tokens, of Fisher 0, are then held a little."""
     if damping == 0:
         return fisher
     sums = torch.zeros(2, dtype=torch.float64, device=fisher[0].device)
-    for share, members in _by_weight(slots, mesh):
+    for share, members in _by_weight(states, mesh):
         for i in members:
             sums[0] += share * fisher[i].sum(dtype=torch.float64)
             sums[1] += share * fisher[i].numel()
@@ -217,14 +221,14 @@ def damped(mesh: Mesh, slots: Sequence[Slot], fisher: list[Tensor], damping: flo
     return [values + damping * float(sums[0] / sums[1]) for values in fisher]
 
 
-def weights_digest(mesh: Mesh, slots: Iterable[Slot]) -> str:
+def weights_digest(mesh: Mesh, states: Iterable[ParameterState]) -> str:
     """A digest of a model's weights, bit for bit, the same in every layout."""
     own: dict[str, int] = {}
-    for slot in slots:
-        if slot.shard.is_first_copy and (not slot.replicated or mesh.replicas(expert=slot.shard.expert).rank == 0):
-            for offset, piece in slot.shard.rectangles(slot.values["master"], slot.start):
-                bits = int(_place_weighted(piece, offset, slot.shard.shape)) % (1 << 64)
-                own[slot.shard.name] = (own.get(slot.shard.name, 0) + bits) % (1 << 64)
+    for state in states:
+        if state.shard.is_first_copy and (not state.replicated or mesh.replicas(expert=state.shard.expert).rank == 0):
+            for offset, piece in state.shard.rectangles(state.values["master"], state.start):
+                bits = int(_place_weighted(piece, offset, state.shard.shape)) % (1 << 64)
+                own[state.shard.name] = (own.get(state.shard.name, 0) + bits) % (1 << 64)
     everyones: list = [None] * mesh.world_size
     dist.all_gather_object(everyones, own, group=mesh.host_group)
     sums: dict[str, int] = {}
@@ -245,11 +249,11 @@ def _place_weighted(piece: Tensor, offset: tuple[int, ...], shape: tuple[int, ..
     return ((bits * (2 * column + 1)).sum(1) * (2 * row + 1)).sum()
 
 
-def _by_weight(slots: Sequence[Slot], mesh: Mesh) -> list[tuple[float, list[int]]]:
+def _by_weight(states: Sequence[ParameterState], mesh: Mesh) -> list[tuple[float, list[int]]]:
     """Slots by what they count for in a sum over all ranks, so that each parameter counts once."""
     groups: dict[float, list[int]] = {}
-    for i, slot in enumerate(slots):
-        copies = mesh.replicas(expert=slot.shard.expert).size if slot.replicated else 1
-        share = 1.0 / copies if slot.shard.is_first_copy else 0.0
+    for i, state in enumerate(states):
+        copies = mesh.replicas(expert=state.shard.expert).size if state.replicated else 1
+        share = 1.0 / copies if state.shard.is_first_copy else 0.0
         groups.setdefault(share, []).append(i)
     return sorted(groups.items())

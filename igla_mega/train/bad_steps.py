@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.engine.heartbeat import Pulse
+from igla_mega.engine.heartbeat import Heartbeat
 from igla_mega.engine.optimizer import BadStep
 from igla_mega.engine.step import Engine, StepReport
 from igla_mega.model.router import routers_of
@@ -100,7 +100,7 @@ def diagnose(engine: Engine, bad: BadStep, retake: Callable[[], StepReport]) -> 
     first = gradient_digest(engine.chunks)
     report, second = None, bad
     _forget_visits(engine)
-    with _probed(engine.chunks, engine.pulse) as probe:
+    with _probed(engine.chunks, engine.heartbeat) as probe:
         try:
             report = retake()
         except BadStep as again:
@@ -244,13 +244,13 @@ def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class _Probe:
     """Notes the first module of this rank, in either direction, whose tensors are not finite."""
 
-    pulse: Pulse
+    heartbeat: Heartbeat
     forward: Place | None = None
     backward: Place | None = None
     _counts: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        batch = self.pulse.micro_batch
+        batch = self.heartbeat.micro_batch
         order = self._count("forward", batch)
         tensors = list(_tensors(output))
         if self.forward is None and not all(map(_finite, tensors)):
@@ -281,8 +281,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _probed(chunks: Iterable[nn.Module], pulse: Pulse) -> Iterator[_Probe]:
-    probe = _Probe(pulse)
+def _probed(chunks: Iterable[nn.Module], heartbeat: Heartbeat) -> Iterator[_Probe]:
+    probe = _Probe(heartbeat)
     with ExitStack() as hooks:
         for chunk in chunks:
             for name, module in _modules(chunk):

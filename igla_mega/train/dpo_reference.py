@@ -16,7 +16,7 @@ from torch import nn
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
-from igla_mega.data.batches import Share, on_device
+from igla_mega.data.batches import BatchShard, on_device
 from igla_mega.data.conversations import Pairs
 from igla_mega.engine.step import Engine, Objective, scheduled
 from igla_mega.objective import dpo
@@ -68,7 +68,7 @@ def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Seque
             chunk.train(before)
 
 
-def cache(engine: Engine, pairs: Pairs, share: Share, base: str, folder: Path, display: Display | Silent) -> None:
+def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, folder: Path, display: Display | Silent) -> None:
     """Have the pairs carry the reference's log-probabilities: those of the model as it stands, adapters off.
 
     They are kept in `folder`, by the digests of the model and of the data.
@@ -102,7 +102,7 @@ def cache(engine: Engine, pairs: Pairs, share: Share, base: str, folder: Path, d
     pairs.reference = found
 
 
-def _pass(engine: Engine, pairs: Pairs, name: str, share: Share, advance) -> np.ndarray:
+def _pass(engine: Engine, pairs: Pairs, name: str, share: BatchShard, advance) -> np.ndarray:
     """The reference's log-probability of each answer of a source, fp32 [pairs, 2], on every rank."""
     mesh, count = engine.mesh, pairs.num_pairs(name)
     device = next(engine.chunks[0].parameters()).device

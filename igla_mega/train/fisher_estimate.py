@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Batch, Corpus, Share
+from igla_mega.data.batches import Batch, BatchShard, Corpus
 from igla_mega.engine.step import Engine, forward_backward
 from igla_mega.model.build import CausalLM
 from igla_mega.model.router import shared_of
-from igla_mega.objective.ewc import PER_TOKEN, Held, Origin, damped, weights_digest
+from igla_mega.objective.ewc import PER_TOKEN, FisherAnchor, FisherMetadata, damped, weights_digest
 from igla_mega.ops.categorical import token_keys
 
 
@@ -39,7 +39,7 @@ class Estimate:
 
 def take(
     engine: Engine, corpus: Corpus, sources: tuple[str, ...], how: Estimate, advance: Callable[[int], None]
-) -> tuple[list[Held], Origin]:
+) -> tuple[list[FisherAnchor], FisherMetadata]:
     """Estimate the Fisher of the model as it stands, and copy its weights as the anchor.
 
     Args:
@@ -48,24 +48,28 @@ def take(
         advance: called with the number of samples just done.
 
     Returns:
-        For each slot of the optimizer, and where it comes from.
+        For each state of the optimizer, and where it comes from.
 
     Raises:
         ConfigError: more samples than the data has, or a Fisher that is not finite.
     """
     _refuse_too_few(corpus, how.samples)
     engine = replace(engine, layout=replace(engine.layout, sequence_length=corpus.sequence_length))
-    slots = list(engine.optimizer.slots())
-    sums = [torch.zeros_like(slot.values["master"]) for slot in slots]
+    states = list(engine.optimizer.states())
+    sums = [torch.zeros_like(state.values["master"]) for state in states]
     samples, draw = _samples(engine, corpus, how), how.labels == "model"
     num_tokens = accumulate(engine, samples, how.samples, sums, advance, draw=draw)
     for values in sums:
         values.div_(num_tokens)
-    fisher = damped(engine.mesh, slots, sums, how.damping)
-    state = [Held(values, slot.values["master"].clone()) for values, slot in zip(fisher, slots, strict=True)]
-    digest = weights_digest(engine.mesh, slots)
-    origin = Origin(PER_TOKEN, how.labels, how.samples, num_tokens, corpus.sequence_length, how.seed, sources, digest)
-    return state, origin
+    fisher = damped(engine.mesh, states, sums, how.damping)
+    anchors = [
+        FisherAnchor(values, state.values["master"].clone()) for values, state in zip(fisher, states, strict=True)
+    ]
+    digest = weights_digest(engine.mesh, states)
+    metadata = FisherMetadata(
+        PER_TOKEN, how.labels, how.samples, num_tokens, corpus.sequence_length, how.seed, sources, digest
+    )
+    return anchors, metadata
 
 
 def accumulate(
@@ -81,7 +85,7 @@ def accumulate(
 
     Args:
         samples: micro-batches of one row, one a round: sample round * data-parallel size + data-parallel rank.
-        sums: of the optimizer's slots, 1-D fp32.
+        sums: of the optimizer's states, 1-D fp32.
         draw: labels are drawn from the model; those of `samples` are the keys.
 
     Returns:
@@ -113,7 +117,7 @@ def accumulate(
 def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[Batch]:
     """This rank's samples, the data's first in its shuffled order; a blank one where the last round has none for it."""
     data, device = engine.mesh.data, next(engine.chunks[0].parameters()).device
-    share = Share(data.size, 1, data.size, data.rank)
+    share = BatchShard(data.size, 1, data.size, data.rank)
     for step in range(-(-how.samples // data.size)):
         batch = next(corpus.micro_batches(step, share))
         number = step * data.size + data.rank

@@ -25,7 +25,7 @@ from igla_mega.train.metrics import (
     throttled,
 )
 from igla_mega.train.state import Run
-from igla_mega.train.stragglers import Pace
+from igla_mega.train.stragglers import StragglerWatch
 
 RATE_STEPS = 10
 """Steps over which the shown rate is averaged."""
@@ -45,7 +45,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
     saved_step, recent = progress.step, [time.perf_counter()]
     warmup, warned = recipe.num_warmup_steps(stage.schedule_steps), False
     alarm = Alarm(recipe.moe) if recipe.moe is not None else None
-    pace = Pace(engine.pulse, run.device, recipe.distributed.straggler_every)
+    stragglers = StragglerWatch(engine.heartbeat, run.device, recipe.distributed.straggler_every)
     tell = partial(log_event, display, trackers)
 
     while progress.step < run.last_step:
@@ -64,11 +64,11 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         if progress.step + 1 not in progress.skipped:
             try:
                 first = len(recent) == 1 and run.device.type == "cuda"  # kernels are compiled, communicators made
-                with pace.step(progress.step + 1), engine.pulse.doing("training", patient=first):
+                with stragglers.step(progress.step + 1), engine.heartbeat.doing("training", may_be_slow=first):
                     report = take()
             except BadStep as bad:
                 here = progress.step
-                with engine.pulse.doing("running a bad step again", patient=True):
+                with engine.heartbeat.doing("running a bad step again", may_be_slow=True):
                     # What is being saved is sound.
                     log_saves(run.writer.wait(), display, trackers)
                     found = diagnose(engine, bad, take)
@@ -90,7 +90,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
         if report is None:
             tell("skipped", progress.step, "its samples are left out: no update")
         else:
-            for line in pace.stragglers(engine.mesh, recipe.distributed.straggler_factor):
+            for line in stragglers.stragglers(engine.mesh, recipe.distributed.straggler_factor):
                 tell("straggler", progress.step, line)
             display.step(
                 progress.step,
@@ -104,7 +104,7 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
                 progress.losses = [*progress.losses, report.loss][-recipe.training.spike_window :]
             if trackers:
                 entry = step_entry(run, progress, report, rate, tokens_per_step, step_seconds)
-                trackers.metrics(entry | pace.entry)
+                trackers.metrics(entry | stragglers.entry)
             for line in alarm.lines(progress.step, report.load) if alarm and report.load else ():
                 display.say(f"step {progress.step}: alarm: {line}")
             if not warned and (warning := throttled(report, recipe.training.gradient_clip)):
@@ -112,26 +112,26 @@ def train(run: Run, progress: Progress, display: Display | Silent, trackers: Tra
                 display.say(f"step {progress.step}: {warning}")
 
         last = progress.step == run.last_step
-        with engine.pulse.doing("evaluating", patient=True):
+        with engine.heartbeat.doing("evaluating", may_be_slow=True):
             if evaluation.at_intervals(run, data_step + 1, progress, display, trackers):
                 recent = [time.perf_counter()]
         log_saves(run.writer.poll(), display, trackers)
         if run.writer.trouble and progress.step % ALARM_STEPS == 0:
             display.say(f"step {progress.step}: still not saved: {run.writer.trouble}")
-        with engine.pulse.doing("training"):
+        with engine.heartbeat.doing("training"):
             stopping = run.stop.requested()
         if last or stopping or _due(progress.step, recipe.checkpoint.every_steps):
-            with engine.pulse.doing("saving", patient=True):
+            with engine.heartbeat.doing("saving", may_be_slow=True):
                 run.save(progress)
             saved_step = progress.step
         elif _due(progress.step, recipe.checkpoint.local_every_steps):
-            with engine.pulse.doing("saving", patient=True):
+            with engine.heartbeat.doing("saving", may_be_slow=True):
                 run.save(progress, local=True)
         if stopping:
             if progress.step < stage.last_step:
                 log_stopping(run, progress, display, trackers)
             break
-    with engine.pulse.doing("saving", patient=True):
+    with engine.heartbeat.doing("saving", may_be_slow=True):
         log_saves(run.writer.wait(), display, trackers)
     assert saved_step == progress.step, "what was trained is saved"
     return progress.step >= stage.last_step

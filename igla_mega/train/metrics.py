@@ -294,7 +294,7 @@ def _load_metrics(load: Load, moe: Moe) -> dict:
         "moe_drop_rate": fmean(load.drop_rate),
         "moe_router_entropy": fmean(load.entropy),
         "moe_max_violation": max(load.max_violation),
-        "expert_load": load.visits,
+        "expert_load": load.tokens_per_expert,
         "moe_layers": {
             "aux_loss": load.balance,
             "drop_rate": load.drop_rate,
@@ -316,7 +316,7 @@ class Alarm:
         """What is new in this step."""
         moe, fair = self.moe, 1 / self.moe.num_experts
         if starving := self._new(step, load.starving(moe.alarm_load)):
-            who = ", ".join(f"{e} of layer {n} ({load.visits[n][e]:.2%})" for n, e in starving[:4])
+            who = ", ".join(f"{e} of layer {n} ({load.tokens_per_expert[n][e]:.2%})" for n, e in starving[:4])
             more = f" and {len(starving) - 4} more" if len(starving) > 4 else ""
             yield (
                 f"{'experts starve' if len(starving) > 1 else 'an expert starves'}: {who}{more}; fair is {fair:.1%} of "

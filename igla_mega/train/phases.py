@@ -11,10 +11,10 @@ from rich.table import Table
 
 from igla_mega.checkpoint.progress import Progress
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Dataset, Share, on_device
+from igla_mega.data.batches import BatchShard, Corpus, Dataset, on_device
 from igla_mega.engine.step import Engine, evaluate
 from igla_mega.layout.stages import Stage, weights_of
-from igla_mega.objective.ewc import Origin
+from igla_mega.objective.ewc import FisherMetadata
 from igla_mega.train.console import Display, Silent
 from igla_mega.train.consolidation import consolidate, hold_file
 from igla_mega.train.metrics import Trackers
@@ -28,7 +28,7 @@ class Domain:
     weights: Mapping[str, float]
     """Source -> weight."""
     corpus: Dataset
-    share: Share
+    share: BatchShard
 
 
 def domain_losses(engine: Engine, domains: Sequence[Domain], num_batches: int) -> dict[str, float]:
@@ -137,16 +137,16 @@ class Learning:
         if not self.from_base:
             self.display.say(f"EWC: no base model, so nothing is held until {self._first_end()}")
         elif asked.fisher is not None:
-            origin = hold_file(self.engine, Path(asked.fisher))
-            self.display.say(f"EWC: {name} is held {held}, by the Fisher of {asked.fisher} ({_words(origin)})")
+            metadata = hold_file(self.engine, Path(asked.fisher))
+            self.display.say(f"EWC: {name} is held {held}, by the Fisher of {asked.fisher} ({_words(metadata)})")
         elif (source := self._base_source()) is None:
             self.display.say(
                 f"EWC: continual.base_data does not say what {name} was trained on: it is not held, and "
                 f"{self.stages[0].name} runs free"
             )
         else:
-            origin = self._consolidate(weights_of(self.recipe, source), self.stages[0], (source,))
-            self.display.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(origin)})")
+            metadata = self._consolidate(weights_of(self.recipe, source), self.stages[0], (source,))
+            self.display.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(metadata)})")
 
     def finish(self, index: int, progress: Progress) -> bool:
         """Measure what stage `index` has learned and forgotten, and hold it.
@@ -170,12 +170,12 @@ class Learning:
                     {"step": progress.step, "stage": stage.name, "domain_loss": progress.domain_losses[-1], **entry}
                 )
         if self.recipe.memory is not None and self.engine.ewc is not None:
-            origin = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
-            self.display.say(f"EWC: {stage.name} is held from here on ({_words(origin)})")
+            metadata = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
+            self.display.say(f"EWC: {stage.name} is held from here on ({_words(metadata)})")
         progress.stage = index + 1
         return finishes(stage)
 
-    def _consolidate(self, weights: Mapping[str, float], stage: Stage, sources: tuple[str, ...]) -> Origin:
+    def _consolidate(self, weights: Mapping[str, float], stage: Stage, sources: tuple[str, ...]) -> FisherMetadata:
         asked = self.recipe.memory
         assert asked is not None, "asked for"
         corpus = self.open_corpus(weights, asked.fisher_seq_length or stage.layout.sequence_length)
@@ -196,7 +196,7 @@ class Learning:
     def _domain(self, index: int) -> Domain:
         stage, layout = self.stages[index], self.stages[index].layout
         data = self.engine.mesh.data
-        share = Share(layout.global_batch, layout.micro_batch_size, data.size, data.rank)
+        share = BatchShard(layout.global_batch, layout.micro_batch_size, data.size, data.rank)
         return Domain(stage.name, stage.domain, self.corpora[index], share)
 
     def _first_end(self) -> str:
@@ -206,5 +206,5 @@ class Learning:
         return f"step {first.last_step}, where the Fisher of {first.name} is taken"
 
 
-def _words(origin: Origin) -> str:
-    return f"{origin.samples:,} sequences, {origin.tokens:,} tokens"
+def _words(metadata: FisherMetadata) -> str:
+    return f"{metadata.samples:,} sequences, {metadata.tokens:,} tokens"

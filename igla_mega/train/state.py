@@ -9,7 +9,7 @@ import torch
 from igla_mega.checkpoint.progress import Progress
 from igla_mega.checkpoint.store import CheckpointWriter
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Dataset, Share
+from igla_mega.data.batches import BatchShard, Dataset
 from igla_mega.data.tokenizer import Tokenizer
 from igla_mega.engine.step import Engine
 from igla_mega.evaluate import needle
@@ -42,7 +42,7 @@ class Run:
     recipe_yaml: str
     engine: Engine
     corpus: Dataset
-    share: Share
+    share: BatchShard
     writer: CheckpointWriter
     device: torch.device
     stage: Stage
@@ -61,4 +61,4 @@ class Run:
     def save(self, progress: Progress, *, local: bool = False) -> None:
         """Save all that a resume needs, as the checkpoint of this step; `local`: on this node's own disk."""
         texts = {**self.texts, **notes(self.engine.ewc)}
-        self.writer.save(self.engine.slots(), progress, self.recipe_yaml, texts, local=local)
+        self.writer.save(self.engine.states(), progress, self.recipe_yaml, texts, local=local)

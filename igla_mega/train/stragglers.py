@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.engine.heartbeat import Pulse
+from igla_mega.engine.heartbeat import Heartbeat
 
 SAMPLED_STEPS = 5
 """At the end of each stretch, over whose median ranks are compared: one slow step is no slow rank."""
@@ -20,11 +20,11 @@ LISTED_RANKS = 64
 """Up to so many, each rank's time is written down."""
 
 
-class Pace:
+class StragglerWatch:
     """Times the last steps of each stretch of `every`, and compares the ranks at its end."""
 
-    def __init__(self, pulse: Pulse, device: torch.device, every: int):
-        self._pulse, self._device, self._every = pulse, device, every
+    def __init__(self, heartbeat: Heartbeat, device: torch.device, every: int):
+        self._pulse, self._device, self._every = heartbeat, device, every
         self._seconds: list[float] = []
         self._slow: set[int] = set()
         self._due = False
@@ -39,19 +39,19 @@ class Pace:
         if left >= SAMPLED_STEPS:
             yield
             return
-        pulse, cuda = self._pulse, self._device.type == "cuda"
-        waited, start = pulse.waited, time.perf_counter()
+        heartbeat, cuda = self._pulse, self._device.type == "cuda"
+        waited, start = heartbeat.waited, time.perf_counter()
         if cuda:
-            pulse.events = []
+            heartbeat.events = []
         try:
             yield
         finally:
-            events, pulse.events = pulse.events, None
+            events, heartbeat.events = heartbeat.events, None
         if cuda:
             torch.cuda.synchronize(self._device)
             spent = sum(begin.elapsed_time(end) for begin, end in events or ()) / 1e3
         else:
-            spent = pulse.waited - waited
+            spent = heartbeat.waited - waited
         self._seconds.append(max(time.perf_counter() - start - spent, 0.0))
         self._due = left == 0
 

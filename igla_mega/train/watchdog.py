@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from igla_mega.config import json_text
 from igla_mega.distributed.mesh import own_store
-from igla_mega.engine.heartbeat import Pulse, followed
+from igla_mega.engine.heartbeat import Heartbeat, followed
 from igla_mega.train.metrics import write_event
 
 HANG = "hang"
@@ -57,7 +57,7 @@ class Sign:
 
 
 @contextmanager
-def guarded(run_dir: Path, hang_seconds: int, patient_seconds: int) -> Iterator[Pulse]:
+def guarded(run_dir: Path, hang_seconds: int, patient_seconds: int) -> Iterator[Heartbeat]:
     """Watch this rank meanwhile, and the others.
 
     Args:
@@ -67,15 +67,15 @@ def guarded(run_dir: Path, hang_seconds: int, patient_seconds: int) -> Iterator[
     Raises:
         RuntimeError: a peer was lost; the message says which, as far as can be known.
     """
-    pulse = Pulse()
+    heartbeat = Heartbeat()
     if hang_seconds == 0:
-        yield pulse
+        yield heartbeat
         return
-    with followed(pulse):
-        dog = Watchdog(pulse, run_dir, hang_seconds, max(hang_seconds, patient_seconds))
+    with followed(heartbeat):
+        dog = Watchdog(heartbeat, run_dir, hang_seconds, max(hang_seconds, patient_seconds))
         dog.start()
         try:
-            yield pulse
+            yield heartbeat
         except Exception as error:
             lost = dog.failed(error)
             if lost is not None:
@@ -87,8 +87,8 @@ def guarded(run_dir: Path, hang_seconds: int, patient_seconds: int) -> Iterator[
 class Watchdog:
     """The watching threads of one rank."""
 
-    def __init__(self, pulse: Pulse, run_dir: Path, hang_seconds: float, patient_seconds: float):
-        self.pulse, self.run_dir, self.folder = pulse, run_dir, run_dir / HANG
+    def __init__(self, heartbeat: Heartbeat, run_dir: Path, hang_seconds: float, patient_seconds: float):
+        self.heartbeat, self.run_dir, self.folder = heartbeat, run_dir, run_dir / HANG
         self.hang_seconds, self.patient_seconds = hang_seconds, patient_seconds
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.interval = min(5.0, max(0.1, hang_seconds / 12))
@@ -177,14 +177,14 @@ class Watchdog:
             "started": _start_time(os.getpid()),
             "host": socket.gethostname(),
             "state": self._state,
-            "ticks": self.pulse.ticks,
+            "ticks": self.heartbeat.ticks,
             "patience": self._patience(),
-            **self.pulse.where(),
+            **self.heartbeat.where(),
         }
 
     def _patience(self) -> float:
         """Seconds that this rank may make no progress in what it is at."""
-        if self.pulse.patient or self._busy.natively:
+        if self.heartbeat.may_be_slow or self._busy.natively:
             return self.patient_seconds
         return max(self.hang_seconds, LEARNED_FACTOR * self._longest_quiet)
 
@@ -216,10 +216,10 @@ class Watchdog:
             # Where the whole machine was asleep, nobody was late.
             self._clock += min(now - before, 2 * self.interval)
             before = now
-            if self.pulse.ticks != self._ticks:
-                if not self.pulse.patient and self._ticks >= 0:
+            if self.heartbeat.ticks != self._ticks:
+                if not self.heartbeat.may_be_slow and self._ticks >= 0:
                     self._longest_quiet = max(self._longest_quiet, self._clock - self._quiet_since - self.interval)
-                self._ticks, self._quiet_since = self.pulse.ticks, self._clock
+                self._ticks, self._quiet_since = self.heartbeat.ticks, self._clock
                 self._stack_sent = False
             self._busy.look(self._ticks, self._clock)
             quiet = self._clock - self._quiet_since
@@ -317,7 +317,7 @@ class Watchdog:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = datetime.datetime.now().strftime("report_%Y%m%d_%H%M%S_%f.txt")
             (self.folder / name).write_text(text + "\n")
-            step = self.pulse.step if step is None else step
+            step = self.heartbeat.step if step is None else step
             write_event(self.run_dir, "hang", step, text.splitlines()[0], report=f"{HANG}/{name}")
 
     def _end(self, stuck: Sequence[dict[str, Any]]) -> None:

@@ -40,7 +40,7 @@ def tokens():
 
 def our_logits(base, section, matrices, dtype=torch.float32):
     """Of this engine's model with adapters."""
-    model, recipe = load_model.load_single(base, dtype=dtype)
+    model, recipe = load_model.load_model(base, dtype=dtype)
     lora.attach([model], section)
     mesh = tuned.parallel.alone(tuned.choose_layout(recipe, 1, "cpu"), torch.device("cpu"), 1)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def merged(tmp_path):
 
 
 def quantized_logits(base, section, matrices, dtype):
-    model, recipe = load_model.load_single(base, dtype=dtype)
+    model, recipe = load_model.load_model(base, dtype=dtype)
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
     nf4.quantize_chunks([model], lambda name: weights[name], compute_dtype=dtype)
     lora.attach([model], section)

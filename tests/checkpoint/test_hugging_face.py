@@ -116,7 +116,7 @@ def train_and_export(tmp_path, precision):
     built, _ = tiny.engine(recipe)
     tiny.steps(built, 0, 2)
     writer = store.CheckpointWriter(tmp_path, built.mesh, Retention(1), asynchronous=False)
-    writer.save(built.optimizer.slots(), Progress(step=2), hugging_face.dump(recipe))
+    writer.save(built.optimizer.states(), Progress(step=2), hugging_face.dump(recipe))
     hugging_face.export_folder(resolve_checkpoint(tmp_path), tmp_path / "hf", say=print)
     return hugging_face.logit_difference(store.step_dir(tmp_path, 2), tmp_path / "hf")
 
@@ -130,8 +130,8 @@ def test_a_trained_checkpoint_exports_in_the_type_it_computed_in(tmp_path, preci
 def load_in_bfloat16(tmp_path):
     folder = write_folder(tmp_path / "hf", dtype="bfloat16")
     hugging_face.import_folder(folder, tmp_path / "native", say=print)
-    model, recipe = load_model.load_single(tmp_path / "native", dtype=torch.bfloat16)
-    again, _ = load_model.load_single(tmp_path / "native", dtype=torch.bfloat16)
+    model, recipe = load_model.load_model(tmp_path / "native", dtype=torch.bfloat16)
+    again, _ = load_model.load_model(tmp_path / "native", dtype=torch.bfloat16)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], None)
     assert not model.training and torch.equal(model.output_layer.weight, again.output_layer.weight)
     assert torch.equal(model.output_layer.weight, tensors(folder)["lm_head.weight"])
@@ -418,7 +418,7 @@ def test_a_mixtral_with_what_we_do_not_have_is_refused(tmp_path):
 def losses_on_random_tokens(checkpoints):
     found = []
     for checkpoint in checkpoints:
-        model, recipe = load_model.load_single(checkpoint)
+        model, recipe = load_model.load_model(checkpoint)
         tokens = torch.randint(0, recipe.model.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))
         mask, positions = torch.ones(4, 32), torch.arange(32).expand(4, 32)
         with torch.no_grad():
@@ -449,7 +449,7 @@ def test_experts_are_not_upcycled_again(tmp_path):
 def save_initial(recipe, folder):
     built, _ = tiny.engine(recipe)
     writer = store.CheckpointWriter(folder, built.mesh, Retention(1), asynchronous=False)
-    writer.save(built.slots(), Progress(step=1), dump(recipe))
+    writer.save(built.states(), Progress(step=1), dump(recipe))
 
 
 def test_what_a_mixtral_does_not_have_is_not_exported(tmp_path):

@@ -39,7 +39,7 @@ def save_and_go_on(recipe, folder: str, last: int, asynchronous: bool = True):
     rate = recipe.training.learning_rate
     tiny.steps(engine, 0, SAVED, rate)
     writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=asynchronous)
-    writer.save(engine.optimizer.slots(), Progress(step=SAVED), "name: tiny\n")
+    writer.save(engine.optimizer.states(), Progress(step=SAVED), "name: tiny\n")
     reports = tiny.steps(engine, SAVED, last, rate)
     writer.wait()
     return reports
@@ -48,14 +48,14 @@ def save_and_go_on(recipe, folder: str, last: int, asynchronous: bool = True):
 def load_and_go_on(recipe, folder: str, last: int, save_again: str = ""):
     """Load over weights that are all wrong, then train on."""
     engine, shards = tiny.engine(recipe)
-    for slot in engine.optimizer.slots():
-        for values in slot.values.values():
+    for state in engine.optimizer.states():
+        for values in state.values.values():
             values.fill_(0.123)
     path, progress = find_checkpoint(Path(folder), engine.mesh, print)
     load_into(engine, shards, path, progress.step)
     if save_again:
         writer = store.CheckpointWriter(Path(save_again), engine.mesh, Retention(3), asynchronous=False)
-        writer.save(engine.optimizer.slots(), progress, "name: tiny\n")
+        writer.save(engine.optimizer.states(), progress, "name: tiny\n")
     return tiny.steps(engine, progress.step, last, recipe.training.learning_rate)
 
 
@@ -136,7 +136,7 @@ def two_checkpoints(recipe, folder: str):
     writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=True)
     for step in (1, 2):
         tiny.steps(engine, step - 1, step)
-        writer.save(engine.optimizer.slots(), Progress(step=step), "name: tiny\n")
+        writer.save(engine.optimizer.states(), Progress(step=step), "name: tiny\n")
     writer.wait()
 
 
@@ -181,9 +181,9 @@ def save_slowly(recipe, folder: str, kill_after_files: int):
     """Save step 2 and die by SIGKILL when so many files of it have appeared."""
     engine, _ = tiny.engine(recipe)
     writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=False)
-    writer.save(engine.optimizer.slots(), Progress(step=1), "name: tiny\n")
+    writer.save(engine.optimizer.states(), Progress(step=1), "name: tiny\n")
     writer.asynchronous = True
-    writer.save(engine.optimizer.slots(), Progress(step=2), "name: tiny\n")
+    writer.save(engine.optimizer.states(), Progress(step=2), "name: tiny\n")
     temporary = Path(folder) / ".writing_step_00000002"
     while not temporary.exists() or len(list(temporary.iterdir())) < kill_after_files:
         if store.step_dir(Path(folder), 2).exists():
@@ -222,18 +222,18 @@ def test_a_step_saved_again_replaces_the_first(tmp_path):
 def save_on_a_full_disk(recipe, folder: str):
     engine, _ = tiny.engine(recipe)
     writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=True)
-    writer.save(engine.optimizer.slots(), Progress(step=1), "name: tiny\n")
+    writer.save(engine.optimizer.states(), Progress(step=1), "name: tiny\n")
     writer.wait()
     if dist.get_rank() == dist.get_world_size() - 1:  # of one rank's node alone
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    writer.save(engine.optimizer.slots(), Progress(step=2), "name: tiny\n")
+    writer.save(engine.optimizer.states(), Progress(step=2), "name: tiny\n")
     (outcome,) = writer.wait()
     with pytest.raises(RuntimeError, match="What was trained after step 1 is lost"):
         writer.refuse_loss()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     tiny.steps(engine, 0, 1)  # the run goes on
-    writer.save(engine.optimizer.slots(), Progress(step=3), "name: tiny\n")
+    writer.save(engine.optimizer.states(), Progress(step=3), "name: tiny\n")
     (after,) = writer.finish()
     writer.refuse_loss()
     return outcome, after
@@ -265,7 +265,7 @@ def save_without_its_mount(recipe, folder: str):
         if dist.get_rank() == 0 and step == 3:
             os.rename(Path(folder, "away"), root)
         dist.barrier()
-        writer.save(engine.optimizer.slots(), Progress(step=step), "name: tiny\n")
+        writer.save(engine.optimizer.states(), Progress(step=step), "name: tiny\n")
         outcomes += writer.wait()
     return outcomes
 
@@ -281,13 +281,13 @@ def save_within(recipe, folder: str, most: int | None):
     engine, _ = tiny.engine(recipe)
     tiny.steps(engine, 0, SAVED)
     writer = store.CheckpointWriter(Path(folder), engine.mesh, Retention(3), asynchronous=True, staging_bytes=most)
-    slots = list(engine.optimizer.slots())
+    states = list(engine.optimizer.states())
     own = store._Staging(most)
-    state = store._to_write(slots, engine.mesh, own)
+    state = store._to_write(states, engine.mesh, own)
     late = sum(pieces.made_late(at) for pieces in state.values() for at in pieces.pieces)
-    writer.save(slots, Progress(step=SAVED), "name: tiny\n")
-    for slot in slots:  # what training goes on to do
-        for values in slot.values.values():
+    writer.save(states, Progress(step=SAVED), "name: tiny\n")
+    for state in states:  # what training goes on to do
+        for values in state.values.values():
             values.fill_(-7.0)
     (outcome,) = writer.finish()
     return own.bytes, own.late_bytes, late, outcome.note
@@ -406,9 +406,9 @@ def two_level(recipe, folder: str, nodes: list[int], lost: int | None = None):
     tiny.steps(engine, 0, SAVED)
     local = Local(folder_of(f"{folder}/node{{node}}", "run"), engine.mesh, engine.mesh.host_group, "same")
     writer = store.CheckpointWriter(Path(folder, "shared"), engine.mesh, Retention(3), asynchronous=True, local=local)
-    writer.save(engine.slots(), Progress(step=SAVED), "name: tiny\n")
+    writer.save(engine.states(), Progress(step=SAVED), "name: tiny\n")
     reports = tiny.steps(engine, SAVED, 2 * SAVED)
-    writer.save(engine.slots(), Progress(step=2 * SAVED), "name: tiny\n", local=True)
+    writer.save(engine.states(), Progress(step=2 * SAVED), "name: tiny\n", local=True)
     reports += tiny.steps(engine, 2 * SAVED, LAST)
     assert [(outcome.where, outcome.error) for outcome in writer.finish()] == [("shared", None), ("local", None)]
     return reports
@@ -417,8 +417,8 @@ def two_level(recipe, folder: str, nodes: list[int], lost: int | None = None):
 def resume_two_level(recipe, folder: str, nodes: list[int], layout: str = "same"):
     os.environ["GROUP_RANK"] = str(nodes[dist.get_rank()])
     engine, shards = tiny.engine(recipe)
-    for slot in engine.slots():
-        for values in slot.values.values():
+    for state in engine.states():
+        for values in state.values.values():
             values.fill_(0.123)
     said = []
     local = Local(folder_of(f"{folder}/node{{node}}", "run"), engine.mesh, engine.mesh.host_group, layout)
@@ -485,7 +485,7 @@ def save_remotely(recipe, folder: str, address: str, last_step: int = 3, break_a
         if step == break_at:
             writer._uploads.remote.put = no_space
         tiny.steps(engine, step - 1, step)
-        writer.save(engine.slots(), Progress(step=step), "name: tiny\n")
+        writer.save(engine.states(), Progress(step=step), "name: tiny\n")
         outcomes += writer.finish()
         vars(writer._uploads.remote).pop("put", None)
     writer.refuse_loss()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Corpus, Share, split_point
+from igla_mega.data.batches import BatchShard, Corpus, split_point
 from igla_mega.data.indexed import IndexedReader
 
 LENGTH = 16
@@ -28,7 +28,7 @@ def corpus(prefixes, **changes) -> Corpus:
 
 
 def test_labels_are_the_next_tokens_of_one_stretch_of_the_stream(prefixes):
-    batch = next(corpus(prefixes).micro_batches(0, Share(8, 8)))
+    batch = next(corpus(prefixes).micro_batches(0, BatchShard(8, 8)))
     assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
         "tokens": ((8, LENGTH), torch.int64),
         "labels": ((8, LENGTH), torch.int64),
@@ -46,10 +46,10 @@ def test_labels_are_the_next_tokens_of_one_stretch_of_the_stream(prefixes):
 def test_data_parallel_ranks_share_out_the_same_global_batch(prefixes, data_parallel, micro_batch_size):
     data = corpus(prefixes)
     for step in (0, 5):
-        whole = next(data.micro_batches(step, Share(24, 24)))["tokens"]
+        whole = next(data.micro_batches(step, BatchShard(24, 24)))["tokens"]
         rows = torch.full_like(whole, -1)
         for rank in range(data_parallel):
-            share = Share(24, micro_batch_size, data_parallel, rank)
+            share = BatchShard(24, micro_batch_size, data_parallel, rank)
             batches = list(data.micro_batches(step, share))
             assert len(batches) == share.num_microbatches
             for m, batch in enumerate(batches):
@@ -59,17 +59,19 @@ def test_data_parallel_ranks_share_out_the_same_global_batch(prefixes, data_para
 
 def test_a_step_is_the_same_in_a_corpus_opened_anew(prefixes):
     first, again = corpus(prefixes), corpus(prefixes)
-    list(first.micro_batches(3, Share(8, 4)))
-    for a, b in zip(first.micro_batches(9, Share(8, 4)), again.micro_batches(9, Share(8, 4)), strict=True):
+    list(first.micro_batches(3, BatchShard(8, 4)))
+    for a, b in zip(first.micro_batches(9, BatchShard(8, 4)), again.micro_batches(9, BatchShard(8, 4)), strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_training_never_sees_a_validation_document(prefixes):
     data = corpus(prefixes)
-    seen = {int(t) for step in range(40) for b in data.micro_batches(step, Share(8, 8)) for t in b["labels"].flatten()}
+    seen = {
+        int(t) for step in range(40) for b in data.micro_batches(step, BatchShard(8, 8)) for t in b["labels"].flatten()
+    }
     held_out = set(range(1800, 2000)) | set(range(5800, 6000))
     assert not seen & held_out
-    validation = [b for name in data.validation_names() for b in data.validation_batches(name, Share(4, 4), 100)]
+    validation = [b for name in data.validation_names() for b in data.validation_batches(name, BatchShard(4, 4), 100)]
     assert {int(t) for batch in validation for t in batch["labels"][batch["loss_mask"] > 0]} <= held_out
 
 
@@ -107,7 +109,7 @@ def test_validation_covers_each_window_once_for_every_layout(prefixes, data_para
     assert data.num_validation_samples("code") == 12
     counts, lengths = [], set()
     for rank in range(data_parallel):
-        batches = list(data.validation_batches("code", Share(6, micro_batch_size, data_parallel, rank), 100))
+        batches = list(data.validation_batches("code", BatchShard(6, micro_batch_size, data_parallel, rank), 100))
         lengths.add(len(batches))
         counts += [int(t) for batch in batches for t in batch["tokens"][batch["loss_mask"] > 0]]
     assert sorted(counts) == list(range(5800, 5800 + 12 * LENGTH))
@@ -115,18 +117,18 @@ def test_validation_covers_each_window_once_for_every_layout(prefixes, data_para
 
 
 def test_validation_is_limited_to_so_many_global_batches(prefixes):
-    assert len(list(corpus(prefixes).validation_batches("web", Share(4, 2), 2))) == 4
+    assert len(list(corpus(prefixes).validation_batches("web", BatchShard(4, 2), 2))) == 4
 
 
 def test_rows_beyond_the_validation_split_count_nothing(prefixes):
     data = corpus(prefixes)
-    *_, last = data.validation_batches("web", Share(8, 8), 100)
+    *_, last = data.validation_batches("web", BatchShard(8, 8), 100)
     assert last["loss_mask"].sum(dim=1).tolist() == [LENGTH] * 4 + [0] * 4
 
 
 def test_a_validation_split_shorter_than_a_window_is_one_masked_row(prefixes):
     data = corpus(prefixes, sequence_length=100, validation_fraction=0.01)
-    (batch,) = data.validation_batches("web", Share(1, 1), 10)
+    (batch,) = data.validation_batches("web", BatchShard(1, 1), 10)
     assert batch["loss_mask"].sum() == 49
     assert batch["labels"][0, :49].tolist() == list(range(1951, 2000))
 
@@ -153,7 +155,7 @@ def test_an_id_outside_the_vocabulary_stops_the_step_that_reads_it(tmp_path, wri
     data = Corpus({"web": prefix}, {"web": 1}, sequence_length=1024, seed=0, vocab_size=50, validation_fraction=0.5)
     with pytest.raises(ConfigError, match=r"token 265144 \(document 0\) has id 77, outside model\.vocab_size 50"):
         for step in range(data.windows_per_epoch()["web"]):
-            list(data.micro_batches(step, Share(1, 1)))
+            list(data.micro_batches(step, BatchShard(1, 1)))
 
 
 def test_all_breaches_are_told_together(prefixes, tmp_path):
@@ -181,13 +183,13 @@ def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ConfigError, match=r"10 sequences do not divide into micro-batches of 2 on 3 .*\n.*multiple of 6"
     ):
-        Share(10, 2, 3, 0)
+        BatchShard(10, 2, 3, 0)
 
 
 def test_with_a_document_mask_positions_start_anew_and_no_document_predicts_the_next(prefixes):
     data = corpus(prefixes, document_mask=True, sequence_length=64)
     plain = corpus(prefixes, sequence_length=64)
-    batch, unmasked = (next(c.micro_batches(3, Share(8, 8))) for c in (data, plain))
+    batch, unmasked = (next(c.micro_batches(3, BatchShard(8, 8))) for c in (data, plain))
     assert torch.equal(batch["tokens"], unmasked["tokens"]) and torch.equal(batch["labels"], unmasked["labels"])
     assert {len(row) for row in batch["documents"]} <= {2, 3, 4}  # documents of 50 tokens
     for row, offsets in enumerate(batch["documents"]):
@@ -203,6 +205,6 @@ def test_with_a_document_mask_positions_start_anew_and_no_document_predicts_the_
 
 def test_a_document_mask_leaves_what_fills_up_a_validation_row_outside_every_document(prefixes):
     data = corpus(prefixes, document_mask=True, sequence_length=512)
-    for batch in data.validation_batches("web", Share(2, 2), 1):
+    for batch in data.validation_batches("web", BatchShard(2, 2), 1):
         assert batch["documents"][0][-1] == 199 and batch["documents"][1] == [0, 512]
         assert batch["loss_mask"][0, 199:].sum() == 0 and batch["loss_mask"][1].sum() == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Corpus, Share
+from igla_mega.data.batches import BatchShard, Corpus
 from igla_mega.data.document_packing import best_fit, cut, statistics
 
 
@@ -71,7 +71,7 @@ def packed_corpus(prefix, **options) -> Corpus:
 def test_an_epoch_holds_every_token_once_and_every_target_once(prefix):
     prefix, documents = prefix
     corpus = packed_corpus(prefix)
-    share = Share(1, 1)
+    share = BatchShard(1, 1)
     inputs, targets = [], []
     for step in range(corpus.windows_per_epoch()["a"]):
         (batch,) = corpus.micro_batches(step, share)
@@ -96,7 +96,7 @@ def test_an_epoch_holds_every_token_once_and_every_target_once(prefix):
 
 def test_a_last_document_that_fills_its_row_has_no_label_behind_it(tmp_path, write_dataset):
     corpus = packed_corpus(write_dataset(tmp_path / "a", [[1], list(range(2, 34))]))
-    batches = [batch for step in range(2) for batch in corpus.micro_batches(step, Share(1, 1))]
+    batches = [batch for step in range(2) for batch in corpus.micro_batches(step, BatchShard(1, 1))]
     full = next(batch for batch in batches if batch["tokens"].min() >= 2)
     assert full["loss_mask"][0].tolist() == [1.0] * 31 + [0.0]
     assert full["labels"][0].tolist() == [*range(3, 34), 0]

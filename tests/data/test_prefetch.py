@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Corpus, Share
+from igla_mega.data.batches import BatchShard, Corpus
 from igla_mega.data.loader import open_loader
 from igla_mega.data.prefetch import Prefetch
 
@@ -41,13 +41,13 @@ class Made:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
 def test_batches_are_the_same_whatever_is_put_together_ahead(prefix, depth):
-    share = Share(8, 2)
+    share = BatchShard(8, 2)
     expected = [plain(corpus(prefix, prefetch=0).micro_batches(step, share)) for step in range(6)]
     loaded = corpus(prefix, prefetch=depth)
     assert [plain(loaded.micro_batches(step, share)) for step in range(6)] == expected
     # Resumed elsewhere, and on two ranks in the place of one.
     assert plain(loaded.micro_batches(3, share)) == expected[3]
-    halves = [plain(corpus(prefix, prefetch=depth).micro_batches(4, Share(8, 2, 2, rank))) for rank in (0, 1)]
+    halves = [plain(corpus(prefix, prefetch=depth).micro_batches(4, BatchShard(8, 2, 2, rank))) for rank in (0, 1)]
     assert [batch for pair in zip(*halves, strict=True) for batch in pair] == expected[4]
 
 
@@ -113,7 +113,7 @@ def test_a_loader_that_is_not_there_is_named():
 @pytest.mark.parametrize("depth", [1, 3])
 def test_dali_s_batches_are_ours_batch_for_batch_also_after_a_resume(prefix, depth):
     pytest.importorskip("nvidia.dali")
-    share = Share(8, 2)
+    share = BatchShard(8, 2)
     expected = [plain(corpus(prefix, prefetch=0).micro_batches(step, share)) for step in range(5)]
     loaded = corpus(prefix, loader="dali", prefetch=depth)
     assert [plain(loaded.micro_batches(step, share)) for step in range(5)] == expected

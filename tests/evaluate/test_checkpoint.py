@@ -41,7 +41,7 @@ def saved_checkpoint(folder, data):
     engine, _ = tiny.engine(recipe)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
     writer = store.CheckpointWriter(folder, engine.mesh, Retention(1), asynchronous=False)
-    writer.save(engine.optimizer.slots(), Progress(1, 8, 8 * tiny.SEQUENCE), dump(recipe))
+    writer.save(engine.optimizer.states(), Progress(1, 8, 8 * tiny.SEQUENCE), dump(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def measured(folder, prefixes):
 def dense(folder, streams):
     """Mean loss of every target, window by window, from whole logits."""
     from igla_mega.checkpoint.folder import resolve_checkpoint
-    from igla_mega.checkpoint.load_model import load_single
+    from igla_mega.checkpoint.load_model import load_model
 
-    model, _ = load_single(resolve_checkpoint(folder), dtype=torch.float32)
+    model, _ = load_model(resolve_checkpoint(folder), dtype=torch.float32)
     results = {}
     for name, stream in streams.items():
         loss_sum, targets = 0.0, 0

@@ -190,7 +190,7 @@ def saved_checkpoint(folder, tokenizer_path):
     engine, _ = tiny.engine(recipe)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer_path})})
     writer = store.CheckpointWriter(folder, engine.mesh, Retention(1), asynchronous=False)
-    writer.save(engine.optimizer.slots(), Progress(3, 24, 24 * tiny.SEQUENCE), dump(recipe))
+    writer.save(engine.optimizer.states(), Progress(3, 24, 24 * tiny.SEQUENCE), dump(recipe))
 
 
 def generated(folder, prompt, settings):

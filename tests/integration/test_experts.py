@@ -205,8 +205,8 @@ def continued(wanted, folder: str) -> list[list[int]]:
     """The five likeliest next tokens, drawn one by one over a cache, and each by a pass over the whole text."""
     built, _ = tiny.engine(wanted)
     writer = store.CheckpointWriter(Path(folder), built.mesh, Retention(1), asynchronous=False)
-    writer.save(built.slots(), Progress(step=1), dump(wanted))
-    model, _ = load_model.load_single(store.step_dir(Path(folder), 1))
+    writer.save(built.states(), Progress(step=1), dump(wanted))
+    model, _ = load_model.load_model(store.step_dir(Path(folder), 1))
     text = [5, 17, 40, 8]
     drawn = list(sample(model, text, max_new_tokens=5))
     whole = list(text)
@@ -252,11 +252,11 @@ def first_step(wanted, folder: str = "") -> dict:
     built, _ = tiny.engine(wanted)
     if folder:
         writer = store.CheckpointWriter(Path(folder), built.mesh, Retention(1), asynchronous=False)
-        writer.save(built.slots(), Progress(step=1), dump(wanted))
+        writer.save(built.states(), Progress(step=1), dump(wanted))
     report = train_step(built, uneven(built), step=0, seed=1, learning_rate=1e-3)
     load = report.load
     return {
-        "loss": report.loss, "grad_norm": report.grad_norm, "balance": load.balance, "visits": load.visits,
+        "loss": report.loss, "grad_norm": report.grad_norm, "balance": load.balance, "visits": load.tokens_per_expert,
         "drop_rate": load.drop_rate, "entropy": load.entropy,
     }  # fmt: skip
 
@@ -274,14 +274,14 @@ def written_out(folder: Path, micro_batches: list[dict], wanted) -> dict:
         logits, weights, chosen = result
         probabilities, balances = torch.softmax(logits.double(), -1).view(*real.shape, experts), []
         chosen_by_row, weights_by_row = chosen.view(*real.shape, k), weights.view(*real.shape, k).clone()
-        visits, dropped, entropy = [0] * experts, 0, 0.0
+        tokens_per_expert, dropped, entropy = [0] * experts, 0, 0.0
         for row in range(len(real)):
             length = int(real[row].sum())
             most = -(-length * k * factor // experts) if factor else length
             for expert in range(experts):
                 places = (chosen_by_row[row] == expert).nonzero().tolist()
                 best = sorted(places, key=lambda p: (p[0] >= length, -weights_by_row[row, p[0], p[1]].item()))
-                visits[expert] += sum(p[0] < length for p in places)
+                tokens_per_expert[expert] += sum(p[0] < length for p in places)
                 for p in best[int(most) :]:
                     dropped += p[0] < length
                     weights_by_row[row, p[0], p[1]] = 0
@@ -295,7 +295,7 @@ def written_out(folder: Path, micro_batches: list[dict], wanted) -> dict:
                 share = sum(int((chosen_by_row[t] == expert).sum()) for t in tokens) / (k * len(tokens))
                 balance = balance + share * sum(probabilities[t][expert] for t in tokens) / len(tokens)
             balances.append((together, experts * balance))
-        seen.append({"balances": balances, "visits": visits, "dropped": dropped, "entropy": entropy})
+        seen.append({"balances": balances, "visits": tokens_per_expert, "dropped": dropped, "entropy": entropy})
         return logits, weights_by_row.view_as(weights), chosen
 
     for layer in model.model.layers:
@@ -382,14 +382,14 @@ def save_and_go_on(wanted, folder: str) -> list[dict]:
     built, _ = tiny.engine(wanted)
     reports(built, 0, SAVED)
     writer = store.CheckpointWriter(Path(folder), built.mesh, Retention(1), asynchronous=False)
-    writer.save(built.slots(), Progress(step=SAVED), dump(wanted))
+    writer.save(built.states(), Progress(step=SAVED), dump(wanted))
     return reports(built, SAVED, LAST)
 
 
 def load_and_go_on(wanted, folder: str) -> list[dict]:
     built, shards = tiny.engine(wanted)
-    for slot in built.slots():
-        for values in slot.values.values():
+    for state in built.states():
+        for values in state.values.values():
             values.fill_(0.123)
     path, progress = find_checkpoint(Path(folder), built.mesh, print)
     load_into(built, shards, path, progress.step)

@@ -8,7 +8,7 @@ import ranks
 import tiny
 import torch
 import torch.distributed as dist
-from slots import pieces, whole
+from states import pieces, whole
 from test_experts import CP, EP, FSDP, FULL, MOE, PP, STEADY, TOLERANCE, TP, furthest, label, recipe, reports, slow
 
 from igla_mega.checkpoint import frozen_base, load_model, store
@@ -40,7 +40,7 @@ def adapted(*, quantization=None, dropout=0.0, moe=None, **layout) -> Recipe:
 def save_base(wanted, folder: str) -> None:
     built, _ = tiny.engine(wanted)
     writer = store.CheckpointWriter(Path(folder), built.mesh, Retention(1), asynchronous=False)
-    writer.save(built.slots(), Progress(step=1), dump(wanted))
+    writer.save(built.states(), Progress(step=1), dump(wanted))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def tune(wanted, base: Path, folder: str = "", num_steps: int = 3) -> list[dict]
         digest = digest_of_checkpoint(base)
         writer = store.CheckpointWriter(Path(folder), mesh, Retention(1), asynchronous=False)
         note = {BASE: base_note(base, digest, "base")}
-        writer.save(built.slots(), Progress(step=1), dump(wanted), note)
+        writer.save(built.states(), Progress(step=1), dump(wanted), note)
     return found
 
 
@@ -97,7 +97,7 @@ def logits(checkpoints) -> list[torch.Tensor]:
     tokens = torch.randint(0, tiny.VOCAB, (2, 32), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(32).expand(2, 32)
     with torch.no_grad():
-        return [load_model.load_single(checkpoint)[0](tokens, positions, None) for checkpoint in checkpoints]
+        return [load_model.load_model(checkpoint)[0](tokens, positions, None) for checkpoint in checkpoints]
 
 
 def test_adapters_of_experts_merge_into_their_base(base, tmp_path):
@@ -138,7 +138,7 @@ def samples(layout, data_rank: int):
 
 def fisher_of(wanted):
     built, _ = tiny.engine(wanted)
-    sums = [torch.zeros_like(slot.values["master"]) for slot in built.optimizer.slots()]
+    sums = [torch.zeros_like(state.values["master"]) for state in built.optimizer.states()]
     rows = samples(built.layout, built.mesh.data.rank)
     assert (
         fisher_estimate.accumulate(built, rows, SAMPLES, sums, lambda done: None, draw=True) == SAMPLES * tiny.SEQUENCE

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from igla_mega.engine.step import evaluate
-from igla_mega.objective.ewc import PER_TOKEN, Ewc, Held, Origin
+from igla_mega.objective.ewc import PER_TOKEN, Ewc, FisherAnchor, FisherMetadata
 from igla_mega.ops.categorical import token_keys
 from igla_mega.train import fisher_estimate
 
@@ -63,10 +63,10 @@ def learn(built, task: int, seed: int, replay: int = 0) -> None:
         tiny.train_step(built, iter([batch]), step=step, seed=seed, learning_rate=rate)
 
 
-def remember(built, seed: int) -> tuple[list[Held], float]:
+def remember(built, seed: int) -> tuple[list[FisherAnchor], float]:
     """The Fisher and anchor of the first task, and the mean of the Fisher."""
-    slots = list(built.optimizer.slots())
-    sums = [torch.zeros_like(slot.values["master"]) for slot in slots]
+    states = list(built.optimizer.states())
+    sums = [torch.zeros_like(state.values["master"]) for state in states]
 
     def samples():
         for number in range(SAMPLES):
@@ -74,8 +74,10 @@ def remember(built, seed: int) -> tuple[list[Held], float]:
             yield {**row, "labels": token_keys(seed, number, row["position_ids"])}
 
     num_tokens = fisher_estimate.accumulate(built, samples(), SAMPLES, sums, lambda count: None, draw=True)
-    state = [Held(s / num_tokens, slot.values["master"].clone()) for s, slot in zip(sums, slots, strict=True)]
-    return state, float(sum(s.fisher.sum() for s in state) / sum(s.fisher.numel() for s in state))
+    anchors = [
+        FisherAnchor(s / num_tokens, state.values["master"].clone()) for s, state in zip(sums, states, strict=True)
+    ]
+    return anchors, float(sum(s.fisher.sum() for s in anchors) / sum(s.fisher.numel() for s in anchors))
 
 
 def experiment(seed: int, arms: dict) -> dict:
@@ -84,19 +86,25 @@ def experiment(seed: int, arms: dict) -> dict:
     built, _ = tiny.engine(recipe)
     learn(built, 0, seed)
     learned = loss_on(built, 0, seed)
-    state, mean = remember(built, seed)
-    start = [{name: values.clone() for name, values in slot.values.items()} for slot in built.optimizer.slots()]
+    anchors, mean = remember(built, seed)
+    start = [{name: values.clone() for name, values in state.values.items()} for state in built.optimizer.states()]
     found = {}
     for arm, (kind, ewc_lambda, replay) in arms.items():
-        for slot, values in zip(built.optimizer.slots(), start, strict=True):
+        for state, values in zip(built.optimizer.states(), start, strict=True):
             for name, value in values.items():
-                slot.values[name].copy_(value)
+                state.values[name].copy_(value)
         built.optimizer.loaded(STEPS)
         one = built
         if kind:
             ewc = Ewc(built.mesh, ewc_lambda)
-            held = [Held(torch.full_like(s.fisher, mean), s.anchor) for s in state] if kind == "l2" else state
-            ewc.hold(list(built.optimizer.slots()), held, Origin(PER_TOKEN, "model", SAMPLES, 0, LENGTH, 0, ("a",), ""))
+            held = (
+                [FisherAnchor(torch.full_like(s.fisher, mean), s.anchor) for s in anchors] if kind == "l2" else anchors
+            )
+            ewc.hold(
+                list(built.optimizer.states()),
+                held,
+                FisherMetadata(PER_TOKEN, "model", SAMPLES, 0, LENGTH, 0, ("a",), ""),
+            )
             one = dataclasses.replace(built, ewc=ewc)
         learn(one, 1, seed, replay)
         found[arm] = (loss_on(one, 0, seed) - learned, loss_on(one, 1, seed))

@@ -235,7 +235,7 @@ def test_adapters_go_to_peft_and_back(adapted, base, tmp_path):
 
 
 def logits(checkpoint: Path, tokens: torch.Tensor) -> list:
-    model, _ = load_model.load_single(checkpoint)
+    model, _ = load_model.load_model(checkpoint)
     with torch.no_grad():
         return model(tokens, torch.arange(tokens.shape[1])[None], None).float().tolist()
 

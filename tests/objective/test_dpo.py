@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from igla_mega.checkpoint.hf_names import weights_of
 from igla_mega.config.features import Dpo
 from igla_mega.data.pairs import Pair, rows_of
-from igla_mega.engine.step import _own_tokens
+from igla_mega.engine.step import _shard_for_context_parallel
 from igla_mega.model.shards import named_shards
 from igla_mega.objective import dpo
 
@@ -42,7 +42,7 @@ def batches(layout, data_rank: int, reference=None):
 def passed(built, micro_batches, step, *, forward_only: bool, chunks=None):
     """Run a forward step over micro-batches of pairs; what the last stage reports."""
     layout, chunks = built.layout, chunks or built.chunks
-    own = list(_own_tokens(iter(micro_batches), built.mesh.context))
+    own = list(_shard_for_context_parallel(iter(micro_batches), built.mesh.context))
     return get_forward_backward_func()(
         forward_step_func=partial(step, context=built.mesh.context),
         data_iterator=iter(own),

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.objective.ewc import PER_TOKEN, Ewc, Held, Origin, damped, merge
+from igla_mega.objective.ewc import PER_TOKEN, Ewc, FisherAnchor, FisherMetadata, damped, merge
 from igla_mega.ops.categorical import draw_labels, token_keys
 from igla_mega.ops.fisher import fisher_accumulate_
 
@@ -89,13 +89,13 @@ def test_a_loop_over_samples_autograd_and_the_op_agree_in_fp64():
         assert torch.allclose(found, looped, rtol=1e-12, atol=0)
 
 
-def phases(count: int) -> list[list[Held]]:
+def phases(count: int) -> list[list[FisherAnchor]]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(count):
         fisher = torch.rand(1000, generator=generator).square()
         fisher[torch.rand(1000, generator=generator) < 0.2] = 0.0
-        found.append([Held(fisher, torch.randn(1000, generator=generator))])
+        found.append([FisherAnchor(fisher, torch.randn(1000, generator=generator))])
     return found
 
 
@@ -103,8 +103,8 @@ def pulls(weights, states) -> torch.Tensor:
     return sum(state[0].fisher.double() * (weights.double() - state[0].anchor.double()) for state in states)
 
 
-def folded(method: str, states, gamma: float = 1.0) -> list[Held]:
-    held: list[Held] = []
+def folded(method: str, states, gamma: float = 1.0) -> list[FisherAnchor]:
+    held: list[FisherAnchor] = []
     for state in states:
         held = merge(method, gamma, held, state)
     return held
@@ -130,9 +130,9 @@ def test_online_decays_what_is_older_and_laplace_does_not_about_the_newest_weigh
 
 def added_by_damping(recipe) -> list[float]:
     engine, _ = tiny.engine(recipe)
-    slots = list(engine.optimizer.slots())
-    fisher = [slot.values["master"].square() for slot in slots]
-    after = damped(engine.mesh, slots, fisher, 0.5)
+    states = list(engine.optimizer.states())
+    fisher = [state.values["master"].square() for state in states]
+    after = damped(engine.mesh, states, fisher, 0.5)
     return [float((b - a).double().mean()) for a, b in zip(fisher, after, strict=True) if a.numel()]
 
 
@@ -144,18 +144,18 @@ def test_damping_adds_a_share_of_the_mean_over_the_whole_model_in_every_layout()
         assert other[0] == pytest.approx(added[0], rel=1e-3)
 
 
-ORIGIN = Origin(PER_TOKEN, "model", 1, 1, 1, 0, ("a",), "")
+ORIGIN = FisherMetadata(PER_TOKEN, "model", 1, 1, 1, 0, ("a",), "")
 
 
 def refusal(kind: str, value: float) -> str:
     engine, _ = tiny.engine(tiny.recipe())
-    slots = list(engine.optimizer.slots())
+    states = list(engine.optimizer.states())
     ewc = Ewc(engine.mesh, 1.0)
-    state = ewc.allocate(slots)
+    state = ewc.allocate(states)
     if engine.mesh.rank == engine.mesh.world_size - 1:
         getattr(state[3], kind)[0] = value
     try:
-        ewc.hold(slots, state, ORIGIN)
+        ewc.hold(states, state, ORIGIN)
     except ConfigError as error:
         return str(error)
     return ""

@@ -95,8 +95,8 @@ def built(world_size: int, rank: int, overrides: list[str]) -> tuple[tuple[int, 
             masters = ("master",) if recipe.distributed.precision == "FP32" else ()  # then the weights themselves
             moments = sum(
                 4 * values.numel()
-                for slot in engine.slots()
-                for name, values in slot.values.items()
+                for state in engine.states()
+                for name, values in state.values.items()
                 if name not in masters
             )
         planned = held(recipe, layout, mesh.pipeline.rank, device="cpu", data_rank=mesh.data_context.rank)

@@ -8,7 +8,7 @@ import pytest
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Share
+from igla_mega.data.batches import BatchShard
 from igla_mega.data.conversations import Conversations, Pairs
 from igla_mega.data.tokenizer import train_bpe
 from igla_mega.prepare import toy_tasks
@@ -58,7 +58,7 @@ def pairs(folder, count: int = 20, **settings) -> Pairs:
 def test_each_conversation_is_learned_once_an_epoch_and_none_that_is_held_out(folder):
     data = conversations(folder)
     rows = data.windows_per_epoch()["conversations"]
-    share = Share(1, 1)
+    share = BatchShard(1, 1)
     targets = sum(float(next(data.micro_batches(step, share))["loss_mask"].sum()) for step in range(rows))
     again = sum(float(next(data.micro_batches(rows + step, share))["loss_mask"].sum()) for step in range(rows))
     alone = conversations(folder, validation_fraction=0.0)
@@ -71,15 +71,15 @@ def test_each_conversation_is_learned_once_an_epoch_and_none_that_is_held_out(fo
 
 def test_a_batch_is_the_same_on_one_rank_and_cut_over_two(folder):
     data = conversations(folder)
-    whole = list(data.micro_batches(0, Share(4, 2)))
-    halves = [next(data.micro_batches(0, Share(4, 2, 2, rank))) for rank in range(2)]
+    whole = list(data.micro_batches(0, BatchShard(4, 2)))
+    halves = [next(data.micro_batches(0, BatchShard(4, 2, 2, rank))) for rank in range(2)]
     for mine, theirs in zip(whole, halves, strict=True):
         assert (mine["tokens"] == theirs["tokens"]).all() and mine["documents"] == theirs["documents"]
 
 
 def test_pairs_come_in_another_order_each_epoch_and_carry_their_reference(folder):
     data = pairs(folder)
-    share = Share(16, 16)
+    share = BatchShard(16, 16)
     first, second = (next(data.micro_batches(step, share)) for step in range(2))
     assert first["tokens"].shape == (32, LENGTH) and not (first["tokens"] == second["tokens"]).all()
     assert sorted(first["tokens"].tolist()) == sorted(second["tokens"].tolist())
@@ -91,7 +91,7 @@ def test_pairs_come_in_another_order_each_epoch_and_carry_their_reference(folder
 
 def test_the_pass_over_all_pairs_meets_each_in_the_order_of_the_file(folder):
     data = pairs(folder)
-    batches = list(data.all_pairs("own", Share(8, 4)))
+    batches = list(data.all_pairs("own", BatchShard(8, 4)))
     assert len(batches) == 6 and len({tuple(row.tolist()) for b in batches for row in b["tokens"][0::2]}) == 20
 
 

@@ -8,14 +8,14 @@ import pytest
 import ranks
 import tiny
 import torch
-from slots import pieces, whole
+from states import pieces, whole
 
 from igla_mega.checkpoint import store
 from igla_mega.checkpoint.load import find_checkpoint
 from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.config.errors import ConfigError
 from igla_mega.engine.build import load_into
-from igla_mega.objective.ewc import PER_TOKEN, Ewc, Held, Origin, weights_digest
+from igla_mega.objective.ewc import PER_TOKEN, Ewc, FisherAnchor, FisherMetadata, weights_digest
 from igla_mega.train import consolidation
 
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
@@ -32,10 +32,12 @@ def label(case) -> str:
 
 def held(built, coupling: str = "coupled", ewc_lambda: float = LAMBDA, shift: float = 0.01):
     """The engine with an EWC whose Fisher is a function of the weights, and whose anchor lies beside them."""
-    slots = list(built.optimizer.slots())
+    states = list(built.optimizer.states())
     ewc = Ewc(built.mesh, ewc_lambda, coupling)
-    state = [Held(s.values["master"].square().mul(0.1), s.values["master"] + shift) for s in slots]
-    ewc.hold(slots, state, Origin(PER_TOKEN, "model", 3, 96, 32, 1, ("a",), weights_digest(built.mesh, slots)))
+    anchors = [FisherAnchor(s.values["master"].square().mul(0.1), s.values["master"] + shift) for s in states]
+    ewc.hold(
+        states, anchors, FisherMetadata(PER_TOKEN, "model", 3, 96, 32, 1, ("a",), weights_digest(built.mesh, states))
+    )
     return dataclasses.replace(built, ewc=ewc)
 
 
@@ -96,20 +98,20 @@ def against_autograd(recipe):
     """The gradient of penalty and task by autograd, and what the optimizer has made of the task's alone."""
     built = held(tiny.engine(recipe)[0])
     optimizer = built.optimizer
-    slots, gradients = list(optimizer.slots()), None
+    states, gradients = list(optimizer.states()), None
     torch.manual_seed(0)
-    sizes = [slot.values["master"].numel() for slot in slots]
+    sizes = [state.values["master"].numel() for state in states]
     gradients = [torch.randn(size) for size in sizes]
-    weights = [slot.values["master"].double().requires_grad_() for slot in slots]
+    weights = [state.values["master"].double().requires_grad_() for state in states]
     penalty = sum(
-        (LAMBDA / 2 * state.fisher.double() * (weight - state.anchor.double()).square()).sum()
-        for weight, state in zip(weights, built.ewc.state, strict=True)
+        (LAMBDA / 2 * anchors.fisher.double() * (weight - anchors.anchor.double()).square()).sum()
+        for weight, anchors in zip(weights, built.ewc.anchors, strict=True)
     )
     expected = [
         gradient.double() + pull
         for gradient, pull in zip(gradients, torch.autograd.grad(penalty, weights), strict=True)
     ]
-    pull = built.ewc.pull(slots, gradients)
+    pull = built.ewc.pull(states, gradients)
     errors = [float((g - e).abs().max() / e.abs().max()) for g, e in zip(gradients, expected, strict=True)]
     return max(errors), pull.nats / float(penalty) - 1
 
@@ -148,8 +150,8 @@ def test_proximal_stays_near_the_anchor_at_a_lambda_that_makes_coupled_swing():
 def save(recipe, folder: str):
     built = held(tiny.engine(recipe)[0])
     writer = store.CheckpointWriter(Path(folder), built.mesh, Retention(3), asynchronous=False)
-    writer.save(built.slots(), Progress(step=2), "name: tiny\n", consolidation.notes(built.ewc))
-    return pieces(built, [s.fisher for s in built.ewc.state]), pieces(built, [s.anchor for s in built.ewc.state])
+    writer.save(built.states(), Progress(step=2), "name: tiny\n", consolidation.notes(built.ewc))
+    return pieces(built, [s.fisher for s in built.ewc.anchors]), pieces(built, [s.anchor for s in built.ewc.anchors])
 
 
 def load(recipe, folder: str, with_ewc: bool = True):
@@ -161,8 +163,8 @@ def load(recipe, folder: str, with_ewc: bool = True):
         load_into(built, shards, path, progress.step)
     if not with_ewc:
         return tiny.steps(built, 2, 3)
-    assert built.ewc.origin.sources == ("a",)
-    return pieces(built, [s.fisher for s in built.ewc.state]), pieces(built, [s.anchor for s in built.ewc.state])
+    assert built.ewc.metadata.sources == ("a",)
+    return pieces(built, [s.fisher for s in built.ewc.anchors]), pieces(built, [s.anchor for s in built.ewc.anchors])
 
 
 @pytest.mark.parametrize("pair", [((4, {}), (2, {})), ((4, {**FSDP, **SP}), (2, PP)), ((1, {}), (2, FSDP))], ids=label)
@@ -192,7 +194,7 @@ def hold_alone(recipe, folder: str):
         consolidation.hold_file(built, Path(folder))
     except ConfigError as error:
         return str(error)
-    return built.ewc.pull(list(built.optimizer.slots()), [torch.zeros_like(s.fisher) for s in built.ewc.state]).nats
+    return built.ewc.pull(list(built.optimizer.states()), [torch.zeros_like(s.fisher) for s in built.ewc.anchors]).nats
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,7 @@ def saved(corpus: Path, folder: Path):
     recipe = recipe_of(corpus)
     engine, _ = tiny.engine(recipe)
     writer = store.CheckpointWriter(folder, engine.mesh, Retention(1), asynchronous=False)
-    writer.save(engine.optimizer.slots(), Progress(1, 4, 4 * LENGTH), dump(recipe))
+    writer.save(engine.optimizer.states(), Progress(1, 4, 4 * LENGTH), dump(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -331,11 +331,11 @@ def both_ways(checkpoint: Path, hf_dir: Path, task_files: Path):
     from lm_eval.models.huggingface import HFLM
 
     from igla_mega.checkpoint.load_model import alone as alone_layout
-    from igla_mega.checkpoint.load_model import load_single
+    from igla_mega.checkpoint.load_model import load_model
     from igla_mega.engine.step import Engine
     from igla_mega.evaluate.harness import Asker, EngineLM
 
-    model, recipe = load_single(checkpoint)
+    model, recipe = load_model(checkpoint)
     mesh = single_process_mesh(alone_layout(recipe.model), torch.device("cpu"), 0)
     engine = Engine(mesh, alone_layout(recipe.model), [model], None)
     ours = EngineLM(load_tokenizer(hf_dir), LENGTH, Asker(engine), 0)

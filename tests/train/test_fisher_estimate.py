@@ -7,7 +7,7 @@ import pytest
 import ranks
 import tiny
 import torch
-from slots import pieces, whole
+from states import pieces, whole
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from igla_mega.engine import ddp, fsdp
@@ -43,7 +43,7 @@ def samples(layout, data_rank: int, draw: bool):
 
 def taken(recipe, draw: bool = True):
     engine, _ = tiny.engine(recipe)
-    sums = [torch.zeros_like(slot.values["master"]) for slot in engine.optimizer.slots()]
+    sums = [torch.zeros_like(state.values["master"]) for state in engine.optimizer.states()]
     done = []
     rows = samples(engine.layout, engine.mesh.data.rank, draw)
     tokens = fisher_estimate.accumulate(engine, rows, SAMPLES, sums, done.append, draw=draw)
@@ -122,8 +122,8 @@ def test_squaring_after_the_sum_over_samples_would_be_noticed(case, one_process)
 def sample_by_sample(recipe):
     """Squares by numpy in fp64 of gradients taken one sample at a time, and labels of the data."""
     engine, _ = tiny.engine(recipe)
-    slots = list(engine.optimizer.slots())
-    total = [np.zeros(slot.values["master"].numel()) for slot in slots]
+    states = list(engine.optimizer.states())
+    total = [np.zeros(state.values["master"].numel()) for state in states]
     with engine.optimizer.per_sample():
         for sample in samples(engine.layout, 0, draw=False):
             engine.optimizer.zero_grad()

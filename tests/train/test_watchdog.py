@@ -18,7 +18,7 @@ from small_run import lines, write_recipe
 
 from igla_mega.checkpoint import remote, store
 from igla_mega.checkpoint.progress import Progress, Retention
-from igla_mega.engine.heartbeat import Pulse, followed
+from igla_mega.engine.heartbeat import Heartbeat, followed
 from igla_mega.train import loop, stragglers, watchdog
 
 HANG_SECONDS = 3
@@ -143,16 +143,16 @@ def test_a_peer_that_has_said_why_it_ends_is_not_looked_for(monkeypatch):
 
 def save_with_a_slow_store(recipe, folder: str) -> tuple[dict, int]:
     engine, _ = tiny.engine(recipe)
-    pulse, alive = Pulse(), []
-    with followed(pulse):
+    heartbeat, alive = Heartbeat(), []
+    with followed(heartbeat):
         there = remote.Remote(f"file://{folder}/bucket")
         writer = store.CheckpointWriter(Path(folder, "run"), engine.mesh, Retention(1), asynchronous=True, remote=there)
-        before, put = dict(pulse.issued), there.put
+        before, put = dict(heartbeat.issued), there.put
         there.put = lambda *args: (time.sleep(1.2), put(*args))
-        writer.save(engine.slots(), Progress(step=1), "name: tiny\n")
+        writer.save(engine.states(), Progress(step=1), "name: tiny\n")
         outcomes = writer.finish(alive=lambda: alive.append(1))
     assert [(one.where, one.error) for one in outcomes] == [("shared", None), ("remote", None)]
-    return {group: count - before.get(group, 0) for group, count in pulse.issued.items()}, len(alive)
+    return {group: count - before.get(group, 0) for group, count in heartbeat.issued.items()}, len(alive)
 
 
 def test_what_savers_wait_for_is_not_the_training_threads_and_slow_copies_are_signs_of_life(tmp_path):
@@ -185,8 +185,8 @@ def test_when_all_are_in_the_same_collective_the_network_is_named():
 
 
 def count_collectives() -> dict:
-    pulse = Pulse()
-    with followed(pulse):
+    heartbeat = Heartbeat()
+    with followed(heartbeat):
         tensor = torch.ones(3)
         dist.all_reduce(tensor)
         dist.all_reduce(tensor, async_op=True).wait()
@@ -195,7 +195,7 @@ def count_collectives() -> dict:
         else:
             dist.recv(tensor, 0)
     dist.all_reduce(tensor)
-    return pulse.where()
+    return heartbeat.where()
 
 
 def test_a_pulse_counts_collectives_and_knows_the_last():

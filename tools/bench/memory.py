@@ -171,7 +171,7 @@ def measure(case: Case) -> dict:
     from igla_mega.distributed.mesh import build_mesh, init_process_groups
     from igla_mega.engine.build import build_engine, frozen_chunks
     from igla_mega.engine.step import train_step
-    from igla_mega.objective.ewc import PER_TOKEN, Ewc, Origin
+    from igla_mega.objective.ewc import PER_TOKEN, Ewc, FisherMetadata
     from igla_mega.plan import activations, parameters
     from igla_mega.plan.choose import choose_layout
     from igla_mega.train import dpo_reference
@@ -192,8 +192,8 @@ def measure(case: Case) -> dict:
         engine = replace(engine, objective=dpo_reference.objective(recipe.dpo, mode, engine, frozen))
     if recipe.memory is not None:
         ewc = Ewc(mesh, recipe.memory.ewc_lambda)
-        slots = list(engine.slots())
-        ewc.hold(slots, ewc.allocate(slots), Origin(PER_TOKEN, "model", 1, 1, 1, 1, (), ""))
+        states = list(engine.states())
+        ewc.hold(states, ewc.allocate(states), FisherMetadata(PER_TOKEN, "model", 1, 1, 1, 1, (), ""))
         engine = replace(engine, ewc=ewc)
     length, rows = recipe.model.max_position, layout.micro_batch_size * layout.rows_per_sample
 
@@ -251,7 +251,7 @@ def _saved_base(recipe, layout, mesh, device, folder: Path) -> Path:
 
     plain = recipe.model_copy(update={"lora": None, "quantization": None})
     engine, _ = build_engine(plain, layout, mesh, device)
-    store.save_folder(folder / "base", engine.slots(), {}, mesh)
+    store.save_folder(folder / "base", engine.states(), {}, mesh)
     return folder / "base"
 
 

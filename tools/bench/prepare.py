@@ -156,12 +156,12 @@ def sampling() -> dict:
 
 def loading(prefix: Path) -> dict:
     """Tokens a second of the loader alone, samples of 2048."""
-    from igla_mega.data.batches import Corpus, Share
+    from igla_mega.data.batches import BatchShard, Corpus
 
     corpus = Corpus(
         {"a": prefix}, {"a": 1.0}, sequence_length=2048, seed=1, vocab_size=VOCAB + 300, validation_fraction=0.01
     )
-    share = Share(64, 8)
+    share = BatchShard(64, 8)
     started = time.perf_counter()
     for step in range(40):
         for _ in corpus.micro_batches(step, share):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _common import Processes, Variant, engine_and_step, ratio, text, write
 
-from igla_mega.checkpoint.load import load_slots
+from igla_mega.checkpoint.load import load_states
 
 STEPS = 4
 """Steps timed without a save, and as many after one was asked for: it is on disk before they end."""
@@ -29,7 +29,7 @@ def saving(folder: str, distributed: dict) -> Callable[[], dict]:
         for index in range(STEPS):
             started = time.perf_counter()
             if save and index == 0:
-                writer.save(engine.optimizer.slots(), Progress(step=number), "")
+                writer.save(engine.optimizer.states(), Progress(step=number), "")
             step()
             seconds.append(time.perf_counter() - started)
         return seconds
@@ -59,8 +59,8 @@ def store_and_peers(folder: str) -> Callable[[], dict]:
 
     engine, step = engine_and_step("B")
     step()
-    slots = list(engine.slots())
-    tensors = {f"{slot.shard.name}.{kind}": v for slot in slots for kind, v in slot.values.items()}
+    states = list(engine.states())
+    tensors = {f"{state.shard.name}.{kind}": v for state in states for kind, v in state.values.items()}
     group = engine.mesh.host_group
 
     def dcp_load(path: Path) -> None:
@@ -75,7 +75,7 @@ def store_and_peers(folder: str) -> Callable[[], dict]:
         safetensors.torch.save_file(tensors, path / "model.safetensors")
 
     ways: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
-        "ours": (lambda p: store.save_folder(p, slots, {}, engine.mesh), lambda p: load_slots(p, slots, group)),
+        "ours": (lambda p: store.save_folder(p, states, {}, engine.mesh), lambda p: load_states(p, states, group)),
         "torch DCP": (lambda p: dcp.save(tensors, checkpoint_id=p), dcp_load),
         "safetensors": (safetensors_save, safetensors_load),
     }

@@ -1,4 +1,4 @@
-"""Values of an optimizer's slots, cut on each rank, put together to whole parameters."""
+"""Values of an optimizer's states, cut on each rank, put together to whole parameters."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ import numpy as np
 def pieces(engine, values):
     """What this rank is the one to count, as (name, whole shape, offset, array)."""
     found = []
-    for slot, tensor in zip(engine.optimizer.slots(), values, strict=True):
-        if slot.shard.is_first_copy and (
-            not slot.replicated or engine.mesh.replicas(expert=slot.shard.expert).rank == 0
+    for state, tensor in zip(engine.optimizer.states(), values, strict=True):
+        if state.shard.is_first_copy and (
+            not state.replicated or engine.mesh.replicas(expert=state.shard.expert).rank == 0
         ):
-            for offset, piece in slot.shard.rectangles(tensor, slot.start):
-                found.append((slot.shard.name, slot.shard.shape, offset, piece.numpy().copy()))
+            for offset, piece in state.shard.rectangles(tensor, state.start):
+                found.append((state.shard.name, state.shard.shape, offset, piece.numpy().copy()))
     return found
 
 
