@@ -11,7 +11,7 @@ from igla_mega.config.load import RECIPES, dump, load_recipe, packaged, scales
 from igla_mega.config.schema import Recipe, json_schema
 from igla_mega.plan.choose import choose_layout
 
-CARD = (Path(__file__).parent / "data" / "IGLA_TRAINING_RECIPES.md").read_text(encoding="utf-8")
+CARD = (Path(__file__).parents[1] / "data" / "IGLA_TRAINING_RECIPES.md").read_text(encoding="utf-8")
 NAMES = ["pretrain_7b", "koshey_7b", "lora_7b", "qlora_7b", "dpo_7b", "sft_dpo_7b", "moe_8x7b", "continual_7b"]
 
 

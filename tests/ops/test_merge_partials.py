@@ -172,7 +172,7 @@ def test_nan_stays_in_its_row_and_is_not_lost(which, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.parametrize("state", [0, 2])
 @pytest.mark.parametrize("which", MERGES)
 def test_the_result_may_lie_where_one_of_the_partials_does(which, state, device):
     outs, lses, _, _ = case(3, 300, device=device)
