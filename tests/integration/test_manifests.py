@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 MANIFESTS = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
 SCHEMAS = [json.loads(path.read_text()) for path in sorted((DATA / "kubernetes").glob("*.json"))]
 CUSTOM = {(entry["apiVersion"], entry["kind"]): entry["schema"] for entry in SCHEMAS}

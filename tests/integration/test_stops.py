@@ -25,7 +25,7 @@ from igla_mega.train import loop
 from igla_mega.train.run_folder import lock_run_folder
 
 LIMIT_SECONDS = 300
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LONG = {"learning_rate": 1e-2, "batch_size": 8, "total_steps": 100_000}
 
 

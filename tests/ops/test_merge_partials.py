@@ -172,16 +172,16 @@ def test_nan_stays_in_its_row_and_is_not_lost(which, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("state", [0, 2])
+@pytest.mark.parametrize("slot", [0, 2])
 @pytest.mark.parametrize("which", MERGES)
-def test_the_result_may_lie_where_one_of_the_partials_does(which, state, device):
+def test_the_result_may_lie_where_one_of_the_partials_does(which, slot, device):
     outs, lses, _, _ = case(3, 300, device=device)
     outs, lses = narrowed(outs, lses, torch.float32)
-    lses[state][0, 0] = 0
-    outs[state][0, 0] = 0
+    lses[slot][0, 0] = 0
+    outs[slot][0, 0] = 0
     want_out, want_lse = MERGES[which](outs, lses, zero_means_empty=True)
-    out, lse = MERGES[which](outs, lses, out=outs[state], lse=lses[state], zero_means_empty=True)
-    assert out is outs[state] and lse is lses[state]
+    out, lse = MERGES[which](outs, lses, out=outs[slot], lse=lses[slot], zero_means_empty=True)
+    assert out is outs[slot] and lse is lses[slot]
     assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
 
 
