@@ -190,7 +190,7 @@ def alone(checkpoint: Path, asked: Tasks):
 
 def test_a_resumed_run_takes_back_the_samples_of_steps_it_repeats(tmp_path):
     from igla_mega.config.schema import Logging
-    from igla_mega.train.metrics import Trackers
+    from igla_mega.train.trackers import Trackers
 
     for resume_step in (0, 3):
         trackers = Trackers(tmp_path, Logging(tensorboard=False), resume_step=resume_step, recipe={})
