@@ -1,13 +1,23 @@
 import re
+import tomllib
 from pathlib import Path
 
 import typer
+import yaml
 
 from igla_mega import cli
 from igla_mega.config import load, rules
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert (citation["version"], citation["license"]) == (version, "Apache-2.0")
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_its_commands_are_targets_of_the_makefile():
