@@ -173,7 +173,7 @@ def test_a_broken_key_does_not_bring_breaches_of_its_consequences():
         ("distributed.tensor_parallel=two", "'two' is not a whole number of at least 1, or `auto`."),
         ("distributed.gradient_checkpointing=sometimes", "'sometimes' is not one of none, selective, full."),
         ("koshey={tier: 11}", "koshey.tier: 11 is out of range: it must be at most 10."),
-        ("lora={rank: 4}", "lora.alpha: missing. Scale: an adapter's output is multiplied by alpha / rank. Above 0."),
+        ("lora={rank: 4}", "lora.alpha: missing. Scale of the adapters: their output is multiplied by alpha / rank. Above 0."),
         ("curriculum={phases: []}", "curriculum.phases: empty; it needs at least one."),
         ("evaluation.needle={depths: [101]}", "needle.depths.0: 101 is out of range: it must be at most 100."),
         ("name=7", "name: 7 is not text (in quotes, if it looks like a number)."),
