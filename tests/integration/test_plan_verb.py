@@ -144,7 +144,7 @@ def test_scaling_goes_to_a_page_of_its_own(tmp_path):
         ({"price": float("nan")}, "--price: nan is no price above 0"),
         ({"price": float("inf")}, "--price: inf is no price above 0"),
         ({"samples": 0}, "--samples: 0 is not above 0"),
-        ({"gpus": "7"}, "512 sequences does not divide among 7 data-parallel ranks"),
+        ({"gpus": "7"}, "512 sequences, not divisible by 7 data-parallel ranks"),
         ({"calibration": Path("no.json")}, "no such file"),
         ({"hardware": Path("no.yaml")}, "no such file"),
     ],
@@ -208,11 +208,11 @@ def test_a_file_adds_hardware(tmp_path):
     file.write_text(yaml.safe_dump({"my-gpu": {"like": "h100", "memroy_bytes": 1, "price": 0}, "other": {"price": 1}}))
     said = refusal("pretrain_7b", hardware=file)
     file.write_text(yaml.safe_dump({"my-gpu": {"like": "h100", "node_size": 0.5}}))
-    assert "my-gpu.node_size: 0.5 is no whole number" in refusal("pretrain_7b", hardware=file)
+    assert "my-gpu.node_size: 0.5 is not a whole number" in refusal("pretrain_7b", hardware=file)
     for word in (
         "did you mean `memory_bytes`?",
         "my-gpu.price: 0 is not a number above 0",
-        "other: lacks memory_bytes",
+        "other: missing memory_bytes",
     ):
         assert word in said
 
