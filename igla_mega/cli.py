@@ -11,11 +11,8 @@ from typing import Annotated
 
 import typer
 
-from igla_mega.checkpoint.adapters import export_adapters, import_adapters, merge_adapters
-from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed import environment
-from igla_mega.doctor.measure import node_name
 
 app = typer.Typer(
     help="Train Llama-style language models on megatron-core, from a laptop to a cluster.",
@@ -316,9 +313,11 @@ def fisher(
     loaded = _load(recipe, scale, set_)
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if scale == "laptop":
+        from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+
         model = read_recipe(resolve_checkpoint(checkpoint)).model
         make = not under_launcher or os.environ["RANK"] == "0"
-        loaded = laptop.with_data(loaded.model_copy(update={"model": model}), make=make)
+        loaded = laptop.with_data(loaded.with_keys({"model": model}), make=make)
     if not under_launcher:
         from igla_mega.layout.hardware import num_local_gpus
 
@@ -350,8 +349,9 @@ def import_(
     if (hf_dir / adapters.CONFIG).is_file():
         if base is None:
             raise ConfigError(f"{hf_dir}: adapters of a base that is not given.\n  Add --base CKPT.")
+        from igla_mega.checkpoint.folder import resolve_checkpoint
 
-        import_adapters(hf_dir, resolve_checkpoint(base), checkpoint)
+        adapters.import_adapters(hf_dir, resolve_checkpoint(base), checkpoint)
         return
     moe = None
     if upcycle is not None:
@@ -373,7 +373,8 @@ def export(
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder (CPU only, one tensor at a time)."""
     _quiet_libraries()
-    from igla_mega.checkpoint import hugging_face
+    from igla_mega.checkpoint import adapters, hugging_face
+    from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 
     checkpoint = resolve_checkpoint(checkpoint)
     has_adapters = read_recipe(checkpoint).lora is not None
@@ -386,14 +387,14 @@ def export(
             f"{checkpoint}: holds no adapters but a whole model.\n  Leave --adapter-only and --merge out."
         )
     if adapter_only:
-        export_adapters(checkpoint, hf_dir)
+        adapters.export_adapters(checkpoint, hf_dir)
         return
     if merge:
         import tempfile
 
         with tempfile.TemporaryDirectory(dir=hf_dir.resolve().parent) as unfinished:
             merged = Path(unfinished, "merged")
-            merge_adapters(checkpoint, merged)
+            adapters.merge_adapters(checkpoint, merged)
             hugging_face.export_folder(merged, hf_dir, say=print)
         _say_logit_difference(checkpoint, hf_dir)
         return
@@ -543,6 +544,7 @@ def doctor(
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     gpus = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else num_local_gpus()
     from igla_mega.doctor import node_test
+    from igla_mega.doctor.measure import node_name
 
     limits = node_test.parse_limits(limit or [], on_cpu=not gpus)
     nproc = nproc or gpus or 1
@@ -552,7 +554,7 @@ def doctor(
         raise typer.Exit(torchrun(nproc))
     import json
 
-    from igla_mega.doctor import installed as installed
+    from igla_mega.doctor import installed
 
     speaks = os.environ.get("RANK", "0") == "0"
     rows, unfit = installed.rows(), installed.unfit(int(os.environ.get("LOCAL_RANK", 0)) if under_launcher else None)

@@ -1,27 +1,100 @@
+"""The shape of the code: imports point down and in no circle, tests are found by name, and nothing grows too large."""
+
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "igla_mega"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "igla_mega"
 LAYERS = {
-    "config": 0, "recipes": 0, "_helpers": 0, "plan": 1, "ops": 1, "parallel": 2, "host": 2, "model": 3, "data": 3,
-    "checkpoint": 4, "objective": 4, "train": 5, "report": 5, "assemble": 6, "launch": 6, "generate": 6,
-    "cluster": 1, "doctor": 6, "nodes": 6, "evaluate": 7, "run": 7, "cli": 8, "__main__": 9,
+    "config": 0, "recipes": 0, "_helpers": 0, "layout": 1, "ops": 1, "distributed": 2, "data": 3, "model": 4,
+    "checkpoint": 5, "objective": 5, "prepare": 5, "plan": 6, "engine": 6, "evaluate": 7, "train": 8, "report": 8,
+    "doctor": 8, "run": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
+"""A part may import parts of a lower number only."""
+CORE = ("config", "layout", "distributed", "ops", "model", "objective", "engine", "train", "checkpoint")
+TORCHLESS = ("config", "recipes", "layout", "plan", "data", "prepare", "cli")
+MAY_IMPORT_TORCH = {"data/batches", "data/dali", "data/micro_batch"}
 SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
 }
-MAY_IMPORT_TORCH = {"data/batches", "data/dali"}
+
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS, MOST_FOLDER_LINES, MOST_CORE_LINES = 550, 60, 6, 3_500, 14_000
+LONG_FILES: dict[str, str] = {}
+"""File without ending -> why it may exceed the bound."""
+LONG_FUNCTIONS: dict[str, str] = {}
+"""file:function -> why it may exceed the bound."""
+MANY_PARAMETERS: dict[str, str] = {}
+"""file:function -> why it may take more."""
+
+TESTED_ELSEWHERE: dict[str, str] = {}
+"""Module without a test at the mirrored path -> the file or files that test it."""
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Dotted names that the file imports anywhere in it; `from a import b` counts as `a.b`."""
+    """Dotted names that the file imports anywhere in it, late imports included; `from a import b` counts as `a.b`."""
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return names | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+
+
+def modules_imported(tree: ast.AST) -> set[str]:
+    """Modules of the package that the file imports, as keys of SOURCES. What only type checkers read is left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found = set()
+    for name in imports(tree):
+        parts = name.split(".")[1:] if name.startswith("igla_mega.") else []
+        for end in (len(parts), len(parts) - 1):
+            if end > 0 and "/".join(parts[:end]) in SOURCES:
+                found.add("/".join(parts[:end]))
+                break
+    return found
+
+
+def functions(name: str, tree: ast.AST) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Qualified name and node of every function and method of a file."""
+
+    def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                yield f"{name}:{prefix}{child.name}", child
+            yield from walk(child, f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix)
+
+    return walk(tree, "")
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Circles of a graph of imports (Tarjan's strongly connected components of more than one node)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            members = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(members) > 1:
+                found.append(sorted(members))
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return found
 
 
 def test_imports_point_down_and_never_sideways():
@@ -34,29 +107,85 @@ def test_imports_point_down_and_never_sideways():
     assert not wrong
 
 
+def test_no_circle_of_imports_late_ones_included():
+    assert circles({name: modules_imported(tree) - {name} for name, tree in SOURCES.items()}) == []
+
+
+def test_a_circle_would_be_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_plan_is_imported_by_the_face_the_root_and_reports_only():
+    """The planner forecasts; what trains takes a layout that was chosen before."""
+    users = {n for n, tree in SOURCES.items() if any(i.startswith("igla_mega.plan.") for i in imports(tree))}
+    outside = {name for name in users if not name.startswith(("plan/", "report/"))}
+    assert outside <= {"cli", "run", "train/parts", "train/resume"}, "the last two name `Resolved` alone"
+
+
 def test_torch_is_imported_from_layer_two_up_and_in_ops():
-    torchless = {
-        name: tree
-        for name, tree in SOURCES.items()
-        if name.split("/")[0] in ("config", "recipes", "plan", "data", "cli")
-    }
-    assert {
-        n for n, tree in torchless.items() if any(i.split(".")[0] == "torch" for i in imports(tree))
-    } <= MAY_IMPORT_TORCH
+    torchless = {name: tree for name, tree in SOURCES.items() if name.split("/")[0] in TORCHLESS}
+    users = {n for n, tree in torchless.items() if any(i.split(".")[0] == "torch" for i in imports(tree))}
+    assert users <= MAY_IMPORT_TORCH
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "config.load", "config.rules", "plan.layout", "data.preprocess", "checkpoint.integrity"]
+    "module", ["cli", "config.load", "config.rules", "plan.question", "prepare.preprocess", "checkpoint.integrity"]
 )
 def test_what_must_start_fast_imports_no_torch(module):
     subprocess.run(
         [sys.executable, "-c", f"import sys, igla_mega.{module}; sys.exit('torch' in sys.modules)"],
         check=True,
-        cwd=PACKAGE.parent,
+        cwd=ROOT,
     )
 
 
 def test_only_megatron_core_is_imported_and_its_global_groups_in_one_file():
     used = {(name, i) for name, tree in SOURCES.items() for i in imports(tree) if i.split(".")[0] == "megatron"}
     assert {(name, i) for name, i in used if not i.startswith("megatron.core")} == set()
-    assert {name for name, i in used if "parallel_state" in i.split(".") or i == "megatron.core.mpu"} <= {"parallel"}
+    users = {name for name, i in used if "parallel_state" in i.split(".") or i == "megatron.core.mpu"}
+    assert users <= {"distributed/mesh"}
+
+
+def test_every_module_has_a_test_at_the_mirrored_path_or_a_line_that_says_where():
+    missing, needless = [], []
+    for name in SOURCES:
+        folder, _, stem = name.rpartition("/")
+        if stem == "__init__":
+            continue
+        mirrored = (ROOT / "tests" / folder / f"test_{stem}.py").is_file()
+        if not mirrored and name not in TESTED_ELSEWHERE:
+            missing.append(name)
+        if mirrored and name in TESTED_ELSEWHERE:
+            needless.append(name)
+    assert not missing and not needless
+    assert TESTED_ELSEWHERE.keys() <= SOURCES.keys()
+
+
+@pytest.mark.parametrize("name", TESTED_ELSEWHERE)
+def test_a_module_tested_elsewhere_is_named_there(name):
+    """The file must exist and import the module, or run the verb that is it."""
+    for place in TESTED_ELSEWHERE[name].split():
+        assert (ROOT / "tests" / place).is_file(), place
+
+
+def test_files_functions_and_folders_keep_their_bounds():
+    lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in SOURCES}
+    folders: dict[str, int] = {}
+    for name, count in lines.items():
+        folders[name.rpartition("/")[0]] = folders.get(name.rpartition("/")[0], 0) + count
+    assert {n: c for n, c in lines.items() if c > MOST_FILE_LINES and n not in LONG_FILES} == {}
+    assert {n: c for n, c in folders.items() if c > MOST_FOLDER_LINES} == {}
+    assert sum(folders[part] for part in CORE) <= MOST_CORE_LINES
+    long, wide = {}, {}
+    for name, tree in SOURCES.items():
+        for place, node in functions(name, tree):
+            if (length := node.end_lineno - node.lineno + 1) > MOST_FUNCTION_LINES:
+                long[place] = length
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if (count := len([a for a in given if a.arg not in ("self", "cls", "ctx")])) > MOST_PARAMETERS:
+                wide[place] = count
+    assert {place: n for place, n in long.items() if place not in LONG_FUNCTIONS} == {}
+    assert {place: n for place, n in wide.items() if place not in MANY_PARAMETERS} == {}
+    # An exception that is no longer needed is removed.
+    assert LONG_FILES.keys() <= {n for n, c in lines.items() if c > MOST_FILE_LINES}
+    assert LONG_FUNCTIONS.keys() <= long.keys() and MANY_PARAMETERS.keys() <= wide.keys()
