@@ -1,4 +1,7 @@
-"""The command line. Verbs import what they need when they run: `--help`, `check` and `recipes` know no torch."""
+"""The command line: parses, calls, prints.
+
+Verbs import what they need when they run, so that `--help`, `check`, `recipes` and `plan` start without torch.
+"""
 
 import importlib.util
 import math
@@ -23,16 +26,21 @@ app = typer.Typer(
 )
 
 _DATA_CHECKED = "IGLA_DATA_CHECKED"
-"""Set for the ranks that this process starts: it has looked at their data."""
+"""Environment variable set for the ranks that this process starts: their data has been checked."""
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a path.")]
-Scale = Annotated[str | None, typer.Option(help="Overlay of sizes: `laptop`.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a key; may be repeated.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A run, or one of its checkpoints.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a packaged recipe, or a path.")]
+Scale = Annotated[str | None, typer.Option(help="Overlay of smaller sizes: `laptop`.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a key of the recipe; may be repeated.")
+]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A run folder, or one of its checkpoints.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks on this machine. Default: its number of GPUs, or 1.")]
+Models = Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Entry point: a user's mistake is a message and exit code 2, the machine's failure a message and 1."""
+    """Run a verb: an invalid input is a message and exit code 2, a failure of the machine a message and 1."""
     try:
         environment.end_with_launcher()
         environment.adopt()
@@ -46,26 +54,27 @@ def main() -> None:
             raise
         code = _fail(error, 1)
     except MemoryError as error:
-        code = _fail(f"out of memory: a file or a recipe asks for more than this machine has. {error}".rstrip(), 1)
+        code = _fail(f"out of memory: a file or a recipe needs more than this machine has. {error}".rstrip(), 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own, for a wrong option or argument
+        if not hasattr(error, "format_message"):  # typer raises these for an invalid option or argument
             raise
         code = _fail(error.format_message(), 2)
-    # Peers of a rank that failed may be waiting for it: leave without their goodbye.
+    # Not sys.exit: destructors of process groups would wait for peers that this rank has left behind.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
 
 
-def _fail(error, code: int) -> int:
+def _fail(error: object, code: int) -> int:
+    """Print an error, once for all ranks where they meet the same one; return the exit code."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        # As a rule every rank meets the same mistake, and rank 0 says it: torchrun then ends this one in its sleep.
+        # Usually every rank meets the same error and rank 0 prints it; torchrun then ends this one while it sleeps.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1.5)
     text = str(error)
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
-        text = f"a peer of rank {rank} has ended; what it said is the cause"
+        text = f"a peer of rank {rank} has ended; its error message names the cause"
     print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -84,22 +93,11 @@ def check(
     recipe: Recipe,
     scale: Scale = None,
     set_: Set = None,
-    nproc: Annotated[int | None, typer.Option(help="Also check the layout for so many ranks.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Also check the layout for this number of ranks.")] = None,
 ) -> None:
-    """Validate a recipe, or a run's checkpoints, or one of them; print every breach at once."""
+    """Validate a recipe, a prepared dataset, a run's checkpoints, or one of them; print all errors at once."""
     if "://" in recipe or (Path(recipe).is_dir() and not Path(f"{recipe}.manifest.json").is_file()):
-        if "://" in recipe:
-            from igla_mega.checkpoint import remote
-
-            lines, damages = remote.report(recipe)
-        else:
-            from igla_mega.checkpoint import integrity
-
-            lines, damages = integrity.report(Path(recipe))
-        for line in lines:
-            print(line)
-        if damages:
-            raise ConfigError(*damages, "  Use another checkpoint, or restore this one from a backup.")
+        _check_checkpoints(recipe)
         return
     if Path(f"{recipe}.manifest.json").is_file():
         from igla_mega.prepare.manifest import damage
@@ -113,9 +111,9 @@ def check(
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
     if nproc:
-        from igla_mega.plan.choose import choose_layout
+        from igla_mega.plan.resolve import resolve
 
-        choose_layout(loaded, nproc, _device())
+        resolve(loaded, nproc, _device())
     if absent := rules.not_installed(loaded):
         raise ConfigError(*absent)
     print(f"{loaded.name}: fine")
@@ -124,30 +122,46 @@ def check(
         print(f"  note: {sentence}")
 
 
+def _check_checkpoints(place: str) -> None:
+    """Verify every checkpoint of a run folder, a checkpoint folder or a remote address, and print the result."""
+    if "://" in place:
+        from igla_mega.checkpoint import remote
+
+        lines, damages = remote.report(place)
+    else:
+        from igla_mega.checkpoint import integrity
+
+        lines, damages = integrity.report(Path(place))
+    for line in lines:
+        print(line)
+    if damages:
+        raise ConfigError(*damages, "  Use another checkpoint, or restore this one from a backup.")
+
+
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, a path, or a run folder.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe, a path, or a run folder.")],
     scale: Scale = None,
     set_: Set = None,
     gpu: Annotated[str | None, typer.Option(help="Hardware, such as a100-80gb or cpu. Default: the card's.")] = None,
-    gpus: Annotated[str | None, typer.Option(help="How many; 8,64,256 draws how the recipe scales.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="Number of GPUs; 8,64,256 shows how the recipe scales.")] = None,
     price: Annotated[
         float | None, typer.Option(help="Dollars an hour of one GPU. Default: the hardware table's.")
     ] = None,
-    hardware: Annotated[Path | None, typer.Option(help="YAML file that describes more hardware.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="What `make gpu-check` measured.")] = None,
-    models: Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Rows of an epoch, where the recipe counts epochs.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With several --gpus: also write the plot, as an HTML page.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    hardware: Annotated[Path | None, typer.Option(help="YAML file that describes additional hardware.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Rates measured by `make gpu-check`.")] = None,
+    models: Models = None,
+    samples: Annotated[int | None, typer.Option(help="Rows per epoch, for a recipe that counts epochs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With several --gpus: also write the plot as an HTML page.")] = None,
+    json_: Json = False,
 ) -> None:
-    """Say what a recipe needs, takes and costs before anything is allocated; of a run folder, also what it took."""
+    """Forecast memory, time and cost of a recipe; for a run folder, compare the forecast with the run."""
     from igla_mega.plan.question import ask
 
     asked = ask(recipe, scale, set_, gpu, gpus, price, hardware, calibration, models, samples)
     if out is not None:
         if len(asked.table) < 2:
-            raise ConfigError("--out: the plot is of several numbers of GPUs. Give --gpus 8,64,256.")
+            raise ConfigError("--out: a plot needs several numbers of GPUs. Give --gpus 8,64,256.")
         from igla_mega.report.scaling import write_scaling
 
         write_scaling(asked.table, out)
@@ -160,17 +174,17 @@ def prepare(
     scale: Scale = None,
     set_: Set = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Make the I-th (from 0) of N parts of each source; then `merge`.")
+        str | None, typer.Option(metavar="I/N", help="Prepare part I (from 0) of N of each source; then `merge`.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="`local`, or `ray`: parts are spread over a Ray cluster.")] = "local",
-    on_error: Annotated[str | None, typer.Option(help="Records of no text: `stop`, `skip` or `quarantine`.")] = None,
+    engine: Annotated[str, typer.Option(help="`local`, or `ray`: spread the parts over a Ray cluster.")] = "local",
+    on_error: Annotated[str | None, typer.Option(help="Records without text: `stop`, `skip`, `quarantine`.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Default: data.workers, or all cores.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be made and left out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be written and left out.")] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Write a page about the prepared data: lengths, samples, duplicates.")
+        bool, typer.Option("--report", help="Write a page on the prepared data: lengths, samples, duplicates.")
     ] = False,
 ) -> None:
-    """Turn the raw text of a recipe's sources into indexed datasets; again after a kill, go on."""
+    """Turn the raw text of a recipe's sources into indexed datasets; resumes after a kill."""
     from igla_mega.layout.stages import parts_of
     from igla_mega.prepare import laptop
     from igla_mega.prepare.samples import prepare_samples
@@ -185,7 +199,7 @@ def prepare(
         raise ConfigError(f"--engine: {engine} is neither `local` nor `ray`.")
     for stage in parts_of(loaded):
         if stage.form != "text" and (shard or engine == "ray" or dry_run or report):
-            raise ConfigError(f"--shard, --engine, --dry-run, --report: for text; {stage.name} learns {stage.form}.")
+            raise ConfigError(f"--shard, --engine, --dry-run, --report: for text; {stage.name} reads {stage.form}.")
     for stage in parts_of(loaded):
         if stage.form == "text":
             _prepare_text(stage, engine, workers, part, dry_run, report)
@@ -194,6 +208,7 @@ def prepare(
 
 
 def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int], dry_run: bool, report: bool) -> None:
+    """Prepare the text sources of one part of a recipe."""
     from igla_mega.data.blend import normalised
     from igla_mega.prepare.sources import prepare_sources
 
@@ -213,7 +228,7 @@ def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Dataset to write, without .bin and .idx.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Dataset to write, as a path without .bin and .idx.")],
     parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Datasets to join, in order.")],
     reference: Annotated[bool, typer.Option("--reference", help="Refer to the parts instead of copying them.")] = False,
 ) -> None:
@@ -232,53 +247,57 @@ def train(
     recipe: Recipe,
     scale: Scale = None,
     set_: Set = None,
-    nproc: Annotated[int | None, typer.Option(help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder; resumed when it has a checkpoint.")] = None,
-    stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop at this step, before the last.")] = None,
-    models: Annotated[Path | None, typer.Option(envvar="IGLA_MODELS", help="Folder of base models.")] = None,
+    nproc: Nproc = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; resumed if it has a checkpoint.")] = None,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop at this step.")] = None,
+    models: Models = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say at the start what context parallelism costs.")
+        bool, typer.Option("--verbose", help="Print the cost of context parallelism at the start.")
     ] = False,
     nnodes: Annotated[
         str,
         typer.Option(
             metavar="N|MIN:MAX",
             envvar="PET_NNODES",
-            help="Machines; the same command on each. MIN:MAX goes on with fewer.",
+            help="Number of machines; run the same command on each. MIN:MAX allows fewer.",
         ),
     ] = "1",
     rendezvous: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", envvar="PET_RDZV_ENDPOINT", help="Where they meet; HOST is one of them."),
+        typer.Option(
+            metavar="HOST:PORT",
+            envvar="PET_RDZV_ENDPOINT",
+            help="Where machines meet; HOST is one of them.",
+        ),
     ] = None,
-    restarts: Annotated[int, typer.Option(min=0, help="How often ranks start again after a failure.")] = 0,
+    restarts: Annotated[int, typer.Option(min=0, help="How often ranks are restarted after a failure.")] = 0,
 ) -> None:
-    """Run a recipe; under torchrun or Slurm as one rank, else starting torchrun by itself.
+    """Train a recipe: as one rank under torchrun or Slurm, else starting the ranks of this machine.
 
-    SIGTERM, SIGUSR1 and SIGUSR2 finish the step, save and end with code 75 (requeue: the same command goes on); Ctrl-C
-    does so with 130; a second signal ends at once. 76: ended because it was stuck (distributed.hang_seconds). 2: the
-    recipe or the command is wrong. 1: a failure.
+    SIGTERM, SIGUSR1 and SIGUSR2 finish the step, save and exit with code 75 (requeue: the same command resumes); so
+    does Ctrl-C, with 130; a second signal exits at once. Code 76: the run was stuck (distributed.hang_seconds). Code 2:
+    the recipe or the command is invalid. Code 1: a failure.
     """
     from igla_mega.config import rules
     from igla_mega.prepare import laptop
 
-    _end_when_asked()
+    _exit_on_signals()
     loaded = _load(recipe, scale, set_)
     if refusals := [*rules.not_yet(loaded), *rules.not_installed(loaded)]:
         raise ConfigError(*refusals)
     run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
-    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if scale == "laptop":
-        # Made once, by the process that starts the ranks.
-        make = not under_launcher or os.environ["RANK"] == "0"
+        # Written once, by the process that starts the ranks.
+        make = not _under_launcher() or os.environ["RANK"] == "0"
         loaded = laptop.with_base(laptop.with_data(loaded, make=make), models, num_ranks=nproc or 1, make=make)
-    if not under_launcher:
+    if not _under_launcher():
         from igla_mega.layout.hardware import num_local_gpus
 
         nproc, nodes = nproc or num_local_gpus() or 1, _nodes(nnodes)
         if nodes[1] > 1 and rendezvous is None:
             raise ConfigError(
-                f"--rendezvous: {nnodes} nodes need a place to meet.\n  Give HOST:PORT of one of them, say node1:29500."
+                f"--rendezvous: {nnodes} nodes need an address to meet at.\n"
+                "  Give HOST:PORT of one of them, such as node1:29500."
             )
         _check_before_launch(loaded, nproc * nodes[1], models)
         os.environ[_DATA_CHECKED] = "1"
@@ -288,9 +307,7 @@ def train(
 
             raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_id=run.name))
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
-        from igla_mega.plan.choose import choose_layout
-
-        _check_data(loaded, choose_layout(loaded, int(os.environ["WORLD_SIZE"]), _device()))
+        _check_data(loaded, int(os.environ["WORLD_SIZE"]))
     _quiet_libraries()
     from igla_mega import run as engine
 
@@ -304,21 +321,20 @@ def fisher(
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: `fisher` beside CKPT.")] = None,
     scale: Scale = None,
     set_: Set = None,
-    nproc: Annotated[int | None, typer.Option(help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
+    nproc: Nproc = None,
 ) -> None:
     """Estimate and save the Fisher and anchor of a finished model, on a recipe's data."""
     _quiet_libraries()
     from igla_mega.prepare import laptop
 
     loaded = _load(recipe, scale, set_)
-    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if scale == "laptop":
         from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 
         model = read_recipe(resolve_checkpoint(checkpoint)).model
-        make = not under_launcher or os.environ["RANK"] == "0"
+        make = not _under_launcher() or os.environ["RANK"] == "0"
         loaded = laptop.with_data(loaded.with_keys({"model": model}), make=make)
-    if not under_launcher:
+    if not _under_launcher():
         from igla_mega.layout.hardware import num_local_gpus
 
         nproc = nproc or num_local_gpus() or 1
@@ -359,7 +375,7 @@ def import_(
 
         moe = Moe(num_experts=upcycle, num_experts_per_tok=experts_per_token)
     hugging_face.import_folder(hf_dir, checkpoint, say=print, upcycle=moe)
-    _say_logit_difference(checkpoint, hf_dir)
+    hugging_face.print_logit_difference(checkpoint, hf_dir)
 
 
 @app.command()
@@ -396,10 +412,10 @@ def export(
             merged = Path(unfinished, "merged")
             adapters.merge_adapters(checkpoint, merged)
             hugging_face.export_folder(merged, hf_dir, say=print)
-        _say_logit_difference(checkpoint, hf_dir)
+        hugging_face.print_logit_difference(checkpoint, hf_dir)
         return
     hugging_face.export_folder(checkpoint, hf_dir, say=print)
-    _say_logit_difference(checkpoint, hf_dir)
+    hugging_face.print_logit_difference(checkpoint, hf_dir)
 
 
 @app.command(name="eval")
@@ -413,7 +429,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task. Default: all.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine, for --tasks. Default: 1.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    json_: Json = False,
 ) -> None:
     """Print loss and perplexity for each source: the held-out part of the run's own, or whole datasets; or tasks."""
     _quiet_libraries()
@@ -522,75 +538,49 @@ def report(
 
 @app.command()
 def doctor(
-    list_: Annotated[bool, typer.Option("--list", help="Only say what is there; put no load on the machine.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Only list what is installed; measure nothing.")] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Half a minute, not seconds: heat and full caches show.")
+        bool, typer.Option("--full", help="Measure for half a minute, so that heat and full caches show.")
     ] = False,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine. Default: its GPUs, or 1.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine. Default: its number of GPUs, or 1.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder that the run will write. Default: runs.")] = None,
     limit: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", envvar="IGLA_LIMITS", help="What a node must reach; may be repeated."),
+        typer.Option(metavar="NAME=VALUE", envvar="IGLA_LIMITS", help="Rate that a node must reach; may be repeated."),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Say what is installed and what is lost without the missing, then test this node, or under a launcher all nodes.
+    """List what is installed and what its absence costs, then test this node, or all nodes under a launcher.
 
-    Exit code 1: a node is bad, and named; 2: a wrong option.
+    Exit code 1: a node is bad; it is named. Code 2: an invalid option.
     """
     _quiet_libraries()
     from igla_mega.layout.hardware import num_local_gpus
 
-    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     gpus = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else num_local_gpus()
     from igla_mega.doctor import node_test
-    from igla_mega.doctor.measure import node_name
 
     limits = node_test.parse_limits(limit or [], on_cpu=not gpus)
     nproc = nproc or gpus or 1
-    if not list_ and not under_launcher and nproc > 1:
+    if not list_ and not _under_launcher() and nproc > 1:
         from igla_mega.distributed.torchrun import torchrun
 
         raise typer.Exit(torchrun(nproc))
-    import json
+    from igla_mega.doctor.examine import Examination, examine
 
-    from igla_mega.doctor import installed
-
-    speaks = os.environ.get("RANK", "0") == "0"
-    rows, unfit = installed.rows(), installed.unfit(int(os.environ.get("LOCAL_RANK", 0)) if under_launcher else None)
-    if speaks and not json_:
-        _print_rows(rows)
-    for reason in unfit:
-        print(f"bad: {node_name()}: {reason}", file=sys.stderr)
-    answer: dict = {"installed": [dict(zip(("what", "state", "use"), row, strict=True)) for row in rows]}
-    answer["unfit"] = unfit
-    bad = bool(unfit)
-    if not list_ and not unfit:
-        reports = node_test.test(node_test.start(), run or Path("runs"), full=full)
-        found = node_test.verdicts(reports, limits)
-        answer |= node_test.as_json(reports, found, limits)
-        bad = bool(found)
-        if speaks and not json_:
-            print(node_test.text(reports, found))
-    if speaks and json_:
-        print(json.dumps(answer, indent=1))
-    raise typer.Exit(1 if bad else 0)
+    asked = Examination(limits, run or Path("runs"), load=not list_, full=full, as_json=json_)
+    raise typer.Exit(0 if examine(asked) else 1)
 
 
-def _print_rows(rows) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from igla_mega.doctor.installed import COLUMNS
-
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+def _under_launcher() -> bool:
+    """Return True if this process is a rank that torchrun or Slurm has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _end_when_asked() -> None:
-    """Until ranks hear signals themselves: a scheduler's ends the command as it would end them, to be started again."""
+def _exit_on_signals() -> None:
+    """Exit with the requeue code on a scheduler's signal, until ranks handle signals themselves."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(75))
@@ -609,71 +599,37 @@ def _device() -> str:
 
 
 def _nodes(text: str) -> tuple[int, int]:
-    """`2` or `1:4`, as least and most."""
+    """Parse `2` or `1:4`; return minimum and maximum."""
     parts = text.split(":")
-    least, most = (int(part) if part.isdigit() else 0 for part in (parts[0], parts[-1]))
-    if len(parts) > 2 or not 1 <= least <= most:
-        raise ConfigError(f"--nnodes: {text} is neither a number of nodes nor MIN:MAX.\n  Give 2, or 1:4.")
-    return least, most
+    fewest, most = (int(part) if part.isdigit() else 0 for part in (parts[0], parts[-1]))
+    if len(parts) > 2 or not 1 <= fewest <= most:
+        raise ConfigError(f"--nnodes: {text} is neither a number of nodes nor MIN:MAX.\n  Use 2 or 1:4.")
+    return fewest, most
 
 
-def _check_before_launch(recipe, nproc: int, models: Path | None) -> None:
-    """Find the user's mistakes in a second, before ranks import torch."""
+def _check_before_launch(recipe, num_ranks: int, models: Path | None) -> None:
+    """Find invalid inputs within a second, before ranks import torch."""
     from igla_mega.config.load import base_folder
-    from igla_mega.plan.choose import choose_layout
 
     first = recipe.stages[0] if recipe.stages else recipe
     if first.base_model:
         base_folder(first.base_model, models)
-    if recipe.model is None:
-        return  # only the base model knows the rest
-    layout = choose_layout(recipe, nproc, _device())
-    _check_data(recipe, layout)
+    if recipe.model is not None:  # else the layout depends on the base model, which ranks read
+        _check_data(recipe, num_ranks)
 
 
-def _check_data(recipe, layout) -> None:
-    """Hold the prepared data to its manifest and its model, and say how much of it will be read."""
-    from igla_mega.data.blend import consumption, normalised
-    from igla_mega.data.indexed import IndexedReader, part_prefixes
-    from igla_mega.data.prepared import source_prefixes
-    from igla_mega.data.tokenizer import digest_at
-    from igla_mega.prepare.manifest import damage
+def _check_data(recipe, num_ranks: int) -> None:
+    """Check the prepared data, and the layout on the way."""
+    from igla_mega.plan.resolve import resolve
+    from igla_mega.prepare.check import check_prepared
 
-    breaches, tokens = [], {}
-    digest = digest_at(recipe.data.tokenizer)
-    for name, prefix in source_prefixes(recipe.data).items():
-        try:
-            tokens[name] = IndexedReader(prefix, recipe.model.vocab_size).num_tokens
-            for part in part_prefixes(prefix):
-                breaches += damage(part, tokenizer_digest=digest)
-        except ConfigError as error:
-            breaches += error.breaches
-    if breaches:
-        raise ConfigError(*breaches)
-    if note := normalised(recipe.data.mix):
-        print(note)
-    steps = recipe.training.total_steps
-    if steps and recipe.data.mix and recipe.curriculum is None:
-        for line in consumption(recipe.data.mix, tokens, steps * layout.global_batch * layout.sequence_length):
-            print(line)
+    check_prepared(recipe, resolve(recipe, num_ranks, _device()).layouts[0])
 
 
 def _quiet_libraries() -> None:
-    """Keep pinned libraries' advice to their own authors off the user's screen."""
+    """Hide warnings of pinned libraries that a user cannot act on."""
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)(\.|$)")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def _say_logit_difference(checkpoint: Path, hf_dir: Path) -> None:
-    from igla_mega.checkpoint import hugging_face
-
-    if not hugging_face.fits_in_memory(checkpoint):
-        print("logits not compared: both models together do not fit into memory")
-    elif importlib.util.find_spec("transformers") is None:
-        print("logits not compared: transformers is not installed (the extra `hf`)")
-    else:
-        difference = hugging_face.logit_difference(checkpoint, hf_dir)
-        print(f"largest difference of the fp32 logits, this engine to transformers: {difference:.1e}")

@@ -3,6 +3,7 @@
 Both walks hold one tensor (import) or one shard (export) at a time, on the CPU, in one process.
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -277,3 +278,14 @@ def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> d
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def print_logit_difference(checkpoint: Path, hf_dir: Path) -> None:
+    """Compare the logits of a checkpoint and its Hugging Face folder if possible, and print the result."""
+    if not fits_in_memory(checkpoint):
+        print("logits not compared: both models together do not fit into memory")
+    elif importlib.util.find_spec("transformers") is None:
+        print("logits not compared: transformers is not installed (the extra `hf`)")
+    else:
+        difference = logit_difference(checkpoint, hf_dir)
+        print(f"largest difference of the fp32 logits, this engine to transformers: {difference:.1e}")

@@ -1,0 +1,37 @@
+"""Check prepared data against its manifest and the model before ranks start."""
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
+from igla_mega.data.blend import consumption, normalised
+from igla_mega.data.indexed import IndexedReader, part_prefixes
+from igla_mega.data.prepared import source_prefixes
+from igla_mega.data.tokenizer import digest_at
+from igla_mega.layout.layout import Layout
+from igla_mega.prepare.manifest import damage
+
+
+def check_prepared(recipe: Recipe, layout: Layout) -> None:
+    """Check the prepared data of a recipe, and print how much of it will be read.
+
+    Raises:
+        ConfigError: a dataset is missing or damaged, was made with another tokenizer, or holds ids outside of the
+            model's vocabulary.
+    """
+    assert recipe.model is not None, "the caller knows the model"
+    breaches, tokens = [], {}
+    digest = digest_at(recipe.data.tokenizer)
+    for name, prefix in source_prefixes(recipe.data).items():
+        try:
+            tokens[name] = IndexedReader(prefix, recipe.model.vocab_size).num_tokens
+            for part in part_prefixes(prefix):
+                breaches += damage(part, tokenizer_digest=digest)
+        except ConfigError as error:
+            breaches += error.breaches
+    if breaches:
+        raise ConfigError(*breaches)
+    if note := normalised(recipe.data.mix):
+        print(note)
+    steps = recipe.training.total_steps
+    if steps and recipe.data.mix and recipe.curriculum is None:
+        for line in consumption(recipe.data.mix, tokens, steps * layout.global_batch * layout.sequence_length):
+            print(line)
