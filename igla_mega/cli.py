@@ -110,14 +110,16 @@ def check(
     from igla_mega.data.blend import normalised
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
+    assumed: list[str] = []
     if nproc:
-        from igla_mega.plan.resolve import resolve
+        from igla_mega.plan.resolve import resolve, shape_of_base
 
-        resolve(loaded, nproc, _device())
+        base, assumed = shape_of_base(loaded)
+        resolve(loaded, nproc, _device(), base=base)
     if absent := rules.not_installed(loaded):
         raise ConfigError(*absent)
     print(f"{loaded.name}: fine")
-    notes = [*rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
+    notes = [*assumed, *rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
     for sentence in notes:
         print(f"  note: {sentence}")
 

@@ -9,6 +9,7 @@ from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model, Recipe
 from igla_mega.layout.layout import Layout
 from igla_mega.layout.stages import Stage, parts_of
+from igla_mega.plan.base_model import with_base
 from igla_mega.plan.choose import stages_of
 
 
@@ -79,3 +80,17 @@ def resolve(
         parts = [part.with_keys({"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
         recipe = recipe.with_keys({"stages": tuple(parts)})
     return Resolved(recipe, tuple(parts), tuple(stages_of(recipe, world_size, device, total_steps)), base)
+
+
+def shape_of_base(recipe: Recipe, models: Path | None = None) -> tuple[Base | None, list[str]]:
+    """Return the shape of a recipe's base model without loading it, and what was assumed about it.
+
+    Args:
+        models: folder below which the base model is looked up; one that is not there has the shape of the 7B recipe.
+    """
+    first = parts_of(recipe)[0]
+    if first.base_model is None or first.model is not None:
+        return None, []
+    whole, notes = with_base(first, models)
+    assert whole.model is not None, "with_base reads or assumes it"
+    return Base(Path(first.base_model), whole.model, whole.moe), notes[:1]  # the rest is of the length
