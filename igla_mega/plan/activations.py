@@ -31,7 +31,7 @@ class Op:
     """Activation gradients that the backward pass computes."""
     extra: int = 0
     """Other memory of the backward pass: the weight gradient, copies."""
-    beside: int = 0
+    residual: int = 0
     """Gradient of the residual stream, kept during the op."""
 
 
@@ -145,9 +145,9 @@ def _norm(r: _Rank, name: str) -> Op:
     """Return a norm as an op."""
     wide, scale = 4 * r.own_tokens * r.model.hidden_size, 4 * r.own_tokens
     if r.device == "cuda" or r.recipe.distributed.fused_layers:
-        return Op(name, r.x + scale, r.x, r.x, beside=r.x)
+        return Op(name, r.x + scale, r.x, r.x, residual=r.x)
     # On a CPU torch decomposes it: the fp32 input is saved, and the normalized input for the weight gradient.
-    return Op(name, (2 if r.recipe.lora is None else 1) * wide + scale, r.x, wide, extra=2 * wide, beside=r.x)
+    return Op(name, (2 if r.recipe.lora is None else 1) * wide + scale, r.x, wide, extra=2 * wide, residual=r.x)
 
 
 def _swiglu_kept(r: _Rank, f: int) -> int:
@@ -164,13 +164,13 @@ def _attention_ops(r: _Rank) -> Iterator[Op]:
     stacked = r.q + 2 * r.k
     yield _norm(r, "norm")
     kept = r.input_kept(r.x, "q_proj", "k_proj", "v_proj")
-    yield Op("qkv", kept, stacked, r.full, r.gradient("qkv"), beside=r.x)
-    yield Op("rotary", angles, stacked, stacked, r.q, beside=r.x)
+    yield Op("qkv", kept, stacked, r.full, r.gradient("qkv"), residual=r.x)
+    yield Op("rotary", angles, stacked, stacked, r.q, residual=r.x)
     # The values are a view of the stacked QKV output, which therefore stays allocated.
     own_values = r.k if r.layout.context > 1 else 0
     # Ring attention sums the gradients of its blocks in fp32.
     sums = 4 * stacked // r.value if r.layout.context > 1 else 0
-    yield Op("attention", r.q + r.k + stacked + own_values + r.q + lse, r.q, stacked, sums, beside=r.x)
+    yield Op("attention", r.q + r.k + stacked + own_values + r.q + lse, r.q, stacked, sums, residual=r.x)
     adapters = r.input_kept(r.q, "o_proj")
     if r.recipe.lora is None or (r.adapted("o_proj") and not r.recipe.lora.dropout):
         adapters -= r.q  # already saved by attention
@@ -180,9 +180,9 @@ def _attention_ops(r: _Rank) -> Iterator[Op]:
 def _network_ops(r: _Rank) -> Iterator[Op]:
     """Yield the ops of a dense feed-forward network."""
     yield _norm(r, "norm")
-    yield Op("fc1", r.input_kept(r.x, "gate_proj", "up_proj"), 2 * r.f, r.full, r.gradient("fc1"), beside=r.x)
+    yield Op("fc1", r.input_kept(r.x, "gate_proj", "up_proj"), 2 * r.f, r.full, r.gradient("fc1"), residual=r.x)
     product = r.input_kept(r.f, "down_proj")
-    yield Op("swiglu", _swiglu_kept(r, r.f), r.f, 2 * r.f, beside=r.x)
+    yield Op("swiglu", _swiglu_kept(r, r.f), r.f, 2 * r.f, residual=r.x)
     yield Op("fc2", product, r.x, r.f, r.gradient("fc2"))
 
 
@@ -204,14 +204,14 @@ def _expert_ops(r: _Rank) -> Iterator[Op]:
     yield _norm(r, "norm")
     # Tokens are sorted by expert before sending and after receiving; each sort saves its indices, not its tokens.
     places = 2 * 8 * moe.num_experts_per_tok * r.own_tokens
-    yield Op("router", r.x + scores + places, sent, r.x, sent, beside=r.x)
-    yield Op("expert_fc1", sent + stacks[0], 2 * one, sent, first + stacks[0], beside=r.x)
+    yield Op("router", r.x + scores + places, sent, r.x, sent, residual=r.x)
+    yield Op("expert_fc1", sent + stacks[0], 2 * one, sent, first + stacks[0], residual=r.x)
     # Its result is saved twice: weighted for the next op, and unweighted for the gradient of the weights.
-    yield Op("expert_swiglu", _swiglu_kept(r, f) + f, 2 * one, 2 * one, beside=r.x + sent)
-    yield Op("expert_fc2", f + stacks[1], one_sent, one, second + stacks[1], beside=r.x + sent)
+    yield Op("expert_swiglu", _swiglu_kept(r, f) + f, 2 * one, 2 * one, residual=r.x + sent)
+    yield Op("expert_fc2", f + stacks[1], one_sent, one, second + stacks[1], residual=r.x + sent)
     if r.value == 2:
         # Weighting is in fp32: the incoming gradient, that of the product, and that of the weights.
-        yield Op("expert_weight", 0, 2 * one, 4 * one, beside=r.x + sent)
+        yield Op("expert_weight", 0, 2 * one, 4 * one, residual=r.x + sent)
 
 
 _EXPERTS = {"expert_fc1", "expert_swiglu", "expert_fc2", "expert_weight"}
@@ -323,9 +323,9 @@ def _backward(
         elif r.layout.recompute == "selective" and op.name in _NETWORK:
             again = 2 * r.x  # the saved input of the network and its recomputed output
         kept = below + kept_already + sum(earlier.kept for earlier in ops[: index + 1])
-        working = op.given + op.made + op.extra + op.beside + again
+        working = op.given + op.made + op.extra + op.residual + again
         sent = _ring_messages(r) if op.name == "attention" else 0
-        unsharded = unit.beside(op.name, [later.name for later in ops[index + 1 :]]) if unit else 0
+        unsharded = unit.during(op.name, [later.name for later in ops[index + 1 :]]) if unit else 0
         shards = unit.shards if unit else 0
         yield Peak(f"{op.name}, backward", kept, working, loss, unsharded, communication + sent, shards)
     lora = r.recipe.lora
@@ -336,7 +336,7 @@ def _backward(
         dropped = r.f * (2 if r.device == "cpu" else 1)
         if r.layout.recompute == "full":
             dropped += 2 * r.x  # the incoming gradient, and the output of the layer
-        unsharded = unit.beside("fc2", []) if unit else 0
+        unsharded = unit.during("fc2", []) if unit else 0
         shards = unit.shards if unit else 0
         yield Peak("an adapter's dropout", whole, dropped + 2 * r.x, 0, unsharded, communication, shards)
     if unit and not unit.lowest:
@@ -429,7 +429,7 @@ class _ShardedLayer:
         copy = a.rest // a.ranks if a.value == 2 else 0
         return a.outer + 2 * a.rest + a.experts + copy + (a.rest if a.on_cpu else 0) + (a.buffer if self.depth else 0)
 
-    def beside(self, op: str, done: list[str]) -> int:
+    def during(self, op: str, done: list[str]) -> int:
         """Return the bytes of gathered weights, waiting gradients, and the buffer of the last reduce-scatter.
 
         Args:

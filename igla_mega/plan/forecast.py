@@ -337,7 +337,7 @@ def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Ite
                 continue
             saved = 1 - winner.seconds_per_token * part.tokens_per_second
             if saved > 0.05:
-                now = f" ({winner.layout.recompute})" if key == "gradient_checkpointing" else ""
+                now = f" (chosen: {winner.layout.recompute})" if key == "gradient_checkpointing" else ""
                 yield (
                     f"distributed.{key}={shown or value}{now}: {saved:.0%} less time, "
                     f"{part.run.days * (1 - saved):,.3g} days instead of {part.run.days:,.3g}, in "

@@ -321,7 +321,8 @@ def buffer(
     if not shared_out:
         elements = sum(parameter.elements for parameter in parameters)
         return elements, elements
-    # Buckets are padded to equal parts per rank, and to 128 elements for cuBLAS (megatron-core 0.16.1).
+    # Buckets have equal parts per rank and start at 256-byte addresses: 128 values of 2 bytes (megatron-core 0.16.1,
+    # param_and_grad_buffer.py).
     unit = math.lcm(ranks, 128)
     updated = at = begin = 0
     runs: list[tuple[int, int]] = []

@@ -372,10 +372,10 @@ class Clock:
             (cost.forward_bytes, cost.forward_flops, self.rates.attention_forward.value),
             (cost.backward_bytes, cost.backward_flops, self.rates.attention_backward.value),
         ):
-            beside = flops / (self.peak * share) * self.rates.overlap.value if cost.num_steps > 1 else 0.0
+            overlap = flops / (self.peak * share) * self.rates.overlap.value if cost.num_steps > 1 else 0.0
             seconds = sent / rate + HOP_SECONDS
             times = layers * cost.num_steps
-            found.append(Traffic(schedule, link, sent * times, seconds * times, max(0.0, seconds - beside) * times))
+            found.append(Traffic(schedule, link, sent * times, seconds * times, max(0.0, seconds - overlap) * times))
         return found
 
     def _sharded_traffic(self, stage: int, layers: int) -> list[Traffic]:
@@ -397,9 +397,9 @@ class Clock:
         """Return the messages once per step: gradients reduced over the data and context ranks, weights gathered."""
         layout, replicas = self.layout, self.layout.data * self.layout.context
         found = []
-        beside = 0.0
+        overlap = 0.0
         if self.recipe.distributed.overlap_communication and not self.hardware.is_cpu:
-            beside = micro_seconds
+            overlap = micro_seconds
         own = totals(self.recipe, layout, stage)
         if layout.strategy != "FSDP" and replicas > 1:
             for expert in (False, True):
@@ -411,10 +411,10 @@ class Clock:
                 if layout.distributed_optimizer:
                     # Gradients overlap with the last backward pass (two thirds of the work), weights with the next
                     # forward pass (one third).
-                    found.append(self._message("reduce-scatter", 4 * elements, ranks, stride, hidden=beside * 2 / 3))
-                    found.append(self._message("all-gather", self.value * elements, ranks, stride, hidden=beside / 3))
+                    found.append(self._message("reduce-scatter", 4 * elements, ranks, stride, hidden=overlap * 2 / 3))
+                    found.append(self._message("all-gather", self.value * elements, ranks, stride, hidden=overlap / 3))
                 else:
-                    found.append(self._message("all-reduce", 4 * elements, ranks, stride, hidden=beside * 2 / 3))
+                    found.append(self._message("all-reduce", 4 * elements, ranks, stride, hidden=overlap * 2 / 3))
         # Tied embeddings exist on the first and the last stage, which sum their gradients.
         if self.model.tie_embeddings and layout.pipeline > 1:
             vocabulary = 4 * math.ceil(self.model.vocab_size / layout.tensor) * self.model.hidden_size
