@@ -1,4 +1,4 @@
-"""A forecast as text for a terminal and as plain values for machines."""
+"""Forecasts as text for a terminal and as values for JSON."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from igla_mega.plan.memory import CUDA_SLACK, available
 from igla_mega.plan.search import fixed_sizes, name_of
 
 SHOWN_OTHERS = 5
+"""Number of slower layouts listed per part."""
 
 
 def text(found: Forecast) -> Iterator[str]:
@@ -30,45 +31,46 @@ def text(found: Forecast) -> Iterator[str]:
         yield ""
         yield from _card(found)
     for title, lines in (
-        ("would help", found.advice),
-        ("assumed, since nobody says", found.assumed),
-        ("warnings", found.warnings),
+        ("Suggestions:", found.advice),
+        ("Assumptions: values given by neither the recipe nor the card.", found.assumed),
+        ("Warnings:", found.warnings),
     ):
         if lines:
             yield ""
-            yield f"{title}:"
+            yield title
             yield from (f"  {line}" for line in lines)
     yield ""
     yield from _rates(found)
 
 
 def _part(found: Forecast, part: Part) -> Iterator[str]:
+    """Yield the lines of one part: layout, memory, step, messages and other layouts."""
     layout, memory, step, hardware = part.layout, part.memory, part.step, found.hardware
     if len(found.parts) > 1:
         yield f"[{part.name}]"
-    yield f"layout    {name_of(layout)}, {layout.num_microbatches} micro-batches a step"
-    yield f"          {layout.global_batch:,} x {_row(part)} tokens = {part.tokens_per_step:,} a step"
+    yield f"layout    {name_of(layout)}, {layout.num_microbatches} micro-batches per step"
+    yield f"          {layout.global_batch:,} x {_row(part)} tokens = {part.tokens_per_step:,} per step"
     space = available(hardware, layout)
-    yield f"memory    {memory.total / GIB:.2f} GiB of {space / GIB:.1f} a rank, at its peak ({memory.moment})"
+    yield f"memory    {memory.total / GIB:.2f} GiB of {space / GIB:.1f} per rank at the peak ({memory.moment})"
     yield "          " + _list(memory.parts(), 1 / GIB, " GiB", least=0.005)
     if layout.pipeline > 1:
         totals = ", ".join(f"{one.total / GIB:.1f}" for one in stage_memories(part, found))
         yield f"          by pipeline stage: {totals} GiB"
-    each = "" if hardware.is_cpu else f", {part.tokens_per_second / layout.world_size:,.0f} a device"
+    each = "" if hardware.is_cpu else f", {part.tokens_per_second / layout.world_size:,.0f} per device"
     yield (
         f"step      {_duration(step.seconds)}: {part.tokens_per_second:,.0f} tokens/s{each}, "
-        f"{part.utilization(hardware):.1%} of the peak (recomputation not counted)"
+        f"{part.utilization(hardware):.1%} of the peak rate (recomputation not counted)"
     )
     yield "          " + _list(step.parts(), 1 / step.seconds, "", percent=True, least=0.001)
     for message in step.traffic:
-        where = "in the machine" if message.link == "link" else "across machines"
+        where = "within a machine" if message.link == "link" else "between machines"
         yield (
             f"          {message.collective} {where}: {message.bytes / 1e9:,.3g} GB, {_duration(message.seconds)}, "
-            f"{_duration(message.exposed)} of it not hidden"
+            f"{_duration(message.exposed)} of it not overlapped"
         )
     others = part.found.others
     for one in others[:SHOWN_OTHERS]:
-        yield f"not       {name_of(one.layout)}: {one.reason}"
+        yield f"other     {name_of(one.layout)}: {one.reason}"
     if len(others) > SHOWN_OTHERS:
         yield f"          and {len(others) - SHOWN_OTHERS} more"
     for sizes, reason in part.found.refused[:2]:
@@ -78,6 +80,7 @@ def _part(found: Forecast, part: Part) -> Iterator[str]:
 
 
 def _row(part: Part) -> str:
+    """Return the shape of a sample as text: `8,192`, or `2 x 2,048` for a pair."""
     return (
         f"{part.layout.rows_per_sample} x {part.layout.sequence_length:,}"
         if part.layout.rows_per_sample > 1
@@ -86,13 +89,14 @@ def _row(part: Part) -> str:
 
 
 def stage_memories(part: Part, found: Forecast):
-    """The memory of every pipeline rank of a part."""
+    """Return the memory of every pipeline rank of a part."""
     from igla_mega.plan.memory import of_stages
 
     return of_stages(part.recipe, part.layout, found.hardware)
 
 
 def _whole(found: Forecast) -> Iterator[str]:
+    """Yield the lines on the whole run: time, failures, cost and energy."""
     for part in found.parts:
         run = part.run
         name = f"{part.name}: " if len(found.parts) > 1 else ""
@@ -104,40 +108,41 @@ def _whole(found: Forecast) -> Iterator[str]:
         )
         if not found.hardware.is_cpu:
             yield (
-                f"          {run.failures:.2g} failures expected; a checkpoint stops the run "
-                f"{_duration(run.checkpoint_stall_seconds)}: best each {run.best_checkpoint_steps:,} steps "
-                f"(Young, Daly), the recipe's are each {run.checkpoint_every_steps:,}"
+                f"          {run.failures:.2g} failures expected; a checkpoint stops training for "
+                f"{_duration(run.checkpoint_stall_seconds)}; optimum interval {run.best_checkpoint_steps:,} steps "
+                f"(Young, Daly), interval in the recipe {run.checkpoint_every_steps:,}"
             )
     hours = "CPU-hours" if found.hardware.is_cpu else "GPU-hours"
     devices = found.device_hours / (found.gpus if found.hardware.is_cpu else 1)
     yield (
         f"cost      {found.days:,.3g} days, {devices:,.4g} {hours}, ${found.dollars:,.4g} at ${found.price:g} an hour "
-        f"({found.price_source}), {found.energy:,.4g} kWh at the machines"
+        f"({found.price_source}), {found.energy:,.4g} kWh without cooling"
     )
 
 
 def _card(found: Forecast) -> Iterator[str]:
+    """Yield the claims of the card next to the plan, and their contradictions."""
     claim = found.claim
     assert claim is not None
     phases = f" x {claim.phases} phases" if claim.phases > 1 else ""
     cheap, dear = claim.implied_price
     yield f"the card  {claim.gpus} x {claim.gpu}, {claim.time}, ${claim.dollars:,.0f}{phases}"
     yield (
-        f"          ours: {found.gpus} x {found.hardware.name}, {_duration(found.days * 86400)}, "
+        f"          plan: {found.gpus} x {found.hardware.name}, {_duration(found.days * 86400)}, "
         f"${found.dollars:,.4g}{' for all phases' if claim.phases > 1 else ''}"
     )
     low, high = utilization_of_card(found)
-    data = " of the data assumed" if found.data_is_assumed else ""
+    data = ", for the assumed data," if found.data_is_assumed else ""
     yield (
-        f"          its time implies {_percent(low)} to {_percent(high)} of the GPUs' peak{data}, its cost "
-        f"${cheap:.2f} to ${dear:.2f} an hour of one"
+        f"          its time implies {_percent(low)} to {_percent(high)} of the peak of the GPUs{data} and its cost "
+        f"${cheap:.2f} to ${dear:.2f} per GPU-hour"
     )
     for line in found.contradictions:
         yield f"          {line}"
 
 
 def utilization_of_card(found: Forecast) -> tuple[float, float]:
-    """Model FLOP utilisation that doing this work in the card's time, on the card's GPUs, would be."""
+    """Return the model FLOP utilization implied by the time and the GPUs of the card: longest, shortest time."""
     from igla_mega.layout.hardware import find
 
     assert found.claim is not None
@@ -146,8 +151,9 @@ def utilization_of_card(found: Forecast) -> tuple[float, float]:
 
 
 def _rates(found: Forecast) -> Iterator[str]:
+    """Yield the rates of the plan, each with its source."""
     rates, path = found.calibration.rates, found.calibration.path
-    yield f"rates     {'from ' + str(path) if path else 'none measured on this hardware: all are assumed'}"
+    yield f"rates     {'from ' + str(path) if path else 'all assumed: none measured on this hardware'}"
     fp8 = any(part.recipe.distributed.precision == "FP8" for part in found.parts)
     for name in (name for name in NAMES if fp8 or name != "gemm_fp8"):
         yield f"          {name}: {getattr(rates, name)}"
@@ -157,10 +163,10 @@ def _rates(found: Forecast) -> Iterator[str]:
 
 
 def scaling(table: Sequence[tuple[int, Forecast | ConfigError, str]]) -> Iterator[str]:
-    """Yield a table over numbers of devices, and a plot of their tokens a second.
+    """Yield a table over numbers of devices, and a plot of tokens per second.
 
     Args:
-        table: number, forecast or why there is none, and what was changed for it.
+        table: number of devices, forecast or error, and the change to the recipe, if any.
     """
     yield f"{'GPUs':>6} {'tokens/s':>13} {'MFU':>6} {'scaling':>8} {'days':>9} {'cost':>12} {'GiB':>6}  layout"
     first: tuple[int, float] | None = None
@@ -185,35 +191,36 @@ def scaling(table: Sequence[tuple[int, Forecast | ConfigError, str]]) -> Iterato
 
 
 PLOT_ROWS, PLOT_COLUMNS = 12, 56
+"""Size of the plot in characters; with its margin it fits a terminal of 80 columns."""
 
 
 def plot(points: Sequence[tuple[int, float]]) -> Iterator[str]:
-    """Draw tokens a second over devices, both logarithmic; dots are what perfect scaling of the first would give."""
-    (least, first_rate), (most, _) = points[0], points[-1]
-    ideal = first_rate * most / least
+    """Draw tokens per second over devices on logarithmic axes; dots mark perfect scaling from the first point."""
+    (fewest, first_rate), (largest, _) = points[0], points[-1]
+    ideal = first_rate * largest / fewest
     low, high = math.log(min(rate for _, rate in points)), math.log(max(ideal, *(rate for _, rate in points)))
     grid = [[" "] * (PLOT_COLUMNS + 1) for _ in range(PLOT_ROWS + 1)]
 
     def place(gpus: float, rate: float) -> tuple[int, int]:
-        across = (math.log(gpus) - math.log(least)) / max(math.log(most) - math.log(least), 1e-9)
+        across = (math.log(gpus) - math.log(fewest)) / max(math.log(largest) - math.log(fewest), 1e-9)
         up = (math.log(rate) - low) / max(high - low, 1e-9)
         return round((1 - up) * PLOT_ROWS), round(across * PLOT_COLUMNS)
 
     for column in range(PLOT_COLUMNS + 1):
-        gpus = least * (most / least) ** (column / PLOT_COLUMNS)
-        row, _ = place(gpus, first_rate * gpus / least)
+        gpus = fewest * (largest / fewest) ** (column / PLOT_COLUMNS)
+        row, _ = place(gpus, first_rate * gpus / fewest)
         grid[row][column] = "."
     for gpus, rate in points:
         row, column = place(gpus, rate)
         grid[row][column] = "o"
-    yield f"tokens/s, up to {math.exp(high):,.0f}; o the plan, . perfect scaling"
+    yield f"tokens/s, up to {math.exp(high):,.0f}; o plan, . perfect scaling"
     yield from ("  |" + "".join(row).rstrip() for row in grid)
     yield "  +" + "-" * PLOT_COLUMNS
-    yield f"   {least:<{PLOT_COLUMNS - 6}}{most:>6} GPUs"
+    yield f"   {fewest:<{PLOT_COLUMNS - 6}}{largest:>6} GPUs"
 
 
 def values(found: Forecast) -> dict[str, Any]:
-    """The forecast as JSON takes it."""
+    """Return the forecast as values for JSON."""
     hardware = found.hardware
     return {
         "recipe": found.name,
@@ -251,6 +258,7 @@ def values(found: Forecast) -> dict[str, Any]:
 
 
 def _part_values(found: Forecast, part: Part) -> dict[str, Any]:
+    """Return one part as values for JSON."""
     layout, run = part.layout, part.run
     return {
         "name": part.name,
@@ -293,6 +301,7 @@ def _part_values(found: Forecast, part: Part) -> dict[str, Any]:
 
 
 def _card_values(found: Forecast) -> dict[str, Any] | None:
+    """Return the claims of the card as values for JSON, or None without a card."""
     claim = found.claim
     if claim is None:
         return None
@@ -311,6 +320,7 @@ def _card_values(found: Forecast) -> dict[str, Any] | None:
 
 
 def _list(parts: Mapping[str, float], factor: float, unit: str, *, percent: bool = False, least: float = 0.0) -> str:
+    """Return values of at least `least` after scaling as text, largest first: `gemm 61.0%, attention 20.1%`."""
     shown = sorted(((value * factor, name) for name, value in parts.items()), reverse=True)
     written = "{:.1%}" if percent else "{:.2f}"
     return ", ".join(f"{name} {written.format(value)}" for value, name in shown if value >= least) + unit
@@ -321,6 +331,7 @@ def _percent(share: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Return a time in the largest unit of which it has at least one and a half."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:,.3g} {unit}"

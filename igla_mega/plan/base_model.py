@@ -1,4 +1,4 @@
-"""What a recipe leaves to its base model, for the plan: read where the model is there, else assumed and said."""
+"""Shape of the base model for the plan: read if the model exists, else assumed with a note."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,20 @@ from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.schema import Model, Recipe
 
 ASSUMED_RECIPE = "pretrain_7b"
+"""Packaged recipe whose shape is assumed for a missing base model."""
 ASSUMED_ROW = 2048
-"""Tokens of a row of fine-tuning whose recipe names none, while its base is not there to tell its longest."""
+"""Assumed tokens per row of fine-tuning, if neither the recipe nor an existing base model gives a length."""
 
 
 def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> tuple[Recipe, list[str]]:
-    """Return the recipe with the shape of its base model, and what was assumed of it.
+    """Return the recipe with the shape of its base model, and notes on the assumptions.
 
     Args:
-        models: folder below which it is looked for.
-        scale: at which a base that is missing would be made.
+        models: folder with base models.
+        scale: scale of the packaged recipe whose shape is assumed for a missing base model.
 
     Raises:
-        ConfigError: the base model is there and cannot be read.
+        ConfigError: the base model exists but cannot be read.
     """
     if recipe.model is not None or recipe.base_model is None:
         return recipe, []
@@ -35,7 +36,7 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     model = load_recipe(ASSUMED_RECIPE, scale=scale).model
     assert model is not None
     notes = [
-        f"base_model: {recipe.base_model} is not here (--models names a folder of models); it is taken to have the "
+        f"base_model: {recipe.base_model} not found (--models gives the folder of models); it is assumed to have the "
         f"shape of {ASSUMED_RECIPE}, {model.num_parameters() / 1e9:.3g}B parameters."
     ]
     changes: dict[str, Any] = {"model": model}
@@ -43,13 +44,18 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     if tuned and recipe.sequence_length is None:
         changes["training"] = recipe.training.model_copy(update={"sequence_length": ASSUMED_ROW})
         notes.append(
-            f"training.sequence_length: not given; rows of {ASSUMED_ROW:,} tokens are assumed (`train` takes the base "
-            "model's longest)."
+            f"training.sequence_length: not given; rows of {ASSUMED_ROW:,} tokens are assumed (`train` uses the "
+            "maximum of the base model)."
         )
     return recipe.model_copy(update=changes), notes
 
 
 def _shape(folder: Path) -> Model:
+    """Return the shape of a Hugging Face model or a checkpoint.
+
+    Raises:
+        ConfigError: its configuration cannot be read.
+    """
     config = folder / "config.json"
     try:
         if config.is_file():
@@ -58,4 +64,4 @@ def _shape(folder: Path) -> Model:
         content = yaml_text.read_mapping(folder / "recipe.yaml")
         return Model(**content["model"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"base_model: {folder} does not say its shape ({error}).") from None
+        raise ConfigError(f"base_model: {folder} has no readable model shape ({error}).") from None

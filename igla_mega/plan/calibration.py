@@ -1,5 +1,6 @@
-"""What share of its peaks the hardware reaches, by kind of kernel: measured (`make gpu-check`, `tools/calibrate.py`),
-or assumed, with the source said.
+"""Share of the peak rates that the hardware reaches, by kind of kernel: measured, or assumed with a source.
+
+`make gpu-check` and `tools/calibrate.py` measure and write calibration files.
 """
 
 import bisect
@@ -13,15 +14,16 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.layout.hardware import Hardware
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
-"""Where calibrations are written, and looked for when none is named."""
+"""Folder of calibration files, searched if none is given."""
 FORMAT = 1
+"""Version of the calibration file format."""
 MOST_SHARE = 10
-"""A CPU's table is scaled from another one's, so that its shares may exceed 1."""
+"""Maximum share of a peak. Above 1, since the peaks of a CPU are scaled from another CPU and may be too low."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of a peak, or a number of seconds where its name says so."""
+    """Share of a peak, or seconds if its name ends in `_seconds`, with its source."""
 
     value: float
     source: str
@@ -33,38 +35,38 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """How near its peaks a device comes. All but the last three are shares, 0 to 1."""
+    """Rates of a device. All are shares of a peak, 0 to 1, except those that end in `_seconds`."""
 
     gemm: Rate
-    """Of the matrix peak, by the large products of a layer."""
+    """Share of the peak of matrix products, for the large products of a layer."""
     gemm_fp8: Rate
-    """Of the peak in 8 bits, by the same with `precision: FP8`, what turns values into 8 bits included."""
+    """Share of the FP8 peak, for the same products with `precision: FP8`, conversion to 8 bits included."""
     attention_forward: Rate
-    """Of the matrix peak, causal work counted."""
+    """Share of the peak of matrix products, counting causal work only."""
     attention_backward: Rate
     memory: Rate
-    """Of the memory's bandwidth, by what is done value by value."""
+    """Share of the memory bandwidth, for elementwise work."""
     loss: Rate
-    """The same, by the passes over the logits."""
+    """Share of the memory bandwidth, for the passes over the logits."""
     optimizer: Rate
-    """The same, by AdamW's."""
+    """Share of the memory bandwidth, for AdamW."""
     link: Rate
-    """Of the links within a machine, by collectives."""
+    """Share of the bandwidth within a machine, for collectives."""
     network: Rate
-    """Of the links between machines, by collectives."""
+    """Share of the bandwidth between machines, for collectives."""
     overlap: Rate
-    """Of the time that communication could hide behind, how much does hide it."""
+    """Share of concurrent compute time that actually overlaps with communication."""
     op_seconds: Rate
-    """Least time of one kernel, its launch included."""
+    """Minimum time of one kernel, including its launch."""
     data_seconds: Rate
-    """Of reading a token of a batch."""
+    """Time to read one token of a batch."""
     step_seconds: Rate
-    """What a step costs beside all that."""
+    """Remaining host time per step."""
     sizes: tuple[tuple[float, float], ...] = field(default=())
-    """FLOP of a product and the share of the peak that it reaches, rising; empty: `gemm` for all."""
+    """FLOP of a product -> share of the peak, by rising FLOP; empty: `gemm` for all sizes."""
 
     def gemm_share(self, flops: float) -> float:
-        """Share of the peak that one product of so many FLOP reaches."""
+        """Return the share of the peak that a product of `flops` FLOP reaches, interpolated over log(FLOP)."""
         if not self.sizes:
             return self.gemm.value
         points = [size for size, _ in self.sizes]
@@ -77,13 +79,13 @@ class Rates:
 
 
 NAMES = tuple(name for name in Rates.__dataclass_fields__ if name != "sizes")
-_FOUNDRY = "llm-foundry's MPT-7B on 8 x A100 at 2048, 4096 and 8192 tokens is then met within 10 % (docs/plan.md)"
+_FOUNDRY = "llm-foundry's MPT-7B on 8 x A100 at 2048, 4096 and 8192 tokens is then predicted within 10 % (docs/plan.md)"
 _FLASH_2 = "FlashAttention-2 on A100, arXiv:2307.08691, figures 5 and 6"
 _GEMM = {
     "a100": Rate(0.68, _FOUNDRY),
     "h100": Rate(0.55, "between llm-foundry's MPT-7B on 8 x H100 (0.47) and KempnerForge's 7B on one H200 (0.68)"),
-    "h200": Rate(0.68, "KempnerForge's 7B on one H200, full recompute, 4096 tokens (10,471 tok/s), is then met"),
-    "b200": Rate(0.55, "as H100's; no published run of a dense model in bf16 was found"),
+    "h200": Rate(0.68, "KempnerForge's 7B on one H200, full recompute, 4096 tokens (10,471 tok/s), is then predicted"),
+    "b200": Rate(0.55, "as H100; no published run of a dense model in bf16 was found"),
     "rtx-4090": Rate(0.70, "no published run was found"),
 }
 _GEMM_FP8 = Rate(
@@ -96,15 +98,15 @@ _ATTENTION = {
 
 
 def assumed(hardware: Hardware) -> Rates:
-    """Rates of hardware that nobody has calibrated."""
+    """Return the rates of hardware without a calibration; each has the source of its number."""
     if hardware.is_cpu:
-        source = "a machine of two cores, AMD EPYC; tools/calibrate.py measures this one"
+        source = "a machine with two cores, AMD EPYC; tools/calibrate.py measures this machine"
         attention = (Rate(0.45, source), Rate(0.35, source))
         gemm, memory = Rate(0.75, source), Rate(0.6, source)
         ops = Rate(5e-6, source)
     else:
         family = next((key for key in _GEMM if hardware.name.startswith(key)), None)
-        gemm = _GEMM[family] if family else Rate(0.55, f"as H100's: {hardware.name} is not in the table")
+        gemm = _GEMM[family] if family else Rate(0.55, f"as H100: {hardware.name} is not in the table")
         attention = _ATTENTION["a100" if family in ("a100", "rtx-4090") else "h100"]
         memory = Rate(0.80, "STREAM-like kernels reach 80 to 90 % of the data sheet's bandwidth")
         ops = Rate(5e-6, "a kernel launch of CUDA, about 5 microseconds")
@@ -118,16 +120,18 @@ def assumed(hardware: Hardware) -> Rates:
         optimizer=replace(memory, source="as memory"),
         link=Rate(0.75, "nccl-tests on NVLink machines: 75 to 80 % of the data sheet's one-way rate as bus bandwidth"),
         network=Rate(0.80, "nccl-tests over InfiniBand: 80 to 90 % of the line rate as bus bandwidth"),
-        overlap=Rate(0.0 if hardware.is_cpu else 0.85, "collectives take multiprocessors; the first and last are bare"),
+        overlap=Rate(
+            0.0 if hardware.is_cpu else 0.85, "collectives use multiprocessors; the first and last do not overlap"
+        ),
         op_seconds=ops,
-        data_seconds=Rate(2e-7, "windows of indexed data, read on this host"),
+        data_seconds=Rate(2e-7, "reading windows of indexed data on this host"),
         step_seconds=Rate(2e-3, "host work of a step"),
     )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rates, and whose they are."""
+    """Rates of one kind of hardware."""
 
     hardware: str
     rates: Rates
@@ -135,10 +139,10 @@ class Calibration:
 
 
 def read(path: Path, hardware: Hardware) -> Calibration:
-    """Read a calibration file; what it lacks is assumed.
+    """Read a calibration file; missing rates are assumed.
 
     Raises:
-        ConfigError: not a calibration, or a rate out of range.
+        ConfigError: the file is not a calibration, or a rate is out of range.
     """
     try:
         content: Any = json_text.loads(path.read_text(encoding="utf-8"))
@@ -151,9 +155,9 @@ def read(path: Path, hardware: Hardware) -> Calibration:
         or not isinstance(content.get("rates"), dict)
         or not isinstance(content.get("hardware"), str)
     ):
-        raise ConfigError(f"--calibration {path}: not a calibration: `hardware` and `rates` are missing.")
+        raise ConfigError(f"--calibration {path}: not a calibration: `hardware` or `rates` is missing.")
     if content.get("format", FORMAT) != FORMAT:
-        raise ConfigError(f"--calibration {path}: of format {content['format']}, this version reads {FORMAT}.")
+        raise ConfigError(f"--calibration {path}: format {content['format']}, but this version reads {FORMAT}.")
     rates, breaches = assumed(hardware), []
     named = str(path.relative_to(RESULTS.parents[1])) if path.is_relative_to(RESULTS.parents[1]) else str(path)
     for name, value in content["rates"].items():
@@ -163,7 +167,7 @@ def read(path: Path, hardware: Hardware) -> Calibration:
         elif not good or not (value >= 0 if name.endswith("_seconds") or name == "overlap" else value > 0):
             breaches.append(f"--calibration {path}: rates.{name}: {value!r} is not a number above 0.")
         elif not name.endswith("_seconds") and value > (most := 1 if name == "overlap" else MOST_SHARE):
-            breaches.append(f"--calibration {path}: rates.{name}: {value!r} is no share of a peak: above {most}.")
+            breaches.append(f"--calibration {path}: rates.{name}: {value!r} is not a share of a peak, at most {most}.")
         else:
             measured: Any = {name: Rate(float(value), named, measured=True)}
             rates = replace(rates, **measured)
@@ -176,7 +180,7 @@ def read(path: Path, hardware: Hardware) -> Calibration:
 
 
 def _sizes(found: Any) -> tuple[tuple[float, float], ...] | None:
-    """Rising sizes; None where they are none."""
+    """Return sizes and shares by rising size, or None if they are invalid."""
     try:
         sizes = sorted((float(flops), float(share)) for flops, share in found)
     except (TypeError, ValueError):
@@ -185,18 +189,19 @@ def _sizes(found: Any) -> tuple[tuple[float, float], ...] | None:
 
 
 def of(hardware: Hardware, precision: str, named: Path | None = None) -> tuple[Calibration, list[str]]:
-    """The calibration to use, and what to say of it.
+    """Return the calibration to use, and warnings about it.
 
-    The one named, else the newest in `bench/results` of this hardware and precision, else assumptions.
+    It is the given file, else the newest in `bench/results` for this hardware and precision, else assumptions.
     """
     if named is not None:
         found = read(named, hardware)
         if found.hardware != hardware.name:
             return found, [
                 f"{named} was measured on {found.hardware}, not {hardware.name}: its shares of the peaks are used, "
-                "which another device need not reach."
+                "which may differ on this hardware."
             ]
         return found, []
+    # FP8 runs use bf16 outside the products of the layers, and a calibration of bf16 includes `gemm_fp8`.
     precision = "BF16" if precision == "FP8" else precision
     pattern = f"calibration_*_{hardware.name}_{precision.lower()}*.json"
     for path in sorted(RESULTS.glob(pattern), reverse=True):
@@ -207,7 +212,7 @@ def of(hardware: Hardware, precision: str, named: Path | None = None) -> tuple[C
 
 
 def _same_machine(path: Path) -> bool:
-    """Whether a CPU's calibration is of a machine like this one."""
+    """Return True if the calibration of a CPU is of the same CPU model as this machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -69,7 +69,7 @@ def contradictions(recipe: Recipe, claim: Claim, *, tokens: int | None, steps: i
         yield f"{claim.time} on {claim.gpus} GPUs is less than the work takes at peak rate."
     elif tokens is not None and high < 0.2:
         yield (
-            f"{claim.time} for {tokens / 1e9:,.4g}B tokens is {low:.1%} to {high:.1%} of the peak of the GPUs, where 40 to "
+            f"{claim.time} for {tokens / 1e9:,.4g}B tokens is {low:.1%} to {high:.1%} of the GPUs' peak, where 40 to "
             "60 % is usual: the time is several times what the work needs."
         )
     # Cloud list prices of an A100 are about $1 to $2.50 per hour (May 2026; see `layout.hardware`).
@@ -91,8 +91,8 @@ def _of_size(recipe: Recipe) -> Iterator[str]:
         yield f'"8x7B" has {billions:.1f}B parameters, not 56B: attention is shared. {active:.2f}B are used per token.'
     elif abs(billions - 7) > 0.5:
         yield (
-            f'"7B" has {billions:.2f}B parameters: {model.num_kv_heads} key-value heads for {model.num_heads} query heads '
-            f"and width {model.intermediate_size} make it smaller."
+            f'"7B" has {billions:.2f}B parameters: {model.num_kv_heads} key-value heads for {model.num_heads} query '
+            f"heads and width {model.intermediate_size} make it smaller."
         )
 
 
@@ -108,6 +108,6 @@ def _of_tokens(recipe: Recipe, tokens: int | None, steps: int) -> Iterator[str]:
         rows = recipe.training.batch_tokens // (recipe.sequence_length or 1)
         if rows < 32:
             yield (
-                f"a batch of {recipe.training.batch_size} is {rows} rows of {recipe.sequence_length:,} tokens: with more "
-                "GPUs, each row must be split over several of them."
+                f"a batch of {recipe.training.batch_size} is {rows} rows of {recipe.sequence_length:,} tokens: with "
+                "more GPUs, each row must be split over several of them."
             )

@@ -1,4 +1,4 @@
-"""A run that has been taken, beside its plan."""
+"""Comparison of a finished run with its plan."""
 
 import statistics
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from igla_mega.plan.forecast import Forecast
 from igla_mega.plan.time import model_flops_per_token
 
 WARM_UP_STEPS = 3
-"""Steps at the start (and after a resume) that allocate and compile: they are left out of the median."""
+"""Number of steps at the start that allocate and compile, which the median excludes."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured of a run, and its plan."""
+    """Measurements of a run next to the plan."""
 
     folder: Path
     rows: tuple[tuple[str, float, float, str], ...]
-    """What, measured, predicted, unit."""
+    """Quantity, measured, predicted, unit."""
 
     def lines(self) -> list[str]:
-        """A table for a terminal."""
+        """Return a table for a terminal."""
         found = [
-            f"{self.folder}: the plan against what was measured",
+            f"{self.folder}: the plan against the measured run",
             f"{'':26} {'measured':>14} {'plan':>14} {'error':>7}",
         ]
         for name, measured, planned, unit in self.rows:
@@ -34,7 +34,7 @@ class Comparison:
         return [*found, ""]
 
     def values(self) -> list[dict[str, Any]]:
-        """The same for JSON."""
+        """Return the same as values for JSON."""
         return [
             {"what": name, "unit": unit, "measured": measured, "predicted": planned, "error": planned / measured - 1}
             for name, measured, planned, unit in self.rows
@@ -43,7 +43,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The folder of a run that has taken steps."""
+    """Folder of a run with at least one step."""
 
     folder: Path
     steps: tuple[dict[str, Any], ...]
@@ -53,6 +53,7 @@ class FinishedRun:
         return self.folder / "recipe.yaml"
 
     def _median(self, key: str) -> float | None:
+        """Return the median of a metric after the warm-up steps, or None if it was never logged."""
         found = [
             entry[key]
             for entry in self.steps[WARM_UP_STEPS if len(self.steps) > 2 * WARM_UP_STEPS else 0 :]
@@ -62,23 +63,28 @@ class FinishedRun:
 
     @property
     def num_ranks(self) -> int:
-        """As its metrics tell: FLOP/s of all ranks over those of one."""
+        """Number of ranks by the metrics: FLOP/s of all ranks over FLOP/s of one.
+
+        Raises:
+            ConfigError: the metrics lack one of them.
+        """
         from igla_mega.config.load import load_recipe
 
         recipe = load_recipe(self.recipe_file)
         rate, each = self._median("tokens_per_second"), self._median("tflops_per_device")
         length = recipe.sequence_length
         if recipe.model is None or length is None or not rate or not each:
-            raise ConfigError(f"{self.folder}: does not tell how many ranks it ran on. Give --gpus.")
-        # A run's metrics count every weight as trained.
+            raise ConfigError(f"{self.folder}: the metrics do not contain the number of ranks. Give --gpus.")
+        # The metrics of a run count every weight as trained, also with adapters.
         whole = recipe.model_copy(update={"lora": None})
         return max(1, round(model_flops_per_token(whole, length) * rate / (each * 1e12)))
 
     def hardware(self) -> Hardware:
-        """The table's entry whose peak the run's utilisation was taken of; else this CPU."""
+        """Return the table entry whose peak rate fits the logged utilization, else this CPU."""
         each, share = self._median("tflops_per_device"), self._median("mfu")
         if each and share:
             peak = each * 1e12 / share
+            # 5 %: metrics are rounded. H100 and H200 share a peak; the memory in use distinguishes them.
             near = [entry for entry in TABLE.values() if abs(peak / entry.bf16_flops - 1) < 0.05]
             memory = self._median("memory_bytes") or 0.0
             fitting = [entry for entry in near if entry.memory_bytes >= memory]
@@ -87,7 +93,7 @@ class FinishedRun:
         return cpu()
 
     def compare(self, planned: Forecast) -> Comparison:
-        """Put the plan beside the run's medians."""
+        """Return the medians of the run next to the values of the plan."""
         part, rows = planned.parts[0], []
         for name, key, prediction, unit, factor in (
             ("throughput", "tokens_per_second", part.tokens_per_second, "tokens/s", 1.0),
@@ -102,7 +108,7 @@ class FinishedRun:
         return Comparison(self.folder, tuple(rows))
 
     def _memory(self, planned: Forecast) -> float:
-        """On a GPU the run reports what its allocator handed out; on a CPU all that the process had."""
+        """Return the planned memory as a run reports it: by the allocator on a GPU, of the process on a CPU."""
         memory = planned.parts[0].memory
         if planned.hardware.is_cpu:
             return memory.total
@@ -110,10 +116,10 @@ class FinishedRun:
 
 
 def find(folder: Path) -> FinishedRun | None:
-    """The run in a folder; None when this is no folder of a run.
+    """Return the run in a folder, or None if it is not the folder of a run.
 
     Raises:
-        ConfigError: a run's folder without a step in it.
+        ConfigError: the run has not completed a step.
     """
     if not (folder.is_dir() and (folder / "recipe.yaml").is_file()):
         return None
@@ -128,5 +134,5 @@ def find(folder: Path) -> FinishedRun | None:
             if isinstance(entry, dict) and isinstance(entry.get("tokens_per_second"), int | float):
                 steps.append(entry)
     if not steps:
-        raise ConfigError(f"{folder}: a run that has taken no step yet. Plan its recipe: {folder}/recipe.yaml.")
+        raise ConfigError(f"{folder}: the run has not completed a step. Plan its recipe: {folder}/recipe.yaml.")
     return FinishedRun(folder, tuple(steps))

@@ -1,4 +1,4 @@
-"""The plan of a recipe: for each stage its layout, memory and time; of the whole the days, the cost, the energy."""
+"""Plan of a recipe: layout, memory and time of each stage; days, cost and energy of the whole run."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,18 +19,18 @@ from igla_mega.plan.search import Candidate, Search, best, name_of, search, weig
 from igla_mega.plan.time import Clock, StepTime, model_flops_per_token
 
 EXAMPLES, EXAMPLE_TOKENS = 52_002, 512
-"""Instructions of an epoch and tokens of each, where nobody says: Alpaca's number (Taori et al. 2023); assumed."""
+"""Assumed instructions per epoch and tokens of each: the size of Alpaca (Taori et al. 2023)."""
 PAIRS = 61_135
-"""Preference pairs of an epoch, where nobody says: UltraFeedback's (Cui et al. 2023, arXiv:2310.01377)."""
+"""Assumed preference pairs per epoch: the size of UltraFeedback (Cui et al. 2023, arXiv:2310.01377)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of steps of one recipe: a stage, a phase, or the whole run."""
+    """Consecutive steps of one recipe: a stage, a phase, or the whole run."""
 
     name: str
     recipe: Recipe
-    """With its model's shape."""
+    """Recipe with the shape of its model."""
     found: Search
     steps: int
     run: Run
@@ -62,11 +62,11 @@ class Part:
 
     @property
     def flops(self) -> float:
-        """Of the model, of all its steps."""
+        """Model FLOP of all steps."""
         return self.tokens * model_flops_per_token(self.recipe, self.layout.sequence_length)
 
     def utilization(self, hardware: Hardware) -> float:
-        """Model FLOP utilisation of a step, against the dense peak of all devices."""
+        """Return the model FLOP utilization of a step relative to the dense peak of all devices."""
         flops = self.tokens_per_step * model_flops_per_token(self.recipe, self.layout.sequence_length)
         devices = 1 if hardware.is_cpu else self.layout.world_size
         return flops / self.step.seconds / (hardware.peak(self.recipe.distributed.precision) * devices)
@@ -74,23 +74,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a recipe needs, takes and costs on some devices."""
+    """Memory, time and cost of a recipe on a number of devices."""
 
     name: str
     hardware: Hardware
     gpus: int
     price: float
+    """Dollars per hour of one device; of the whole machine on a CPU."""
     price_source: str
     calibration: Calibration
     parts: tuple[Part, ...]
     claim: Claim | None
     contradictions: tuple[str, ...]
     assumed: tuple[str, ...]
-    """What nobody said."""
+    """Assumptions: values given by neither the recipe nor the card."""
     warnings: tuple[str, ...]
     advice: tuple[str, ...]
     """Changes to the recipe that would save time."""
     data_is_assumed: bool = field(default=False)
+    """True if the number of tokens depends on an assumed size of the data."""
 
     @property
     def days(self) -> float:
@@ -102,7 +104,7 @@ class Forecast:
 
     @property
     def dollars(self) -> float:
-        # A CPU's price is that of the machine, whose ranks are no devices of their own.
+        # The price of a CPU is that of the machine, which all ranks share.
         return self.device_hours / (self.gpus if self.hardware.is_cpu else 1) * self.price
 
     @property
@@ -131,32 +133,32 @@ def forecast(
     claim: Claim | None = None,
     advise: bool = True,
 ) -> Forecast:
-    """Plan a recipe on `gpus` devices (ranks of this machine, on a CPU).
+    """Return the plan of a recipe on `gpus` devices (on a CPU: ranks of this machine).
 
     Args:
-        price: dollars an hour of one device; None: the hardware table's.
-        calibrated: a calibration file; None: the newest that belongs to the hardware, else assumptions.
-        models: folder below which a base model is looked for.
-        samples: rows (or pairs) of an epoch, where the recipe counts epochs.
-        scale: that the recipe was loaded at; a base model that is not here is taken to be of it.
-        claim: what the card says of it.
-        advise: look for changes to what the recipe fixes that would save time.
+        price: dollars per hour of one device; None: that of the hardware table.
+        calibrated: calibration file; None: the newest for the hardware, else assumptions.
+        models: folder with base models.
+        samples: rows (or pairs) per epoch, if the recipe counts epochs.
+        scale: scale at which the recipe was loaded, also assumed for a missing base model.
+        claim: claim of the card for the recipe.
+        advise: True to search for changes of given keys that would save time.
 
     Raises:
-        ConfigError: a number that cannot be, no legal layout, or none that fits, with the ways to make one fit.
+        ConfigError: an invalid number, no legal layout, or none that fits; then with the changes that make one fit.
     """
     if recipe.distributed.precision == "FP8" and not hardware.has_fp8(kind := recipe.distributed.fp8_recipe):
         able = ", ".join(entry.name for entry in TABLE.values() if entry.has_fp8(kind))
-        why = f"does not scale 8 bits by {kind}" if hardware.fp8_flops else "has no products in 8 bits"
-        raise ConfigError(f"distributed.precision: FP8, and {hardware.title} {why}. Use BF16, or --gpu {able}.")
+        why = f"does not support fp8_recipe {kind}" if hardware.fp8_flops else "has no 8-bit matrix products"
+        raise ConfigError(f"distributed.precision: FP8, but {hardware.title} {why}. Use BF16, or --gpu {able}.")
     _numbers_are_above_zero(gpus=gpus, price=price, samples=samples)
     assumed: list[str] = []
     warnings: list[str] = []
     parts: list[Part] = []
     found_calibration: Calibration | None = None
     for name, part, steps_of in _pieces(recipe, models, scale, samples, assumed):
-        used, said = calibration.of(hardware, part.distributed.precision, calibrated)
-        warnings += [line for line in said if line not in warnings]
+        used, notes = calibration.of(hardware, part.distributed.precision, calibrated)
+        warnings += [line for line in notes if line not in warnings]
         found_calibration = found_calibration or used
         found = search(part, gpus, hardware, used.rates)
         if not found.winner.fits:
@@ -166,7 +168,7 @@ def forecast(
         parts.append(Part(name, part, found, steps, _run(part, found.winner, steps, hardware, used)))
     assert found_calibration is not None, "a recipe has at least one part"
     total_tokens, total_steps = sum(part.tokens for part in parts), sum(part.steps for part in parts)
-    told = (
+    contradictions = (
         list(
             card.contradictions(
                 parts[0].recipe,
@@ -189,7 +191,7 @@ def forecast(
         calibration=found_calibration,
         parts=tuple(parts),
         claim=claim,
-        contradictions=tuple(told),
+        contradictions=tuple(contradictions),
         assumed=tuple(dict.fromkeys(assumed)),
         warnings=tuple(warnings),
         advice=tuple(_advice(parts, hardware, found_calibration)) if advise else (),
@@ -199,6 +201,11 @@ def forecast(
 
 
 def _numbers_are_above_zero(**numbers: float | None) -> None:
+    """Refuse options that are not above 0, also NaN.
+
+    Raises:
+        ConfigError: the message lists every one.
+    """
     breaches = [
         f"--{name}: {number:g} is not above 0. Give {'a whole number of at least 1' if name != 'price' else 'dollars'}."
         for name, number in numbers.items()
@@ -209,6 +216,7 @@ def _numbers_are_above_zero(**numbers: float | None) -> None:
 
 
 def _counts_epochs(recipe: Recipe) -> bool:
+    """Return True if the length of a stage depends on the size of its data."""
     pieces = recipe.stages or (recipe,)
     return any(p.training.total_steps is None and p.curriculum is None and p.data.total_tokens is None for p in pieces)
 
@@ -216,7 +224,7 @@ def _counts_epochs(recipe: Recipe) -> bool:
 def _pieces(
     recipe: Recipe, models: Path | None, scale: str | None, samples: int | None, assumed: list[str]
 ) -> Iterator[tuple]:
-    """Name, recipe with a model, and steps in a layout, of every stage and phase."""
+    """Yield name, recipe with a model, and a function layout -> steps, for every stage and phase."""
     first: Recipe | None = None
     for number, stage in enumerate(recipe.stages or (recipe,)):
         whole = stage
@@ -241,7 +249,7 @@ def _pieces(
             training = whole.training.model_copy(update={"sequence_length": length})
             own = whole.model_copy(update={"training": training, "name": phase.name})
             if (own.sequence_length or 0) < longest:
-                assumed.append(f"{phase.name}: planned in a layout of its own; `train` keeps the longest phase's.")
+                assumed.append(f"{phase.name}: planned in its own layout; `train` keeps that of the longest phase.")
             yield (
                 phase.name,
                 own,
@@ -250,6 +258,7 @@ def _pieces(
 
 
 def _steps(recipe: Recipe, samples: int | None, assumed: list[str]):
+    """Return a function layout -> steps, and append to `assumed` if the size of the data is unknown."""
     training = recipe.training
     if training.total_steps is not None:
         return lambda layout: training.total_steps
@@ -261,34 +270,33 @@ def _steps(recipe: Recipe, samples: int | None, assumed: list[str]):
         rows = max(1, recipe.data.total_tokens // length)
     elif pairs:
         rows = PAIRS
-        assumed.append(
-            f"{rows:,} preference pairs an epoch (UltraFeedback's number); --samples says how many there are."
-        )
+        assumed.append(f"{rows:,} preference pairs per epoch (the size of UltraFeedback); --samples gives the number.")
     else:
         packed = recipe.data.packing
         rows = -(-EXAMPLES * EXAMPLE_TOKENS // length) if packed else EXAMPLES
         assumed.append(
-            f"{EXAMPLES:,} examples an epoch (Alpaca's number) of {EXAMPLE_TOKENS} tokens"
+            f"{EXAMPLES:,} examples per epoch (the size of Alpaca) of {EXAMPLE_TOKENS} tokens"
             + (f", packed into {rows:,} rows of {length:,}" if packed else "")
-            + "; --samples says how many rows there are."
+            + "; --samples gives the number of rows."
         )
     return lambda layout: max(1, epochs * rows // layout.global_batch)
 
 
 def _run(recipe: Recipe, one: Candidate, steps: int, hardware: Hardware, used: Calibration) -> Run:
+    """Return the times of a run of `steps` steps in a layout."""
     layout = one.layout
     assert one.step is not None
     clock = Clock(recipe, layout, hardware, used.rates)
     held = parameters.held(recipe, layout, 0, device="cpu" if hardware.is_cpu else "cuda")
     batches = recipe.evaluation.num_batches * max(1, len(recipe.data.mix or recipe.data.sources))
     forward = clock.forward_seconds() * layout.pipeline * layout.num_microbatches
-    memory_asked = recipe.memory
     fisher = 0.0
-    if memory_asked is not None and memory_asked.ewc_lambda > 0:
-        # One row of a data-parallel rank at a time: a step of one micro-batch of one row, without the optimizer.
+    if recipe.uses_ewc and recipe.memory is not None:
+        # One row per data-parallel rank at a time, so estimate it as a step with one micro-batch of one row.
         single = replace(layout, micro_batch_size=1, num_microbatches=1, global_batch=layout.data)
-        fisher = Clock(recipe, single, hardware, used.rates).step().seconds * memory_asked.fisher_samples / layout.data
+        fisher = Clock(recipe, single, hardware, used.rates).step().seconds * recipe.memory.fisher_samples / layout.data
     value = 4 if recipe.distributed.precision == "FP32" else 2
+    # A checkpoint has fp32 weights, both moments and EWC; in bf16 a third of the optimizer state is those weights.
     state = 4 * held.updated + (held.optimizer if value == 4 else held.optimizer * 2 // 3) + held.memory
     model_ranks = (
         layout.world_size
@@ -311,11 +319,11 @@ def _run(recipe: Recipe, one: Candidate, steps: int, hardware: Hardware, used: C
 
 
 def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Iterator[str]:
-    """Single changes to what the recipe fixes that fit and save at least a twentieth of a step."""
+    """Yield single changes of given keys that fit and save more than 5 % of a step, the accuracy of the plan."""
     for part in parts[:1]:
         where = part.recipe.distributed
-        for key, value, words in (
-            ("gradient_checkpointing", None, "left open"),
+        for key, value, shown in (
+            ("gradient_checkpointing", None, "null"),
             ("strategy", "DDP" if where.strategy == "FSDP" else "FSDP", None),
         ):
             if getattr(where, key) in (None, value):
@@ -329,10 +337,9 @@ def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Ite
                 continue
             saved = 1 - winner.seconds_per_token * part.tokens_per_second
             if saved > 0.05:
-                told = words or str(value)
-                now = f" ({winner.layout.recompute})" if key == "gradient_checkpointing" else ""
+                now = f" (chosen: {winner.layout.recompute})" if key == "gradient_checkpointing" else ""
                 yield (
-                    f"distributed.{key}={told}{now}: {saved:.0%} less time, "
+                    f"distributed.{key}={shown or value}{now}: {saved:.0%} less time, "
                     f"{part.run.days * (1 - saved):,.3g} days instead of {part.run.days:,.3g}, in "
                     f"{winner.memory.total / GIB:.1f} of {memory.available(hardware, winner.layout) / GIB:.1f} GiB."
                 )
@@ -341,7 +348,7 @@ def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Ite
         if run.failures > 1 and run.checkpoint_every_steps > 2 * run.best_checkpoint_steps:
             yield (
                 f"checkpoint.every_steps={run.best_checkpoint_steps}: with {run.failures:.1f} failures expected, less "
-                f"is lost than with one each {run.checkpoint_every_steps:,} steps (Young, Daly)."
+                f"time is lost than with {run.checkpoint_every_steps:,} steps (Young, Daly)."
             )
 
 
@@ -355,27 +362,27 @@ def _does_not_fit(
     samples: int | None,
     price: float | None,
 ) -> str:
-    """The refusal of what does not fit: how much it lacks, and the three cheapest ways out."""
+    """Return the error text if no layout fits: the missing memory, and the three cheapest remedies."""
     smallest = found.winner
     space = memory.available(hardware, smallest.layout) / GIB
     largest = sorted(smallest.memory.parts().items(), key=lambda part: -part[1])[:3]
-    told = ", ".join(f"{part} {value / GIB:.1f}" for part, value in largest)
+    breakdown = ", ".join(f"{part} {value / GIB:.1f}" for part, value in largest)
     lines = [
-        f"{name}: no layout fits {gpus} x {hardware.title}: the smallest ({name_of(smallest.layout)}) needs "
-        f"{smallest.memory.total / GIB:.1f} GiB of {space:.1f} ({told})."
+        f"{name}: no layout fits {gpus} x {hardware.title}: the one with least memory ({name_of(smallest.layout)}) "
+        f"needs {smallest.memory.total / GIB:.1f} GiB of {space:.1f} ({breakdown})."
     ]
     ways = sorted(_ways(recipe, hardware, gpus, used, price), key=lambda way: way[0])[:3]
     for dollars, text in ways:
-        lines.append(f"  {text}; ${dollars * 1e9:,.4g} for a billion tokens")
+        lines.append(f"  {text}; ${dollars * 1e9:,.4g} per billion tokens")
     if not ways:
-        lines.append("  No single change makes it fit; a smaller model or many more devices would.")
+        lines.append("  No single change makes it fit. Use a smaller model or many more devices.")
     return "\n".join(lines)
 
 
 def _ways(
     recipe: Recipe, hardware: Hardware, gpus: int, used: Calibration, price: float | None
 ) -> Iterator[tuple[float, str]]:
-    """Changes that make a recipe fit: dollars a token, and the change in words."""
+    """Yield changes that make a recipe fit: dollars per token, and the change as text."""
     where, training = recipe.distributed, recipe.training
     length = recipe.sequence_length or 1
     changes: list[tuple[str, Recipe]] = []
@@ -406,7 +413,7 @@ def _ways(
         changes.append(("quantization.bits=4", recipe.model_copy(update={"quantization": Quantization()})))
     if length % 2 == 0 and length > 512:
         changed(
-            f"training.sequence_length={length // 2} (another task: shorter rows)",
+            f"training.sequence_length={length // 2} (changes the task: shorter rows)",
             {},
             {"sequence_length": length // 2},
         )
@@ -429,6 +436,7 @@ def _ways(
 def _cheapest(
     recipe: Recipe, hardware: Hardware, gpus: int, used: Calibration, price: float | None
 ) -> tuple[float, str] | None:
+    """Return dollars per token and a summary of the best layout, or None if none fits."""
     try:
         winner = best(weigh(recipe, gpus, hardware, used.rates)[0])
     except ConfigError:

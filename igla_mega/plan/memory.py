@@ -1,4 +1,4 @@
-"""What a layout needs of one device: what is held for good, what a step adds at its peak, and what allocators lose."""
+"""Memory of a layout per device: persistent state, the peak within a step, and losses of the allocator."""
 
 from dataclasses import dataclass, replace
 
@@ -8,37 +8,40 @@ from igla_mega.layout.layout import Layout
 from igla_mega.plan import activations, parameters
 
 CUDA_SLACK = 0.04
-"""Share of what is in use that CUDA's caching allocator holds beside it in pieces of the wrong size. Assumed."""
+"""Fragmentation of the CUDA caching allocator, as a share of the memory in use. Assumed."""
 PROCESS_BYTES = 0.56 * GIB
-"""Of a rank on a CPU beside all that: Python, torch, megatron-core. Peak resident memory less the rest of the plan was
-533 to 608 MiB in four of the cases of tools/bench/plan.py."""
+"""Memory of a CPU rank for Python, torch and megatron-core. Peak resident memory minus the rest of the plan was 533 to
+608 MiB in four of the cases of tools/bench/plan.py."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank of one pipeline stage at its peak, by what they are for."""
+    """Memory of a rank of one pipeline stage at its peak in bytes, by purpose."""
 
     stage: int
     weights: int
     fp8: int
-    """The layers' matrices in 8 bits, and their transposes, as Transformer Engine keeps them beside those in bf16."""
+    """Weight matrices of the layers in 8 bits and their transposes, which Transformer Engine keeps with those in
+    bf16."""
     gradients: int
     optimizer: int
     ewc: int
     """Fisher information and anchor."""
     reference: int
-    """A second, frozen model of preference optimization."""
+    """Second, frozen model for preference optimization."""
     activations: int
     working: int
-    """In work beside the activations, attention's workspace and gradients of activations included."""
+    """Temporary tensors, including the workspace of attention and gradients of activations."""
     loss: int
     unsharded: int
+    """Gathered weights and gradients not yet scattered (FSDP)."""
     communication: int
     slack: int
+    """Fragmentation of the allocator."""
     reserved: int
-    """Driver, libraries, NCCL; on a CPU the process."""
+    """Driver, libraries and NCCL; on a CPU the process."""
     moment: str
-    """Where in a step the peak is."""
+    """Moment of the peak within a step."""
 
     @property
     def total(self) -> int:
@@ -46,7 +49,7 @@ class Memory:
 
     @property
     def held(self) -> int:
-        """From the first step to the last."""
+        """Persistent state, from the first step to the last."""
         return self.weights + self.fp8 + self.gradients + self.optimizer + self.ewc + self.reference
 
     def parts(self) -> dict[str, int]:
@@ -54,13 +57,14 @@ class Memory:
 
 
 def of_stage(recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> Memory:
-    """Count the memory of a rank of pipeline rank `stage`."""
+    """Return the memory of a rank of pipeline stage `stage`."""
     device = "cpu" if hardware.is_cpu else "cuda"
     held = parameters.held(recipe, layout, stage, device=device)
     peak = activations.peak(recipe, layout, stage, device)
     dpo = recipe.dpo
     reference = 0
     if dpo is not None and dpo.reference == "model" and not dpo.reference_free:
+        # The reference model is not sharded by FSDP.
         whole = replace(layout, strategy="DDP")
         reference = parameters.held(recipe, whole, stage, device=device).elements * (
             4 if recipe.distributed.precision == "FP32" else 2
@@ -71,6 +75,7 @@ def of_stage(recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> 
         chunks = parameters.chunks_of(layout, recipe.model.num_layers, stage)
         layers = sum(chunk.layers for chunk in chunks)
         fp8 = 2 * layers * sum(p.elements for p in parameters.of_layer(recipe, layout) if len(p.shape) > 1)
+    # FSDP allocates gradient shards within the step, so only those at the peak count.
     gradients = peak.gradients if layout.strategy == "FSDP" else held.gradients
     used = fp8 + held.weights + held.optimizer + held.memory + reference + peak.total
     used += 0 if layout.strategy == "FSDP" else held.gradients
@@ -94,16 +99,17 @@ def of_stage(recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> 
 
 
 def of_stages(recipe: Recipe, layout: Layout, hardware: Hardware) -> list[Memory]:
-    """Count every pipeline rank."""
+    """Return the memory of every pipeline rank."""
     return [of_stage(recipe, layout, stage, hardware) for stage in range(layout.pipeline)]
 
 
 def worst(recipe: Recipe, layout: Layout, hardware: Hardware) -> Memory:
-    """The pipeline rank that needs most: the first or the last."""
+    """Return the memory of the pipeline rank that needs most: the first, with most micro-batches in flight, or the
+    last."""
     ends = sorted({0, layout.pipeline - 1})
     return max((of_stage(recipe, layout, stage, hardware) for stage in ends), key=lambda memory: memory.total)
 
 
 def available(hardware: Hardware, layout: Layout) -> float:
-    """Bytes that one rank may use: the ranks of a CPU share its machine's."""
+    """Return the memory available to one rank in bytes; the ranks on a CPU share that of the machine."""
     return hardware.memory_bytes / layout.world_size if hardware.is_cpu else hardware.memory_bytes

@@ -1,6 +1,6 @@
-"""What one rank holds for good: weights, gradients and optimizer state, to the byte.
+"""Persistent memory of one rank: weights, gradients and optimizer state, to the byte.
 
-The order of parameters, the padding of megatron-core's buffers and the rows that `fully_shard` gives a rank are those
+The order of parameters, the padding of the buffers of megatron-core and the rows per rank of `fully_shard` equal those
 of the engine; `tests/plan/test_parameters.py` compares them with engines built for ranks of 256 and 4096.
 """
 
@@ -14,24 +14,24 @@ from igla_mega.config.schema import Model, Recipe
 from igla_mega.layout.layout import Layout
 
 ALIGNED = 64
-"""Elements that a parameter's start is rounded up to in a buffer that is shared out (megatron-core 0.16.1)."""
+"""Alignment of the start of a parameter in a sharded buffer, in elements (megatron-core 0.16.1)."""
 NF4_BLOCK, NF4_NESTED_BLOCK, NF4_CODE_BYTES = 64, 256, 256 * 4 + 4
-"""Weights that share a scale, scales that share a second one, and the table and mean that decode those."""
+"""Weights per scale, scales per second-level scale, and bytes of the table and mean that decode the scales."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of one tensor-parallel (and expert-parallel) rank."""
+    """One tensor on one tensor-parallel (and expert-parallel) rank."""
 
     name: str
     shape: tuple[int, ...]
     trained: bool = True
     expert: bool = False
-    """Its gradient is summed over the ranks that hold the same experts, not over all of them."""
+    """True if its gradient is reduced only over the ranks with the same experts."""
     codes: tuple[int, ...] = ()
-    """Elements of each projection stacked in it that are held in 4 bits; empty where it is held as it is."""
+    """Number of elements of each stacked projection in 4 bits; empty if it is not quantized."""
     shared: bool = False
-    """A tied embedding, which has a bucket of its own in the gradient buffer."""
+    """True for a tied embedding between pipeline stages, which has its own bucket in the gradient buffer."""
 
     @cached_property
     def elements(self) -> int:
@@ -40,31 +40,31 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers of one pipeline rank."""
+    """Consecutive layers on one pipeline rank."""
 
     layers: int
     first: bool
-    """Holds the embedding."""
+    """True if it includes the embedding."""
     last: bool
-    """Holds the final norm and the output projection."""
+    """True if it includes the final norm and the output projection."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that one rank holds from the first step to the last."""
+    """Persistent memory of one rank, in bytes unless stated otherwise."""
 
     weights: int
     gradients: int
     optimizer: int
-    """fp32 main weights where they are not the weights themselves, and both moments."""
+    """Both moments, and fp32 main weights unless the weights themselves are fp32."""
     memory: int
     """Fisher information and anchor of Elastic Weight Consolidation."""
     elements: int
-    """Parameters of the rank's model chunks, padding of the vocabulary included."""
+    """Number of parameters of the model chunks of the rank, including padding of the vocabulary."""
     trained: int
-    """Of these, those that an optimizer updates somewhere."""
+    """Number of these that are trained."""
     updated: int
-    """Of these, those that this rank's optimizer updates."""
+    """Number of these that the optimizer of this rank updates."""
 
 
 def chunks_of(layout: Layout, num_layers: int, stage: int) -> list[Chunk]:
@@ -81,7 +81,7 @@ def chunks_of(layout: Layout, num_layers: int, stage: int) -> list[Chunk]:
 
 
 def parameters_of(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Parameter, ...]:
-    """Return a chunk's parameters in the order of its modules."""
+    """Return the parameters of a chunk in the order of its modules."""
     return _parameters(_kind(recipe, layout), chunk, layout.pipeline > 1)
 
 
@@ -91,6 +91,7 @@ def of_layer(recipe: Recipe, layout: Layout) -> tuple[Parameter, ...]:
 
 
 def _kind(recipe: Recipe, layout: Layout) -> "_Kind":
+    """Return the part of recipe and layout that determines shapes, as a key for caches."""
     assert recipe.model is not None, "resolved before"
     return _Kind(
         recipe.model, recipe.moe, recipe.lora, recipe.quantization, layout.tensor, layout.expert, layout.expert_tensor
@@ -99,7 +100,7 @@ def _kind(recipe: Recipe, layout: Layout) -> "_Kind":
 
 @dataclass(frozen=True)
 class _Kind:
-    """All that the shapes of a rank's parameters depend on, beside its chunk."""
+    """Inputs that, with the chunk, determine the shapes of the parameters of a rank."""
 
     model: Model
     moe: Moe | None
@@ -110,13 +111,18 @@ class _Kind:
     expert_tensor: int
 
     def replicas(self, parameter: Parameter, data_context: int) -> int:
-        """Ranks that hold the same part of a parameter, of so many on the data and context axes."""
+        """Return the number of ranks with the same part of a parameter.
+
+        Args:
+            data_context: number of ranks of the data and context axes.
+        """
         shared = self.expert * self.expert_tensor
         return data_context * self.tensor // shared if parameter.expert else data_context
 
 
 @lru_cache(maxsize=256)
 def _parameters(kind: _Kind, chunk: Chunk, pipelined: bool) -> tuple[Parameter, ...]:
+    """Return the parameters of a chunk; `pipelined` if the model has several pipeline stages."""
     model, trained = kind.model, kind.lora is None
     vocabulary = (math.ceil(model.vocab_size / kind.tensor), model.hidden_size)
     tied = model.tie_embeddings
@@ -133,6 +139,7 @@ def _parameters(kind: _Kind, chunk: Chunk, pipelined: bool) -> tuple[Parameter, 
 
 
 def _layer(kind: _Kind) -> Iterator[Parameter]:
+    """Yield the parameters of one layer in the order of megatron-core modules."""
     model, moe, tensor = kind.model, kind.moe, kind.tensor
     hidden, size, width, trained = model.hidden_size, model.head_size, model.intermediate_size, kind.lora is None
     heads, kv_heads = model.num_heads * size // tensor, model.num_kv_heads * size // tensor
@@ -158,7 +165,7 @@ def _layer(kind: _Kind) -> Iterator[Parameter]:
 def _linear(
     kind: _Kind, name: str, inputs: int, projections: dict[str, int], *, expert: bool = False
 ) -> Iterator[Parameter]:
-    """A frozen or trained projection and its adapters, as one tensor-parallel rank holds them."""
+    """Yield the weight of a projection and of its adapters on one tensor-parallel rank."""
     lora = kind.lora
     codes = tuple(rows * inputs for rows in projections.values()) if kind.quantization is not None else ()
     yield Parameter(name, (sum(projections.values()), inputs), lora is None, expert=expert, codes=codes)
@@ -172,17 +179,17 @@ def _linear(
 
 @dataclass(frozen=True)
 class Totals:
-    """Elements of all parameters of one pipeline rank's chunks."""
+    """Number of elements of all parameters on one pipeline rank."""
 
     elements: int
     trained: int
-    """Of these, those that are trained and no experts'."""
+    """Number of trained elements outside experts."""
     expert: int
-    """Those that are trained, and are of experts that not every rank has."""
+    """Number of trained elements of experts."""
 
 
 def totals(recipe: Recipe, layout: Layout, stage: int) -> Totals:
-    """Count the parameters of a rank of pipeline rank `stage`."""
+    """Return the number of parameters of a rank of pipeline stage `stage`."""
     assert recipe.model is not None, "resolved before"
     chunks = tuple(chunks_of(layout, recipe.model.num_layers, stage))
     return _totals(_kind(recipe, layout), chunks, layout.pipeline > 1)
@@ -198,13 +205,13 @@ def _totals(kind: _Kind, chunks: tuple[Chunk, ...], pipelined: bool) -> Totals:
 
 
 def held(recipe: Recipe, layout: Layout, stage: int, *, device: str = "cuda", data_rank: int = 0) -> Held:
-    """Count what a rank of pipeline rank `stage` holds.
+    """Return the persistent memory of a rank of pipeline stage `stage`.
 
     Args:
-        data_rank: its place among the data and context ranks; the last one's share may be smaller than the first's.
+        data_rank: index among the data and context ranks; the shard of the last one may be smaller than the others.
     """
     assert recipe.model is not None, "resolved before"
-    where, memory = recipe.distributed, recipe.memory
+    where = recipe.distributed
     return _held(
         _kind(recipe, layout),
         tuple(chunks_of(layout, recipe.model.num_layers, stage)),
@@ -216,7 +223,7 @@ def held(recipe: Recipe, layout: Layout, stage: int, *, device: str = "cuda", da
             layout.distributed_optimizer,
             where.overlap_communication and device == "cuda",
             4 if where.precision == "FP32" else 2,
-            memory is not None and memory.ewc_lambda > 0,
+            recipe.uses_ewc,
             data_rank,
         ),
     )
@@ -224,7 +231,7 @@ def held(recipe: Recipe, layout: Layout, stage: int, *, device: str = "cuda", da
 
 @dataclass(frozen=True)
 class _Spread:
-    """How a rank shares its parameters with others, and what it keeps of each."""
+    """Sharding of the parameters of a rank, as a key for caches."""
 
     replicas: int
     pipeline: int
@@ -233,12 +240,13 @@ class _Spread:
     distributed_optimizer: bool
     overlap: bool
     value_bytes: int
-    holds_back: bool
+    uses_ewc: bool
     data_rank: int
 
 
 @lru_cache(maxsize=256)
 def _held(kind: _Kind, chunks: tuple[Chunk, ...], spread: _Spread) -> Held:
+    """Return the persistent memory for hashable inputs, so that layouts of equal shapes share a result."""
     lists = [_parameters(kind, chunk, spread.pipeline > 1) for chunk in chunks]
     every = [parameter for found in lists for parameter in found]
     trained = [parameter for parameter in every if parameter.trained]
@@ -256,22 +264,24 @@ def _held(kind: _Kind, chunks: tuple[Chunk, ...], spread: _Spread) -> Held:
         weights += value * sum(parameter.elements for parameter in plain if not parameter.trained)
         padded = updated = 0
         for index, found in enumerate(lists):
-            # megatron-core cuts the buffer of the first stage's first chunk into buckets, to send them early.
+            # megatron-core splits the buffer into buckets that are reduced early only in the first chunk of stage 0.
             cut = spread.overlap and spread.stage == 0 and index == 0
             for expert in (False, True):
                 own = [p for p in found if p.trained and p.expert == expert]
                 ranks = kind.replicas(own[0], replicas) if own else 1
+                # Bucket size of megatron-core: 40M elements, or 1M per rank if that is more.
                 size = max(40_000_000, 1_000_000 * replicas) if cut else None
                 end, share = buffer(own, ranks, size, shared_out=shared_out, rank=spread.data_rank % ranks)
                 padded, updated = padded + end, updated + share
         weights += value * (padded if shared_out else sum(parameter.elements for parameter in trained))
         gradients = 4 * padded
+        # Two fp32 moments; and fp32 main weights unless the weights are fp32.
         moments = (8 if value == 4 else 12) * updated
     return Held(
         weights,
         gradients,
         moments,
-        8 * updated if spread.holds_back else 0,
+        8 * updated if spread.uses_ewc else 0,
         sum(parameter.elements for parameter in every),
         sum(parameter.elements for parameter in trained),
         updated,
@@ -279,6 +289,7 @@ def _held(kind: _Kind, chunks: tuple[Chunk, ...], spread: _Spread) -> Held:
 
 
 def _coded_bytes(quantization: Quantization, parameter: Parameter) -> int:
+    """Return the bytes of a quantized weight with its scales."""
     total = 0
     for elements in parameter.codes:
         blocks = -(-elements // NF4_BLOCK)
@@ -288,7 +299,8 @@ def _coded_bytes(quantization: Quantization, parameter: Parameter) -> int:
 
 
 def rows_of_rank(parameter: Parameter, ranks: int, rank: int) -> int:
-    """Elements that `fully_shard` leaves to a rank: as many rows for each but the last ones."""
+    """Return the number of elements in the shard of a rank; `fully_shard` gives equal rows to all but the last
+    ranks."""
     rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
     each = -(-rows // ranks)
     return max(0, min(each, rows - rank * each)) * columns
@@ -297,23 +309,26 @@ def rows_of_rank(parameter: Parameter, ranks: int, rank: int) -> int:
 def buffer(
     parameters: Sequence[Parameter], ranks: int, bucket_elements: int | None, *, shared_out: bool, rank: int
 ) -> tuple[int, int]:
-    """Lay parameters out as megatron-core's gradient buffer does.
+    """Return the size of a gradient buffer as megatron-core lays it out.
 
     Args:
-        bucket_elements: a bucket ends once it holds so many; None: one bucket.
-        shared_out: each rank updates its equal part of each bucket.
+        bucket_elements: minimum number of elements of a bucket; None: one bucket.
+        shared_out: True if each rank updates an equal part of each bucket.
 
     Returns:
-        Elements of the buffer, and elements of parameters that `rank` updates.
+        Number of elements of the buffer, and number of elements of parameters that `rank` updates.
     """
     if not shared_out:
         elements = sum(parameter.elements for parameter in parameters)
         return elements, elements
+    # Buckets have equal parts per rank and start at 256-byte addresses: 128 values of 2 bytes (megatron-core 0.16.1,
+    # param_and_grad_buffer.py).
     unit = math.lcm(ranks, 128)
     updated = at = begin = 0
     runs: list[tuple[int, int]] = []
 
     def close(end: int) -> int:
+        """Pad the open bucket, count what `rank` updates of it, and return its end."""
         nonlocal updated, begin
         end = -(-end // unit) * unit
         each = (end - begin) // ranks
@@ -323,6 +338,7 @@ def buffer(
         begin = end
         return end
 
+    # Reversed: gradients of the last layers are ready first.
     for parameter in reversed(parameters):
         start = -(-at // ALIGNED) * ALIGNED
         if parameter.shared and runs:

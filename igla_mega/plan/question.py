@@ -1,4 +1,4 @@
-"""From what stands on the command line to the plans that answer it."""
+"""Plans for a command line of `igla-mega plan`."""
 
 import json
 import math
@@ -15,21 +15,21 @@ from igla_mega.plan.finished import Comparison
 from igla_mega.plan.forecast import Forecast, forecast
 
 MOST_BATCH_GROWTH = 64
-"""For a number of GPUs that no layout of the recipe's batch divides, its batch grows up to this many times."""
+"""Maximum factor by which the batch is enlarged for a number of GPUs that does not divide it."""
 
 Row = tuple[int, Forecast | ConfigError, str]
-"""A number of devices; the plan, or why there is none; what was changed for it."""
+"""Number of devices; the plan, or the error; the change to the recipe, or an empty string."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The plans of one question."""
+    """Plans for one command line."""
 
     table: Sequence[Row]
     comparison: Comparison | None = None
 
     def text(self) -> str:
-        """For a terminal."""
+        """Return the text for a terminal."""
         if len(self.table) > 1:
             return "\n".join(answer.scaling(self.table))
         found = self.table[0][1]
@@ -38,7 +38,7 @@ class Answer:
         return "\n".join(lines)
 
     def json(self) -> str:
-        """One object; of several numbers of devices, a list of objects."""
+        """Return JSON: an object, or a list of objects for several numbers of devices."""
         if len(self.table) > 1:
             return json.dumps([_row_values(row) for row in self.table], indent=1)
         found = self.table[0][1]
@@ -48,6 +48,7 @@ class Answer:
 
 
 def _row_values(row: Row) -> dict:
+    """Return one row of the table as values for JSON."""
     gpus, found, note = row
     if isinstance(found, ConfigError):
         return {"gpus": gpus, "error": str(found)}
@@ -66,10 +67,12 @@ def ask(
     models: Path | None,
     samples: int | None,
 ) -> Answer:
-    """Plan a recipe, or a run folder's recipe beside what the run took.
+    """Return the plan of a recipe, or of a run folder together with a comparison to the measured run.
+
+    Without `gpu` and `gpus`, they are those of the run, of the claim of the card, or of this machine.
 
     Raises:
-        ConfigError: something given cannot be, or the recipe does not fit.
+        ConfigError: an option is invalid, or the recipe does not fit.
     """
     run = finished.find(Path(name))
     recipe = load.load_recipe(run.recipe_file if run else name, scale=scale, overrides=overrides)
@@ -89,7 +92,7 @@ def ask(
         else [run.num_ranks if run else claim.gpus if claim else num_local_gpus() or 1]
     )
     if price is not None and not 0 < price < math.inf:
-        raise ConfigError(f"--price: {price:g} is no price above 0. Give dollars an hour of one GPU, such as 1.9.")
+        raise ConfigError(f"--price: {price:g} is not above 0. Give dollars per GPU-hour, such as 1.9.")
 
     def planned(one: Recipe, count: int, advise: bool) -> Forecast:
         return forecast(
@@ -112,11 +115,12 @@ def ask(
 
 
 def _at(recipe: Recipe, count: int, planned) -> Row:
+    """Return the row for a number of devices, with a larger batch if necessary."""
     try:
         return count, planned(recipe, count, False), ""
     except ConfigError as error:
         refusal = error
-    # More devices than the batch has rows: what would be run there is a larger batch.
+    # More devices than rows in the batch: a real run there would use a larger batch.
     for times in (2**power for power in range(1, MOST_BATCH_GROWTH.bit_length())):
         grown = _grown(recipe, times)
         if grown is None:
@@ -125,12 +129,16 @@ def _at(recipe: Recipe, count: int, planned) -> Row:
             found = planned(grown, count, False)
         except ConfigError:
             continue
-        return count, found, f"the batch {times} times as large: {grown.training.batch_size}, as many tokens in all"
+        return (
+            count,
+            found,
+            f"the batch {times} times as large: {grown.training.batch_size}, same number of tokens in all",
+        )
     return count, refusal, ""
 
 
 def _grown(recipe: Recipe, times: int) -> Recipe | None:
-    """The recipe with a batch `times` as large, and as many tokens in all."""
+    """Return the recipe with a batch `times` as large and the same number of tokens in all, or None if not possible."""
     training = recipe.training
     if recipe.stages is not None or training.gradient_accumulation is not None:
         return None
@@ -140,12 +148,17 @@ def _grown(recipe: Recipe, times: int) -> Recipe | None:
         size = f"{tokens * times // 2**20}M tokens"
     update: dict = {"batch_size": size}
     if training.total_steps is not None:
-        # The warm-up matters little to the time, and as written need not agree with fewer steps.
+        # The warm-up hardly affects the time, and its steps could exceed the reduced number of steps.
         update |= {"total_steps": max(1, training.total_steps // times), "warmup_steps": None}
     return recipe.model_copy(update={"training": training.model_copy(update=update)})
 
 
 def _counts(written: str) -> list[int]:
+    """Return the numbers of devices in `8,16,32`.
+
+    Raises:
+        ConfigError: one is not a whole number of at least 1.
+    """
     parts = [part.strip() for part in written.split(",")]
     counts = []
     for part in parts:

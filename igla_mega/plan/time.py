@@ -1,4 +1,4 @@
-"""How long a step takes: work by kind of kernel, bytes by collective and link, and what waits for what."""
+"""Time of a step: compute by kind of kernel, bytes by collective and link, and what overlaps."""
 
 import math
 from collections.abc import Iterator
@@ -12,48 +12,48 @@ from igla_mega.plan.calibration import Rates
 from igla_mega.plan.parameters import Chunk, chunks_of, held, parameters_of, totals
 
 FORWARD_OPS, BACKWARD_OPS = 160, 130
-"""Host's time in a layer, in small ops of `Rates.op_seconds`; most of it is Python. Measured on a few tokens: a layer
-took 1.1 ms beside its products and attention, an op 3.8 microseconds."""
+"""Host time of a layer in units of `Rates.op_seconds`; most of it is Python. Measured with few tokens: a layer took
+1.1 ms in addition to its products and attention, and an op 3.8 microseconds."""
 HOP_SECONDS = 1e-5
-"""Least time of one message, assumed (NCCL's small messages: 10 to 30 microseconds)."""
+"""Minimum time of one message in seconds. Assumed: small messages of NCCL take 10 to 30 microseconds."""
 ADAM_BYTES, NORM_BYTES, PULL_BYTES = 30, 12, 24
-"""Of one fp32 main weight: AdamW reads four values and writes three and the bf16 copy; the norm reads, clipping reads
-and writes; the pull of EWC reads four values and writes, and its norms read."""
+"""Memory traffic per fp32 main weight, in bytes: AdamW reads four values and writes three and the bf16 copy; the norm
+reads, clipping reads and writes; the EWC pull reads four values and writes one, and its norms read."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of message of a step on one rank."""
+    """One kind of message in a step on one rank."""
 
     collective: str
     link: str
-    """`link` within a machine, `network` across."""
+    """`link` within a machine, `network` between machines."""
     bytes: float
-    """Sent by a rank in a step."""
+    """Bytes sent by a rank per step."""
     seconds: float
     exposed: float
-    """Seconds of these that no compute hides."""
+    """Part of `seconds` that is not overlapped with compute."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, by what they go to; the sum is the step."""
+    """Time of an optimizer step in seconds, by cause; the sum is the step."""
 
     gemm: float
     attention: float
     elementwise: float
     loss: float
     recompute: float
-    """Of gemm, attention and value-by-value work, what is done a second time."""
+    """Repeated gemm, attention and elementwise work."""
     communication: float
-    """Exposed."""
+    """Communication that is not overlapped with compute."""
     bubble: float
-    """Waiting in the pipeline."""
+    """Idle time of the pipeline."""
     optimizer: float
     memory: float
-    """The pull of Elastic Weight Consolidation."""
+    """Pull of Elastic Weight Consolidation."""
     reference: float
-    """The forward pass of preference optimization's reference."""
+    """Forward pass of the reference model in preference optimization."""
     data: float
     overhead: float
     traffic: tuple[Traffic, ...] = field(default=())
@@ -68,7 +68,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _Work:
-    """Seconds of one micro-batch on one pipeline rank."""
+    """Time of one micro-batch on one pipeline rank, in seconds."""
 
     gemm: float = 0.0
     attention: float = 0.0
@@ -88,9 +88,10 @@ class _Work:
 
 
 def model_flops_per_token(recipe: Recipe, sequence_length: int) -> float:
-    """FLOP of training on one token, recomputation not counted, causal attention halved.
+    """Return the FLOP of training on one token, without recomputation and with causal attention halved.
 
-    A frozen weight takes part in four of the six products of a trained one.
+    A trained weight takes part in three products of 2 FLOP each: forward, input gradient and weight gradient. A frozen
+    weight has no weight gradient.
     """
     model = recipe.model
     assert model is not None, "resolved before"
@@ -99,7 +100,7 @@ def model_flops_per_token(recipe: Recipe, sequence_length: int) -> float:
 
 
 class Clock:
-    """The time of a step in one layout on one kind of hardware."""
+    """Time of a step in one layout on one kind of hardware."""
 
     def __init__(self, recipe: Recipe, layout: Layout, hardware: Hardware, rates: Rates):
         assert recipe.model is not None, "resolved before"
@@ -114,8 +115,9 @@ class Clock:
         self.own_tokens = self.tokens // layout.tensor if layout.sequence_parallel else self.tokens
 
     def step(self) -> StepTime:
-        """Return the time of one optimizer step, the slowest pipeline rank's."""
+        """Return the time of one optimizer step on the slowest pipeline rank."""
         layout, rates = self.layout, self.rates
+        # Inner stages have neither embedding nor output projection, so the slowest one is at an end.
         stages = sorted({0, layout.pipeline - 1})
         work, traffic = max(
             ((self._micro_batch(stage), self._micro_traffic(stage)) for stage in stages),
@@ -124,8 +126,9 @@ class Clock:
         count = layout.num_microbatches
         stage = stages[-1]
         own = held(self.recipe, layout, stage, device="cpu" if self.hardware.is_cpu else "cuda")
-        passing = sum(message.exposed for message in traffic)
-        micro = work.seconds + passing
+        exposed = sum(message.exposed for message in traffic)
+        micro = work.seconds + exposed
+        # Narayanan et al. 2021 (arXiv:2104.04473, section 2.2): p - 1 idle micro-batches, divided by the model chunks.
         bubble = (layout.pipeline - 1) / layout.virtual_pipeline * micro
         messages = [
             replace(m, bytes=m.bytes * count, seconds=m.seconds * count, exposed=m.exposed * count) for m in traffic
@@ -133,11 +136,10 @@ class Clock:
         messages += self._gradient_traffic(stage, work.seconds)
         memory = self.bandwidth * rates.optimizer.value
         updated = own.updated
-        # Every rank adds the gradients of a micro-batch to those before.
+        # Every rank accumulates the gradients of a micro-batch: reads them, reads and writes the fp32 sum.
         added = own.trained * (self.value + 8) * count / (self.bandwidth * rates.memory.value)
         reads = layout.data * (self.share if self.hardware.is_cpu else 1)
         tokens = self.layout.global_batch * layout.rows_per_sample * layout.sequence_length
-        held_back = self.recipe.memory is not None and self.recipe.memory.ewc_lambda > 0
         return StepTime(
             gemm=work.gemm * count,
             attention=work.attention * count,
@@ -147,7 +149,7 @@ class Clock:
             communication=sum(message.exposed for message in messages),
             bubble=bubble,
             optimizer=updated * (ADAM_BYTES + NORM_BYTES) / memory,
-            memory=updated * PULL_BYTES / memory if held_back else 0.0,
+            memory=updated * PULL_BYTES / memory if self.recipe.uses_ewc else 0.0,
             reference=self._reference(count),
             data=tokens * rates.data_seconds.value / max(1, reads if self.hardware.is_cpu else layout.data),
             overhead=rates.step_seconds.value,
@@ -155,11 +157,12 @@ class Clock:
         )
 
     def forward_seconds(self) -> float:
-        """Time of a micro-batch's forward pass through the whole model, as an evaluation takes it."""
+        """Return the time of the forward pass of a micro-batch through the whole model, as in an evaluation."""
         layers = self._layer_forward().times(self.model.num_layers / self.layout.pipeline)
         return layers.seconds + self._head(backward=False).seconds
 
     def _gemm(self, rows: float, inputs: float, outputs: float, *, in_layer: bool = True) -> float:
+        """Return the time of a product [rows, inputs] x [inputs, outputs]; FP8 applies only within layers."""
         flops = 2 * rows * inputs * outputs
         if in_layer and self.recipe.distributed.precision == "FP8":
             return flops / (self.hardware.fp8_flops * self.rates.gemm_fp8.value)
@@ -167,7 +170,8 @@ class Clock:
         return flops / (self.peak * share) if flops else 0.0
 
     def _linears(self) -> Iterator[tuple[float, float, float, bool, float]]:
-        """Rows, inputs, outputs of each product of a layer on one rank, whether its weight trains, how many times."""
+        """Yield rows, inputs, outputs, True if the weight is trained, and the count of each product of a layer on a
+        rank."""
         frozen = self.recipe.lora is not None
         for parameter in parameters_of(self.recipe, self.layout, Chunk(1, False, False)):
             if len(parameter.shape) == 1:
@@ -178,7 +182,7 @@ class Clock:
             own = self.own_tokens if parameter.name == "router" else self.tokens
             yield own, inputs, outputs, parameter.trained, 1.0
         if (moe := self.recipe.moe) is not None:
-            # Balanced: each expert of a rank works on its share of what all ranks of the group send.
+            # With a balanced load each expert of a rank gets its share of the tokens of all ranks of the group.
             experts = moe.num_experts // self.layout.expert
             rows = self.own_tokens * moe.num_experts_per_tok / experts
             f, h = self.model.intermediate_size, self.model.hidden_size
@@ -186,6 +190,7 @@ class Clock:
             yield rows, f, h, not frozen, experts
 
     def _layer_forward(self) -> _Work:
+        """Return the forward time of one layer."""
         gemm = sum(self._gemm(rows, a, b) * times for rows, a, b, _, times in self._linears())
         if self.recipe.quantization is not None:
             gemm += self._unpacked()
@@ -195,40 +200,45 @@ class Clock:
         )
 
     def _layer_backward(self) -> _Work:
+        """Return the backward time of one layer: two products per trained weight, one per frozen weight."""
         gemm = sum(
             self._gemm(rows, a, b) * times * (2 if trained else 1) for rows, a, b, trained, times in self._linears()
         )
         if self.recipe.quantization is not None:
             gemm += self._unpacked()
         return self._at_least(
+            # 2.5: see `attention.BACKWARD_WORK`.
             _Work(gemm, self._attention(2.5, self.rates.attention_backward.value), self._values(backward=True)),
             BACKWARD_OPS,
         )
 
     def _unpacked(self) -> float:
-        """Making the weights of a layer from their codes: half a byte is read, a value written and read."""
+        """Return the time to dequantize the 4-bit weights of a layer: half a byte is read, a value written and read."""
         found = parameters_of(self.recipe, self.layout, Chunk(1, False, False))
         elements = sum(sum(parameter.codes) for parameter in found)
         return elements * (0.5 + 2 * self.value) / (self.bandwidth * self.rates.memory.value)
 
     def _at_least(self, work: _Work, ops: int) -> _Work:
-        """On a CPU the host's time comes on top; on a GPU the queue runs dry when kernels, not recorded, are short."""
+        """Add host time: on a CPU to the compute time; on a GPU only where short kernels leave the queue empty."""
+        # A recorded layer is a single launch.
         least = (1 if self.recipe.distributed.cuda_graphs else ops) * self.rates.op_seconds.value
         if self.hardware.is_cpu:
             return replace(work, elementwise=work.elementwise + least)
         return replace(work, elementwise=work.elementwise + max(0.0, least - work.seconds))
 
     def _attention(self, factor: float, share: float) -> float:
+        """Return the time of causal attention of a layer: `factor` times the forward FLOP at `share` of the peak."""
         rows = self.layout.micro_batch_size * self.layout.rows_per_sample
         length, heads = self.layout.padded_length, self.model.num_heads // self.layout.tensor
         flops = 2 * rows * length**2 / self.layout.context * heads * self.model.head_size
         return factor * flops / (self.peak * share)
 
     def _values(self, *, backward: bool) -> float:
-        """Seconds of what a layer does value by value."""
+        """Return the time of the elementwise work of a layer."""
         return value_bytes(self, backward=backward) / (self.bandwidth * self.rates.memory.value)
 
     def _head(self, *, backward: bool = True) -> _Work:
+        """Return the time of output projection and loss, in chunks of tokens as in `ops.linear_cross_entropy`."""
         model, tensor = self.model, self.layout.tensor
         vocabulary = math.ceil(model.vocab_size / tensor)
         chunk = min(self.tokens, 256 if self.hardware.is_cpu else 4096)
@@ -236,18 +246,20 @@ class Clock:
         trained = self.recipe.lora is None
         products = 1 if not backward else 3 if trained else 2
         gemm = products * times * self._gemm(chunk, model.hidden_size, vocabulary, in_layer=False)
+        # Three passes over the logits; and per chunk the fp32 gradient sum of the projection is read and written.
         passes = 3.0 * self.tokens * vocabulary * self.value
         if backward and trained:
             passes += times * vocabulary * model.hidden_size * (8 + (0 if self.value == 4 else 4))
         return _Work(gemm=gemm, loss=passes / (self.bandwidth * self.rates.loss.value))
 
     def _micro_batch(self, stage: int) -> _Work:
+        """Return the compute time of a micro-batch on one pipeline rank, forward and backward."""
         own = chunks_of(self.layout, self.model.num_layers, stage)
         layers = sum(chunk.layers for chunk in own)
         forward, backward = self._layer_forward(), self._layer_backward()
         again = 0.0
         if self.layout.recompute == "full":
-            # Ring attention keeps its result; what else a layer does is done again.
+            # The result of ring attention is kept, since recomputing it would communicate again.
             again = forward.seconds - (forward.attention if self.layout.context > 1 else 0.0)
         elif self.layout.recompute == "selective":
             again = self._network_again()
@@ -260,6 +272,7 @@ class Clock:
         return work
 
     def _network_again(self) -> float:
+        """Return the time to recompute the feed-forward network of a layer (selective recomputation)."""
         linears = list(self._linears())
         names = [p.name for p in parameters_of(self.recipe, self.layout, Chunk(1, False, False)) if len(p.shape) > 1]
         if self.recipe.moe is not None:
@@ -270,25 +283,27 @@ class Clock:
         return sum(dense) + swiglu * self.value / (self.bandwidth * self.rates.memory.value)
 
     def _reference(self, count: int) -> float:
+        """Return the time of the reference forward passes of `count` micro-batches (DPO)."""
         dpo = self.recipe.dpo
         if dpo is None or dpo.reference_free:
             return 0.0
-        # A cached reference is one pass over the pairs: as much, once an epoch is trained; later ones are free.
+        # A cached reference is one pass over all pairs, which costs the same as the reference of one epoch.
         return count * self.forward_seconds() * self.layout.pipeline
 
-    # What travels.
+    # Communication.
 
     def _rate(self, size: int, stride: int) -> tuple[str, float]:
-        """The link that a group's collectives wait for, and its bytes a second for one rank.
+        """Return the slowest link of a group and its bandwidth per rank, in bytes per second.
 
         Args:
-            stride: distance of neighbours in the group, in ranks.
+            size: number of ranks of the group.
+            stride: distance between neighbors in the group, in ranks.
         """
         members = max(1, min(size, self.hardware.node_size // stride))
         inside = self.hardware.link * self.rates.link.value
         if members >= size:
             return "link", inside
-        # The groups of a machine share its adapters: as many for each as it has members there.
+        # Each group uses as many network adapters of a machine as it has members there.
         return "network", min(
             inside if members > 1 else math.inf, members * self.hardware.network * self.rates.network.value
         )
@@ -296,15 +311,18 @@ class Clock:
     def _message(
         self, collective: str, payload: float, size: int, stride: int, *, times: float = 1.0, hidden: float = 0.0
     ) -> Traffic:
-        """Count a collective.
+        """Return the bytes and the time of a collective.
 
         Args:
-            payload: bytes of the whole tensor that is gathered, scattered, reduced or exchanged.
-            hidden: seconds of compute that run beside it.
+            payload: size of the whole tensor that is gathered, scattered, reduced or exchanged, in bytes.
+            times: number of such collectives.
+            hidden: compute time that can overlap with it, in seconds.
         """
         link, rate = self._rate(size, stride)
+        # An all-to-all has no ring over several adapters: each rank sends through its own one.
         if collective == "all-to-all" and link == "network":
             rate = self.hardware.network * self.rates.network.value
+        # Ring algorithms: a rank sends (n - 1) / n of the tensor, twice for an all-reduce.
         share = (size - 1) / size * (2 if collective == "all-reduce" else 1)
         sent = payload if collective == "send" else share * payload
         seconds = (sent / rate + HOP_SECONDS * math.ceil(math.log2(max(2, size)))) * times
@@ -312,7 +330,7 @@ class Clock:
         return Traffic(collective, link, sent * times, seconds, exposed)
 
     def _micro_traffic(self, stage: int) -> list[Traffic]:
-        """Messages of one micro-batch."""
+        """Return the messages of one micro-batch on one pipeline rank."""
         layout, model = self.layout, self.model
         own = chunks_of(layout, model.num_layers, stage)
         layers = sum(chunk.layers for chunk in own)
@@ -320,7 +338,7 @@ class Clock:
         full = self.tokens * model.hidden_size * self.value
         found = []
         if layout.tensor > 1:
-            # Two a layer and pass; with sequence parallelism each is a gathering and a scattering of the same bytes.
+            # Two per layer and pass; sequence parallelism replaces each by all-gather and reduce-scatter, same bytes.
             experts = 1 if self.recipe.moe is not None else 2
             found.append(self._message("all-reduce", full, layout.tensor, 1, times=experts * passes * layers))
         if layout.pipeline > 1:
@@ -341,6 +359,7 @@ class Clock:
         return found
 
     def _context_traffic(self, layers: int) -> list[Traffic]:
+        """Return the messages of ring attention in `layers` layers, forward and backward."""
         layout, node = self.layout, max(1, self.hardware.node_size // self.layout.tensor)
         heads = self.model.num_kv_heads // layout.tensor
         schedule, inner = resolved_schedule(layout, heads, node)
@@ -353,14 +372,14 @@ class Clock:
             (cost.forward_bytes, cost.forward_flops, self.rates.attention_forward.value),
             (cost.backward_bytes, cost.backward_flops, self.rates.attention_backward.value),
         ):
-            beside = flops / (self.peak * share) * self.rates.overlap.value if cost.num_steps > 1 else 0.0
+            overlap = flops / (self.peak * share) * self.rates.overlap.value if cost.num_steps > 1 else 0.0
             seconds = sent / rate + HOP_SECONDS
             times = layers * cost.num_steps
-            found.append(Traffic(schedule, link, sent * times, seconds * times, max(0.0, seconds - beside) * times))
+            found.append(Traffic(schedule, link, sent * times, seconds * times, max(0.0, seconds - overlap) * times))
         return found
 
     def _sharded_traffic(self, stage: int, layers: int) -> list[Traffic]:
-        """Weights are gathered for the forward and for the backward pass, gradients scattered in fp32 behind it."""
+        """Return the FSDP messages: weights gathered for the forward and backward pass, gradients scattered in fp32."""
         replicas = self.layout.data * self.layout.context
         own = totals(self.recipe, self.layout, stage)
         weights, trained = own.elements, own.trained + own.expert
@@ -369,18 +388,18 @@ class Clock:
         gathered = self._message("all-gather", 2 * weights * self.value / units, replicas, stride, times=units)
         scattered = self._message("reduce-scatter", 4 * trained / units, replicas, stride, times=units)
         total = gathered.seconds + scattered.seconds
-        # The first gathering and the last scattering have nothing to hide behind.
+        # The first all-gather and the last reduce-scatter have no compute to overlap with.
         bare = total / units
         exposed = bare + max(0.0, total - bare - work * self.rates.overlap.value)
         return [replace(m, exposed=exposed * m.seconds / total) for m in (gathered, scattered)]
 
     def _gradient_traffic(self, stage: int, micro_seconds: float) -> list[Traffic]:
-        """Once a step: gradients over the data and context ranks, and the weights back."""
+        """Return the messages once per step: gradients reduced over the data and context ranks, weights gathered."""
         layout, replicas = self.layout, self.layout.data * self.layout.context
         found = []
-        beside = 0.0
+        overlap = 0.0
         if self.recipe.distributed.overlap_communication and not self.hardware.is_cpu:
-            beside = micro_seconds
+            overlap = micro_seconds
         own = totals(self.recipe, layout, stage)
         if layout.strategy != "FSDP" and replicas > 1:
             for expert in (False, True):
@@ -390,11 +409,13 @@ class Clock:
                 if not elements or ranks < 2:
                     continue
                 if layout.distributed_optimizer:
-                    # Gradients leave in the last micro-batch's backward pass, weights come in the next forward one.
-                    found.append(self._message("reduce-scatter", 4 * elements, ranks, stride, hidden=beside * 2 / 3))
-                    found.append(self._message("all-gather", self.value * elements, ranks, stride, hidden=beside / 3))
+                    # Gradients overlap with the last backward pass (two thirds of the work), weights with the next
+                    # forward pass (one third).
+                    found.append(self._message("reduce-scatter", 4 * elements, ranks, stride, hidden=overlap * 2 / 3))
+                    found.append(self._message("all-gather", self.value * elements, ranks, stride, hidden=overlap / 3))
                 else:
-                    found.append(self._message("all-reduce", 4 * elements, ranks, stride, hidden=beside * 2 / 3))
+                    found.append(self._message("all-reduce", 4 * elements, ranks, stride, hidden=overlap * 2 / 3))
+        # Tied embeddings exist on the first and the last stage, which sum their gradients.
         if self.model.tie_embeddings and layout.pipeline > 1:
             vocabulary = 4 * math.ceil(self.model.vocab_size / layout.tensor) * self.model.hidden_size
             found.append(self._message("all-reduce", vocabulary, 2, layout.world_size // layout.pipeline))
@@ -402,7 +423,7 @@ class Clock:
 
 
 def value_bytes(clock: Clock, *, backward: bool) -> float:
-    """Bytes that a layer reads and writes value by value, as its kernels stand: a CPU's are not fused."""
+    """Return the memory traffic of the elementwise work of a layer in bytes; kernels on a CPU are not fused."""
     model, tensor, on_cpu = clock.model, clock.layout.tensor, clock.hardware.is_cpu
     hidden = clock.own_tokens * model.hidden_size
     heads = clock.tokens * (model.num_heads + model.num_kv_heads) * model.head_size / tensor
@@ -416,12 +437,15 @@ def value_bytes(clock: Clock, *, backward: bool) -> float:
 
 
 def layer_values(hidden: float, heads: float, stacked: float, width: float, *, on_cpu: bool, backward: bool) -> float:
-    """Values read and written by a layer's norms, residuals, rotation and activation.
+    """Return the number of values read and written by the norms, residuals, rotation and activation of a layer.
 
     Args:
-        hidden, heads, stacked, width: values of the residual stream, of queries and keys, of the stacked projections'
-            output, and of one half of the feed-forward network's.
+        hidden: number of values of the residual stream.
+        heads: number of values of queries and keys.
+        stacked: number of values of the output of the stacked QKV projection.
+        width: number of values of one half of the output of the first feed-forward projection.
     """
+    # Passes over each tensor, counted from the kernels: two norms per layer, SwiGLU with two inputs and one output.
     if on_cpu:
         norms, swiglu = (16, 7) if not backward else (32, 13)
     else:
@@ -430,7 +454,12 @@ def layer_values(hidden: float, heads: float, stacked: float, width: float, *, o
 
 
 def resolved_schedule(layout: Layout, kv_heads: int, node: int) -> tuple[str, int]:
-    """The schedule of ring attention and the ranks of its a2a groups, as `ops.ring_attention` chooses them."""
+    """Return the schedule of ring attention and the size of its a2a groups, as `ops.ring_attention` chooses them.
+
+    Args:
+        kv_heads: key-value heads per tensor-parallel rank.
+        node: number of context-parallel ranks per machine.
+    """
     size = layout.context
     inner = max(n for n in range(1, min(size, node) + 1) if size % n == 0 and kv_heads % n == 0)
     if layout.context_schedule != "auto":

@@ -80,8 +80,8 @@ def test_8_bits_need_a_gpu_that_has_them_and_room_for_their_copies_of_the_weight
     assert plans[1].parts[0].tokens_per_second > 1.1 * plans[0].parts[0].tokens_per_second
     layer = 4096 * (6144 + 4096 + 3 * 11008)
     assert plans[1].parts[0].memory.fp8 - plans[0].parts[0].memory.fp8 == 2 * 32 * layer
-    with pytest.raises(ConfigError, match=r"A100 .* has no products in 8 bits\. Use BF16, or --gpu h100, h200"):
+    with pytest.raises(ConfigError, match=r"A100 .* has no 8-bit matrix products\. Use BF16, or --gpu h100, h200"):
         forecast(eight, hardware.find("a100-80gb"), 64)
     blocks = eight.model_copy(update={"distributed": eight.distributed.model_copy(update={"fp8_recipe": "mxfp8"})})
-    with pytest.raises(ConfigError, match=r"H100 .* does not scale 8 bits by mxfp8\. Use BF16, or --gpu b200\."):
+    with pytest.raises(ConfigError, match=r"H100 .* does not support fp8_recipe mxfp8\. Use BF16, or --gpu b200\."):
         forecast(blocks, hardware.find("h100"), 64)

@@ -91,5 +91,5 @@ def test_all_phases_lie_on_the_layout_of_the_longest():
 
 
 def test_a_warm_up_longer_than_a_phase_is_refused():
-    with pytest.raises(ConfigError, match=r"warmup_steps: 3 are more than the 2 steps of phase first"):
+    with pytest.raises(ConfigError, match=r"warmup_steps: 3 is more than the 2 steps of phase first"):
         stages({"training": {"warmup_steps": 3}})

@@ -49,7 +49,7 @@ def test_the_lines_name_schedule_reason_and_bandwidth(koshey):
     model, layout = koshey
     lines = describe(ring_cost(model, layout, "p2p", bytes_per_value=2), layout, "heads do not divide", 312e12)
     assert lines[0] == (
-        "context parallel: p2p over 8 ranks (heads do not divide); 16,384 tokens of each sequence on a rank"
+        "context parallel: p2p over 8 ranks (heads do not divide); 16,384 tokens of each sequence per rank"
     )
     # 64 MiB within 2.2 TFLOP at 312 TFLOP/s.
     assert "9.52 GB/s forward, 11.4 GB/s backward" in lines[2]

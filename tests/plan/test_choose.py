@@ -77,8 +77,8 @@ def test_fsdp_with_one_data_rank_runs_as_ddp_and_says_so():
     chosen = layout(2, distributed={"strategy": "FSDP"})
     assert chosen.strategy == "DDP"
     assert chosen.notes == (
-        "strategy: FSDP has only one data-parallel rank to shard over (2 in all, tensor_parallel 2, pipeline_parallel 1); "
-        "DDP is used, which is equivalent there.",
+        "strategy: FSDP has only one data-parallel rank to shard over (2 in all, tensor_parallel 2, pipeline_parallel "
+        "1); DDP is used, which is equivalent there.",
     )
     assert layout(4, distributed={"strategy": "FSDP"}).notes == ()
 
