@@ -158,9 +158,22 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Forecast memory, time and cost of a recipe; for a run folder, compare the forecast with the run."""
-    from igla_mega.plan.question import ask
+    from igla_mega.plan.question import Asked, ask
 
-    asked = ask(recipe, scale, set_, gpu, gpus, price, hardware, calibration, models, samples)
+    asked = ask(
+        Asked(
+            name=recipe,
+            scale=scale,
+            overrides=set_,
+            gpu=gpu,
+            gpus=gpus,
+            price=price,
+            hardware_file=hardware,
+            calibration=calibration,
+            models=models,
+            samples=samples,
+        )
+    )
     if out is not None:
         if len(asked.table) < 2:
             raise ConfigError("--out: a plot needs several numbers of GPUs. Give --gpus 8,64,256.")

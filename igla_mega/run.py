@@ -232,7 +232,7 @@ def experts_of(base: Recipe, recipe: Recipe, folder: Path) -> Moe | None:
     if recipe.moe is None or base.moe is None:
         if recipe.moe is not None:
             raise ConfigError(
-                f"base_model: {folder} is a dense model, but the recipe has {recipe.moe.num_experts} experts per layer.\n"
+                f"base_model: {folder} is a dense model, but the recipe has {recipe.moe.num_experts} experts a layer.\n"
                 f"  Make it a mixture: igla-mega import HF_FOLDER CKPT --upcycle {recipe.moe.num_experts}, and name "
                 "CKPT; or set moe=null."
             )
