@@ -401,8 +401,8 @@ def _ways(
         changed("distributed.micro_batch_size=1", {"distributed.micro_batch_size": 1})
     open_sizes = ("tensor_parallel", "pipeline_parallel")
     if any(getattr(where, key) != "auto" for key in open_sizes):
-        keys = {f"distributed.{key}": "auto" for key in open_sizes}
-        changed("distributed.tensor_parallel and pipeline_parallel=auto", keys)
+        left_open = {f"distributed.{key}": "auto" for key in open_sizes}
+        changed("distributed.tensor_parallel and pipeline_parallel=auto", left_open)
     if where.precision == "FP32":
         changed("distributed.precision=BF16", {"distributed.precision": "BF16"})
     if recipe.lora is not None and recipe.quantization is None:
