@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.names import printable
 from igla_mega.distributed import environment
 
 app = typer.Typer(
@@ -72,7 +73,7 @@ def _fail(error: object, code: int) -> int:
         # Usually every rank meets the same error and rank 0 prints it; torchrun then ends this one while it sleeps.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1.5)
-    text = str(error)
+    text = printable(str(error))
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
         text = f"a peer of rank {rank} has ended; its error message names the cause"
     print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)
