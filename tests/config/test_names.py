@@ -7,6 +7,8 @@ from igla_mega.config.load import load_recipe
 from igla_mega.config.names import MAX_LENGTH, name_error, printable, safe_name
 
 HOSTILE = [
+    *("../../../escaped", "a/b", "/abs", "..", ".hidden", "\x1b[31mred", "a\0b", "a\nb", "\u202eabc", "a" * 101, "a.", " "),
+]
     "../../../escaped",
     "a/b",
     "/abs",
