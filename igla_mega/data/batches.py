@@ -1,4 +1,4 @@
-"""The micro-batches of a training step, as tensors: a pure function of (corpus, step, data-parallel rank)."""
+"""Assemble the micro-batches of a training step as tensors: a pure function of (corpus, step, data-parallel rank)."""
 
 import hashlib
 import itertools
@@ -20,49 +20,54 @@ from igla_mega.data.windows import Windows
 
 Batch = dict[str, Any]
 Borders = tuple[np.ndarray, int]
-"""Where documents begin within a row, behind its first token, and the number of its inputs."""
+"""Starts of the documents that begin after a row's first token, and the number of input tokens of the row."""
 
 
 @dataclass(frozen=True)
 class BatchShard:
-    """Which part of each global batch this process computes.
+    """Part of each global batch that this process computes.
 
-    Micro-batch m of data-parallel rank r holds rows (m * data_parallel + r) * micro_batch_size + j of the global batch:
-    the batch is the same for every layout. Tensor, pipeline and context peers have the same share.
+    Micro-batch m of data-parallel rank r holds rows (m * data_parallel + r) * micro_batch_size + j of the global batch,
+    so the global batch is the same for every layout. Tensor, pipeline and context parallel peers have the same shard.
     """
 
     global_batch: int
-    """Sequences per optimizer step, over all ranks."""
+    """Number of sequences per optimizer step, over all ranks."""
     micro_batch_size: int
+    """Number of sequences per micro-batch of one rank."""
     data_parallel: int = 1
+    """Number of data parallel ranks."""
     data_rank: int = 0
+    """Data parallel rank of this process."""
 
     def __post_init__(self) -> None:
+        """Raise ConfigError if the global batch is not divisible into whole micro-batches on every rank."""
         if self.global_batch % (self.micro_batch_size * self.data_parallel):
             raise ConfigError(
-                f"training.batch_size: {self.global_batch} sequences do not divide into micro-batches of"
-                f" {self.micro_batch_size} on {self.data_parallel} data-parallel ranks.\n"
+                f"training.batch_size: {self.global_batch} is not divisible by micro_batch_size"
+                f" {self.micro_batch_size} times {self.data_parallel} data parallel ranks.\n"
                 f"  Use a multiple of {self.micro_batch_size * self.data_parallel}."
             )
 
     @property
     def num_microbatches(self) -> int:
+        """Number of micro-batches per step of this rank."""
         return self.global_batch // (self.micro_batch_size * self.data_parallel)
 
     def rows(self, microbatch: int) -> np.ndarray:
-        """Rows of the global batch in one micro-batch, int64 [micro_batch_size]."""
+        """Return the row numbers of one micro-batch within the global batch, int64 [micro_batch_size]."""
         first = (microbatch * self.data_parallel + self.data_rank) * self.micro_batch_size
         return np.arange(first, first + self.micro_batch_size, dtype=np.int64)
 
 
 class Dataset(Protocol):
-    """What a run draws its batches from: text (`Corpus`), conversations or pairs (`conversations`)."""
+    """Source of a run's batches: text (`Corpus`), conversations or pairs (`conversations`)."""
 
     sequence_length: int
 
     @property
     def notes(self) -> list[str]:
-        """What to say at the start."""
+        """Notices to log when training starts."""
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]: ...
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]: ...
@@ -74,7 +79,7 @@ class Dataset(Protocol):
 
 
 class Corpus:
-    """The sources of a run: open files, their split by document, and the blend."""
+    """Text sources of a run: open files, their split by document, and the blend."""
 
     def __init__(
         self,
@@ -90,24 +95,24 @@ class Corpus:
         prefetch: int = 2,
         packing: str = "concatenate",
     ):
-        """Open every source of `mix` whose weight is above zero, and every other in `prefixes` for validation only.
+        """Open the sources of `mix` with a weight above zero, and all others in `prefixes` for validation only.
 
         Args:
             prefixes: source name -> path without .bin and .idx.
             mix: source name -> weight.
-            sequence_length: tokens per sample.
-            seed: of the order of the samples.
-            vocab_size: rows of the model's embedding.
-            validation_fraction: share of the documents, the last of each source, kept from training.
-            document_mask: tokens see only their own document: batches say where documents lie, positions start at 0
-                in each, and the last token of one is no context for the next one's first.
+            sequence_length: number of input tokens per sample.
+            seed: seed of the order of the samples.
+            vocab_size: number of rows in the model's embedding.
+            validation_fraction: fraction of the documents, the last ones of each source, held out from training.
+            document_mask: True if tokens attend to their own document only. Batches then carry the document borders,
+                positions start at 0 in each document, and no label crosses a border.
             loader: `native` or `dali`.
-            prefetch: micro-batches that are put together ahead of their step.
-            packing: `concatenate`, documents end to end, cut at the end of a row; or `best_fit`, whole documents with
-                padding behind them, which asks for a document mask.
+            prefetch: number of micro-batches assembled ahead of their step.
+            packing: `concatenate` for contiguous documents cut at the end of each row, or `best_fit` for whole
+                documents followed by padding, which requires `document_mask`.
 
         Raises:
-            ConfigError: all that is wrong with the sources, together.
+            ConfigError: lists all errors of all sources.
         """
         self.sequence_length, self.document_mask = sequence_length, document_mask
         self.blend = Blend(mix)
@@ -136,7 +141,7 @@ class Corpus:
             self._validation[name] = (border, reader.num_tokens)
         if packing == "best_fit" and not document_mask:
             breaches.append(
-                "data.document_packing: best_fit keeps documents apart, which data.document_mask must say.\n"
+                "data.document_packing: best_fit requires a document mask, but data.document_mask is false.\n"
                 "  Set data.document_mask=true."
             )
         if breaches:
@@ -147,45 +152,47 @@ class Corpus:
         self._identity = json.dumps([dict(mix), sequence_length, seed, vocab_size, validation_fraction, packing])
 
     def follow(self, mixes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Draw by mixes that change in mid-run, as `changing_blend` takes them; the last one's sources are open."""
+        """Draw from mixes that change during the run, given in the form that `changing_blend` takes."""
         self.blend = changing_blend(mixes)
         self._loader = open_loader(*self._loading)
 
     @property
     def notes(self) -> list[str]:
+        """Notices to log when training starts."""
         return [self.blend.note] if self.blend.note else []
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens of global samples (int64 [n]), int64 [n, sequence_length + 1]."""
+        """Return the tokens of global samples (int64 [n]), int64 [n, sequence_length + 1]."""
         rows = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
         for row, (name, start) in zip(rows, self._places(samples), strict=True):
             self._fill(row, name, start)
         return rows
 
     def _places(self, samples: np.ndarray) -> list[tuple[str, int]]:
-        """The source of each sample, and where it starts in the source's stream."""
+        """Return the source of each sample and its offset in the source's stream, in tokens."""
         sources, indices = self.blend.lookup(samples)
         starts = np.empty_like(indices)
         for source in np.unique(sources):
             here = sources == source
             windows = self._train[self.blend.names[source]]
-            assert isinstance(windows, Windows), "packed rows have no one place"
+            assert isinstance(windows, Windows), "a packed row has no single offset"
             starts[here] = windows.starts(indices[here])
         return [(self.blend.names[source], int(start)) for source, start in zip(sources, starts, strict=True)]
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
-        """The micro-batches of one rank at one step (counted from 0), in order.
+        """Yield the micro-batches of one rank at one step (counted from 0), in order.
 
         Yields:
             tokens, labels (the next tokens), position_ids: int64 [B, S]; loss_mask: float32 [B, S]; with a document
-            mask also documents: for each row, where they begin in it and where the last one ends.
+            mask also documents: for each row, the start of each document and the end of the last one.
 
         Raises:
-            ConfigError: a token id outside the vocabulary.
+            ConfigError: a token id is outside the vocabulary.
         """
         return self._loader.step(step, share)
 
     def _micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
+        """Assemble the micro-batches of one step; the loader calls this ahead of time."""
         for microbatch in range(share.num_microbatches):
             samples = step * share.global_batch + share.rows(microbatch)
             if self._packed:
@@ -195,7 +202,7 @@ class Corpus:
             yield self._batch(self.rows(samples), borders=borders)
 
     def _packed_batch(self, samples: np.ndarray) -> Batch:
-        """Rows of whole documents; padding is a document of its own, and no target."""
+        """Return a micro-batch of packed documents; padding forms a document of its own without targets."""
         shape = (len(samples), self.sequence_length)
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         mask = np.zeros(shape, np.float32)
@@ -214,7 +221,8 @@ class Corpus:
                 self._fill(read, name, start, length + follows)
                 tokens[row, at:end], labels[row, at:end] = read[:-1], read[1:]
                 mask[row, at:end] = 1.0
-                # A document's last token has no label; that of a piece has one, where the document goes on.
+                # The last token of a document has no label. That of a piece has one if the document continues in
+                # another row: its next token is known even though it is not in this row.
                 ends = not follows or bool(self.readers[name].starts_within(start, start + length + 1).size)
                 if ends:
                     mask[row, end - 1] = 0.0
@@ -234,9 +242,9 @@ class Corpus:
         return {**{key: as_tensor(array) for key, array in arrays.items()}, "documents": documents}
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
-        """What one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
+        """Return what one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
 
-        `samples` count within the source, from the start of training, without end: epoch = sample // windows_per_epoch.
+        `samples` are counted within the source over all epochs: epoch = sample // windows_per_epoch.
         """
         sources, indices = self.blend.sources_of(step * global_batch, (step + 1) * global_batch)
         entry = {}
@@ -249,11 +257,11 @@ class Corpus:
         return entry
 
     def windows_per_epoch(self) -> dict[str, int]:
-        """Samples in one pass over each source's training part."""
+        """Return the number of samples in one pass over each source's training split."""
         return {name: windows.per_epoch for name, windows in self._train.items()}
 
     def read_until(self, step: int, global_batch: int) -> dict[str, tuple[int, float | None]]:
-        """What the steps before this one have read of each source: tokens, and passes over its training part.
+        """Return the tokens and the passes over the training split that earlier steps have read of each source.
 
         Passes are None for a source that a changed mix no longer draws from.
         """
@@ -265,25 +273,26 @@ class Corpus:
         }
 
     def validation_names(self) -> list[str]:
-        """Sources that have a validation part."""
+        """Return the sources with a validation split."""
         return [name for name, (first, end) in self._validation.items() if end - first >= 2]
 
     def held_out(self, name: str) -> tuple[int, int]:
-        """Where the validation part of a source lies in its stream: the first token, and the one behind the last."""
+        """Return the range [first, end) of a source's validation split in its stream, in tokens."""
         return self._validation[name]
 
     def num_validation_samples(self, name: str) -> int:
+        """Return the number of validation windows of a source, at least 1."""
         first, end = self._validation[name]
         return max((end - first - 1) // self.sequence_length, 1)
 
     def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
-        """Validation samples of one source, in the order of the file, the same at every call.
+        """Yield the validation samples of one source in file order, the same at every call.
 
-        Every rank gets equally many micro-batches: what goes beyond the split is filled with rows of loss_mask 0, and
-        so is the rest of a split shorter than one window. A mean over the mask is therefore exact for every layout.
+        Every rank gets the same number of micro-batches: rows beyond the split, and the rest of a split shorter than
+        one window, have loss_mask 0. A mean over the mask is therefore exact for every layout.
 
         Args:
-            num_batches: at most so many global batches.
+            num_batches: maximum number of global batches.
         """
         first, end = self._validation[name]
         num_samples = self.num_validation_samples(name)
@@ -302,13 +311,14 @@ class Corpus:
                 yield self._batch(rows, mask, borders if self.document_mask else None)
 
     def fingerprint(self) -> str:
-        """A short digest of the order of the data, the files' sizes, and the ends of their contents.
+        """Return a short digest of the order of the data, the sizes of the files and the ends of their contents.
 
-        Ranks that compare it know that they read the same; it costs the same for any size.
+        Ranks compare it to verify that they read the same data; its cost does not depend on the size of the data.
         """
         return fingerprint_of(self._identity, self.readers)
 
     def _fill(self, row: np.ndarray, name: str, start: int, length: int | None = None) -> None:
+        """Copy tokens into a row; raise ConfigError on an id outside the vocabulary."""
         length = length or self.sequence_length + 1
         reader = self.readers[name]
         if error := reader.out_of_range(start, start + length):
@@ -316,19 +326,20 @@ class Corpus:
         row[:length] = reader.tokens(start, start + length)
 
     def _borders(self, name: str, start: int, length: int | None = None) -> Borders:
-        """Where documents begin behind the first of the tokens read at `start`, and how many of these are inputs."""
+        """Return the document starts after the first of the tokens read at `start`, and the number of input tokens."""
         length = length or self.sequence_length + 1
         return self.readers[name].starts_within(start, start + length) - start, length - 1
 
     def _batch(
         self, rows: np.ndarray, loss_mask: np.ndarray | None = None, borders: list[Borders] | None = None
     ) -> Batch:
+        """Return the tensors of rows of tokens, int64 [B, S + 1]."""
         shape = (len(rows), self.sequence_length)
         mask = np.ones(shape, np.float32) if loss_mask is None else loss_mask
         positions = np.tile(np.arange(self.sequence_length), (len(rows), 1))
         documents = []
         for row, (starts, num_inputs) in enumerate(borders or ()):
-            mask[row, starts - 1] = 0.0  # their labels belong to the next document
+            mask[row, starts - 1] = 0.0  # the label of a document's last token belongs to the next document
             documents.append([0, *starts[starts < num_inputs].tolist(), num_inputs])
             for first, stop in itertools.pairwise(documents[-1]):
                 positions[row, first:stop] -= first
@@ -342,7 +353,7 @@ class Corpus:
 
 
 def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
-    """A short digest of a text, the files' sizes, and the ends of their contents."""
+    """Return a short digest of a text, the sizes of the files and the first and last 64 KiB of their contents."""
     digest = hashlib.blake2b(identity.encode(), digest_size=8)
     for name, reader in readers.items():
         for path in reader.files:
@@ -356,7 +367,7 @@ def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """A contiguous copy, in pinned memory where CUDA is, so that its transfer can overlap the step."""
+    """Return a contiguous copy, in pinned memory if CUDA is available, so that its transfer can overlap the step."""
     dtype = torch.float32 if array.dtype == np.float32 else torch.int64
     tensor = torch.empty(array.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
     tensor.numpy()[:] = array
@@ -364,22 +375,24 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches' tensors where the model is."""
+    """Yield the batches with their tensors on the model's device."""
     if device.type == "cpu":
         return batches
 
     def moved(value):
-        # Page-locked: from other memory the host would wait for the copy.
+        # From pageable memory `non_blocking` has no effect and the host waits for the copy.
         return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     return ({name: moved(value) for name, value in batch.items()} for batch in batches)
 
 
 def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:
-    """Offset in the stream where validation begins: the last `validation_fraction` of the documents, at least one.
+    """Return the offset in the stream where the validation split begins, in tokens.
+
+    The split is the last `validation_fraction` of the documents, at least one.
 
     Raises:
-        ConfigError: no document would be left for training.
+        ConfigError: no document would remain for training.
     """
     if validation_fraction == 0:
         return reader.num_tokens
@@ -387,7 +400,7 @@ def split_point(name: str, reader: IndexedReader, validation_fraction: float) ->
     if held_out >= reader.num_documents:
         raise ConfigError(
             f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {reader.num_documents}"
-            f" documents of {name}: none is left to train on.\n"
+            f" documents of {name}, which leaves none for training.\n"
             "  Give the source more documents, or set data.validation_fraction to 0."
         )
     return reader.document_start(reader.num_documents - held_out)

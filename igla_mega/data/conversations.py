@@ -1,7 +1,7 @@
-"""The batches of instruction tuning and of preference optimization: functions of (data, step, data-parallel rank).
+"""Assemble micro-batches for instruction tuning and preference optimization, as functions of (data, step, rank).
 
-Both have the interface of `batches.Dataset`. All sources are drawn from alike, each once an epoch; the last
-`validation_fraction` of each is held out.
+Both classes implement `batches.Dataset`. Every sample of every source is drawn once per epoch, without weights; the
+last `validation_fraction` of each source is held out.
 """
 
 import itertools
@@ -22,11 +22,12 @@ from igla_mega.data.windows import feistel_permutation, round_keys
 
 
 class _Samples:
-    """What both have: open files, which samples of each source train and which are held out."""
+    """Common part of both datasets: open files, and the split of each source into training and validation samples."""
 
     documents_each: int
-    """Documents of a source that make up one sample."""
+    """Number of consecutive documents of a source that form one sample."""
     noun: str
+    """Name of the samples in messages and in the ledger."""
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class _Samples:
         """Open every source.
 
         Raises:
-            ConfigError: all that is wrong with the sources, together.
+            ConfigError: lists all errors of all sources.
         """
         self.sequence_length, self.seed = sequence_length, seed
         self.readers: dict[str, IndexedReader] = {}
@@ -58,6 +59,7 @@ class _Samples:
         self._identity = json.dumps([self.noun, sequence_length, seed, vocab_size, validation_fraction])
 
     def _open(self, name: str, prefix: str, vocab_size: int, validation_fraction: float) -> None:
+        """Open one source and split its samples."""
         reader = self.readers[name] = IndexedReader(prefix, vocab_size)
         self._starts[name] = reader.document_starts(0, reader.num_documents)
         count = reader.num_documents // self.documents_each
@@ -65,18 +67,20 @@ class _Samples:
         if held_out >= count:
             raise ConfigError(
                 f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {count} {self.noun} of "
-                f"{name}: none is left to train on.\n  Give the source more, or set data.validation_fraction to 0."
+                f"{name}, which leaves none for training.\n  Give the source more, or set data.validation_fraction"
+                " to 0."
             )
         self._train += [(name, i) for i in range(count - held_out)]
         self._held_out[name] = [(name, i) for i in range(count - held_out, count)]
 
     @property
     def notes(self) -> list[str]:
-        """What to say at the start."""
+        """Notices to log when training starts."""
         held_out = sum(len(samples) for samples in self._held_out.values())
-        return [f"{len(self._train):,} {self.noun} to learn from, {held_out:,} held out"]
+        return [f"{len(self._train):,} {self.noun} for training, {held_out:,} held out"]
 
     def _tokens(self, name: str, document: int) -> np.ndarray:
+        """Return the tokens of a document, int64; raise ConfigError on an id outside the vocabulary."""
         starts, reader = self._starts[name], self.readers[name]
         first, stop = int(starts[document]), int(starts[document + 1])
         if error := reader.out_of_range(first, stop):
@@ -84,24 +88,30 @@ class _Samples:
         return reader.tokens(first, stop).astype(np.int64)
 
     def validation_names(self) -> list[str]:
-        """Sources that have a part held out."""
+        """Return the sources with held-out samples."""
         return [name for name, samples in self._held_out.items() if samples]
 
     def fingerprint(self) -> str:
-        """A short digest of the order of the data, the files' sizes, and the ends of their contents."""
+        """Return a short digest of the order of the data, the sizes of the files and the ends of their contents."""
         return fingerprint_of(self._identity, self.readers)
 
     def _entry(self, step: int, global_batch: int, per_epoch: int) -> dict[str, dict[str, list[int]]]:
+        """Return the ledger entry of one step."""
         first, last = step * global_batch, (step + 1) * global_batch
         return {self.noun: {"samples": [first, last], "epochs": [first // per_epoch, (last - 1) // per_epoch]}}
 
 
 class Conversations(_Samples):
-    """Conversations packed into rows, only the assistant's tokens being targets."""
+    """Conversations packed into rows, with only the assistant's tokens as targets."""
 
     documents_each, noun = 1, "conversations"
 
     def __init__(self, prefixes: Mapping[str, str | Path], *, pack: bool = True, **settings):
+        """Open every source and plan the rows.
+
+        Args:
+            pack: True to put several conversations into a row; otherwise one per row.
+        """
         self._targets: dict[str, IndexedReader] = {}
         super().__init__(prefixes, **settings)
         self.pack = pack
@@ -109,20 +119,23 @@ class Conversations(_Samples):
         self._validation = {name: self._packed(samples) for name, samples in self._held_out.items() if samples}
 
     def _open(self, name: str, prefix: str, vocab_size: int, validation_fraction: float) -> None:
+        """Open one source and the dataset of its target masks."""
         super()._open(name, prefix, vocab_size, validation_fraction)
         self._targets[name] = IndexedReader(prefix + TARGETS)
 
     def _packed(self, samples: Sequence[tuple[str, int]]) -> Packing:
+        """Return the packing of the given (source, index) samples."""
         lengths = {name: np.diff(starts) for name, starts in self._starts.items()}
         sizes = np.array([lengths[name][index] for name, index in samples])
         return Packing(sizes, self.sequence_length, self.seed, pack=self.pack)
 
     def _sample(self, name: str, index: int) -> Sample:
+        """Return one conversation with its target mask."""
         first, stop = (int(self._starts[name][i]) for i in (index, index + 1))
         return Sample(self._tokens(name, index), self._targets[name].tokens(first, stop).astype(bool))
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
-        """The micro-batches of one rank at one step, as `objective.language.Batch`."""
+        """Yield the micro-batches of one rank at one step, as `objective.language.Batch`."""
         for microbatch in range(share.num_microbatches):
             rows = step * share.global_batch + share.rows(microbatch)
             yield self._batch([self._row(self._packing, self._train, int(row)) for row in rows])
@@ -135,18 +148,19 @@ class Conversations(_Samples):
         return {**batch, "documents": [row.documents for row in rows]} if self.pack else batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
-        """Rows that one step consumes, counted from the start of training."""
+        """Return the range of rows that one step consumes, counted from the start of training."""
         return self._entry(step, global_batch, self._packing.num_rows)
 
     def windows_per_epoch(self) -> dict[str, int]:
-        """Rows of an epoch, of all sources together."""
+        """Return the number of rows per epoch, over all sources."""
         return {self.noun: self._packing.num_rows}
 
     def num_validation_samples(self, name: str) -> int:
+        """Return the number of held-out rows of a source."""
         return self._validation[name].num_rows
 
     def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
-        """Rows held out of a source, the same at every call; filled up with rows of no target."""
+        """Yield the held-out rows of a source, the same at every call, padded with rows that have no targets."""
         packing = self._validation[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
             numbers = batch * share.global_batch + share.rows(microbatch)
@@ -156,19 +170,19 @@ class Conversations(_Samples):
 
 
 class Pairs(_Samples):
-    """Preference pairs, two rows each, the chosen answer's first."""
+    """Preference pairs of two rows each, the chosen answer's row first."""
 
     documents_each, noun = 3, "pairs"
 
     reference: Mapping[str, np.ndarray] | None = None
-    """By source, the reference's log-probability of each answer, fp32 [pairs, 2], handed out with them."""
+    """Log-probability of each answer under the reference model, in nats, by source: fp32 [pairs, 2]; None if unused."""
 
     def num_pairs(self, name: str) -> int:
-        """Pairs of a source, those held out among them."""
+        """Return the number of pairs of a source, including those held out."""
         return self.readers[name].num_documents // self.documents_each
 
     def all_pairs(self, name: str, share: BatchShard) -> Iterator[Batch]:
-        """Micro-batches of every pair of a source in the order of the file, filled up with its first."""
+        """Yield micro-batches of every pair of a source in file order, padded with the first pair."""
         count = self.num_pairs(name)
         for first in range(0, count, share.global_batch):
             for microbatch in range(share.num_microbatches):
@@ -176,7 +190,7 @@ class Pairs(_Samples):
                 yield self._batch([(name, int(n) if n < count else 0) for n in numbers])
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
-        """The micro-batches of one rank at one step, as `objective.dpo.Batch`."""
+        """Yield the micro-batches of one rank at one step, as `objective.dpo.Batch`."""
         size = len(self._train)
         for microbatch in range(share.num_microbatches):
             drawn = []
@@ -196,18 +210,19 @@ class Pairs(_Samples):
         return batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
-        """Pairs that one step consumes, counted from the start of training."""
+        """Return the range of pairs that one step consumes, counted from the start of training."""
         return self._entry(step, global_batch, len(self._train))
 
     def windows_per_epoch(self) -> dict[str, int]:
-        """Pairs of an epoch, of all sources together."""
+        """Return the number of pairs per epoch, over all sources."""
         return {self.noun: len(self._train)}
 
     def num_validation_samples(self, name: str) -> int:
+        """Return the number of held-out pairs of a source."""
         return len(self._held_out[name])
 
     def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
-        """Pairs held out of a source, the same at every call; the last batch begins anew where they do not fill it."""
+        """Yield the held-out pairs of a source, the same at every call; the last batch wraps around to fill up."""
         held = self._held_out[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
             numbers = batch * share.global_batch + share.rows(microbatch)
@@ -215,6 +230,6 @@ class Pairs(_Samples):
 
 
 def batch_of(rows: Sequence[Row]) -> Batch:
-    """Rows as tensors."""
+    """Return rows stacked into tensors [B, S]."""
     names = ("tokens", "labels", "loss_mask", "position_ids")
     return {name: as_tensor(np.stack([getattr(row, name) for row in rows])) for name in names}

@@ -194,7 +194,7 @@ def test_prepare_without_a_needed_key_names_it(missing, jsonl, tokenizer, tmp_pa
 
 
 def test_a_source_whose_name_is_no_file_name_is_refused(jsonl, tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.sources\.\.\./web: cannot name a file"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.\.\./web: not usable as a file name"):
         prepare_sources(section(tmp_path, tokenizer, {"../web": str(jsonl)}))
 
 
