@@ -12,7 +12,7 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.raw_files import LINES
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, input_files, line_start, share, whole
-from igla_mega.prepare.preprocess import Options, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.records import texts_of
 
 zstandard = pytest.importorskip("zstandard")
@@ -33,7 +33,13 @@ def documents(prefix, tokenizer) -> list[str]:
 
 
 def prepared(inputs, tmp_path, tokenizer, name="set", **options):
-    counts = preprocess(inputs, tmp_path / name, tokenizer, options=Options(**options), progress=False, fast_path=False)
+    counts = preprocess(
+        inputs,
+        tmp_path / name,
+        tokenizer,
+        options=Options(**options),
+        settings=Settings(progress=False, fast_path=False),
+    )
     return counts, documents(tmp_path / name, tokenizer)
 
 
@@ -221,7 +227,9 @@ def test_a_giant_document_gives_the_tokens_of_the_whole(fast_path, texts, tokeni
     text = " ".join(texts)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["before", text, "behind"]))
     monkeypatch.setattr(formats, "BLOCK_BYTES", 1000)
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "set", tokenizer, fast_path=fast_path, progress=False)
+    preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "set", tokenizer, settings=Settings(fast_path=fast_path, progress=False)
+    )
     reader = IndexedReader(tmp_path / "set")
     expected = np.array([*tokenizer.encode(text), tokenizer.eod_id])
     assert reader.num_documents == 3
