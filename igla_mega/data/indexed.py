@@ -242,7 +242,7 @@ class _Part:
 
     def _damaged(self, defect: str) -> ConfigError:
         """Return the error for a damaged index."""
-        return ConfigError(f"{self.prefix}.idx is damaged: {defect}.\n  {_AGAIN}")
+        return ConfigError(f"{self.prefix}.idx: damaged, {defect}.\n  {_AGAIN}")
 
     def document_of(self, token: int) -> int:
         """Return the number of the document that holds the token at an offset of this part."""
@@ -301,7 +301,7 @@ class _Part:
             following = _value(stream, self._offsets, k + 1) if k < last else size
             if length < 0 or offset + length * self.dtype.itemsize != following or (k == 0 and offset != 0):
                 raise ConfigError(
-                    f"{self.prefix}.idx is damaged: sequence {k} (offset {offset}, {length} tokens of"
+                    f"{self.prefix}.idx: damaged, sequence {k} (offset {offset}, {length} tokens of"
                     f" {self.dtype.name}) does not end where the next begins.\n  {_AGAIN}"
                 )
 

@@ -168,7 +168,7 @@ def whole(files: Iterable[Path]) -> list[Input]:
 
 
 def share(files: Sequence[Path], part: int, parts: int) -> list[Input]:
-    """Return the inputs of part `part` (from 0) of `parts`; the parts are contiguous and joined in order give the whole.
+    """Return the inputs of part `part` (from 0) of `parts`; contiguous, and in order the whole.
 
     An uncompressed JSONL file is split between lines. A compressed, plain text or Parquet file belongs to the part that
     contains its first byte.

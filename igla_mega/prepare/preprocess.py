@@ -144,7 +144,7 @@ def preprocess(
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ConfigError(
-            f"{error.filename or prefix}: {error.strerror} while preparing {work.label}.\n"
+            f"{error.filename or prefix}: {error.strerror}, while preparing {work.label}.\n"
             + ("  Free some space" if full else "  Fix the permissions or choose another folder")
             + ", and run the same command again: finished shards are kept."
         ) from None

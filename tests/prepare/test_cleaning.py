@@ -92,7 +92,7 @@ def test_a_dry_run_counts_and_writes_nothing(write_jsonl, tokenizer, tmp_path):
 
 def test_filters_that_leave_nothing_say_so(write_jsonl, tokenizer, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    with pytest.raises(ConfigError, match=r"no document is left \(2 too_short\)"):
+    with pytest.raises(ConfigError, match=r"the filters drop every document \(2 too_short\)"):
         cleaned([file], tmp_path, tokenizer, filters=Filters(min_characters=10))
 
 

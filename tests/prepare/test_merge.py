@@ -62,11 +62,11 @@ def test_a_part_that_holds_nothing_is_left_out(jsonl, tokenizer, tmp_path):
 
 def test_what_does_not_belong_together_is_not_joined(jsonl, tokenizer, tmp_path, write_dataset):
     small, large = write_dataset(tmp_path / "s", [[1]]), write_dataset(tmp_path / "l", [[1]], np.int32)
-    with pytest.raises(ConfigError, match=r"ids of int32, those of .* are of uint16"):
+    with pytest.raises(ConfigError, match=r"ids of type int32, but .* has uint16"):
         merge(tmp_path / "set", [small, large])
     preprocess([jsonl], tmp_path / "a", tokenizer, settings=Settings(progress=False))
     preprocess([jsonl], tmp_path / "b", train_bpe([jsonl], 280, tmp_path / "other"), settings=Settings(progress=False))
-    with pytest.raises(ConfigError, match="made with another tokenizer"):
+    with pytest.raises(ConfigError, match="prepared with another tokenizer"):
         merge(tmp_path / "set", [tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ConfigError, match="joined into itself"):
         merge(tmp_path / "a", [tmp_path / "a"])

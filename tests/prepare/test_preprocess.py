@@ -73,7 +73,7 @@ def test_files_folders_and_patterns_are_read_in_order(tmp_path, write_jsonl):
 BROKEN_LINES = [
     (b'{"text": "a', r"not JSON \(Unterminated string"),
     (b'{"text": "\xff"}', r"not UTF-8 \(byte 0xff at column 11\)"),
-    (b'{"body": "a"}', r"no key `text` \(there are: 'body'\)"),
+    (b'{"body": "a"}', r"no key `text` \(its keys: 'body'\)"),
     (b'{"text": 5}', "`text` is a JSON number, not a string"),
     (b'{"text": null}', "`text` is a JSON null, not a string"),
     (b'["a"]', "a JSON array, not an object"),
@@ -138,7 +138,7 @@ def test_missing_and_empty_inputs_are_told_together(jsonl, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told_in_words(jsonl, tokenizer, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file.*while set was prepared"):
+    with pytest.raises(ConfigError, match=r"file.*while preparing set"):
         preprocess([jsonl], tmp_path / "file" / "set", tokenizer, settings=Settings(progress=False))
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokeni
 
     with monkeypatch.context() as patched:
         patched.setattr("igla_mega.data.indexed.os.fsync", full)
-        with pytest.raises(ConfigError, match="No space left on device, while set was prepared") as raised:
+        with pytest.raises(ConfigError, match="No space left on device, while preparing set") as raised:
             preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     assert "run the same command again" in str(raised.value)
     assert not (tmp_path / "set.idx").exists()
@@ -196,7 +196,7 @@ def test_another_tokenizer_makes_prepare_do_all_again(jsonl, tokenizer, tmp_path
 def test_prepare_without_a_needed_key_names_it(missing, jsonl, tokenizer, tmp_path):
     data = section(tmp_path, tokenizer, {"web": str(jsonl)})
     setattr(data, missing, None)
-    with pytest.raises(ConfigError, match=rf"data\.{missing}: none given"):
+    with pytest.raises(ConfigError, match=rf"data\.{missing}: not set"):
         prepare_sources(data)
 
 
