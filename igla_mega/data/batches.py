@@ -202,7 +202,7 @@ class Corpus:
             yield self._batch(self.rows(samples), borders=borders)
 
     def _packed_batch(self, samples: np.ndarray) -> Batch:
-        """Return a micro-batch of packed documents; padding forms a document of its own without targets."""
+        """Return a micro-batch of packed documents; padding forms a separate document without targets."""
         shape = (len(samples), self.sequence_length)
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         mask = np.zeros(shape, np.float32)

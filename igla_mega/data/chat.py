@@ -119,7 +119,7 @@ def _given(given: str | Path) -> str:
 
 
 def _found(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a folder's template and its location: a file of its own, or a key of the tokenizer's settings."""
+    """Return a folder's template and its location: a separate file, or a key of the tokenizer's settings."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return str(file), _given(file)
@@ -179,7 +179,7 @@ Real templates stay far below both.
 
 
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja sandbox that also bounds the time and memory of a template, besides denying access to files and code.
+    """Jinja sandbox that also bounds the time and memory of a template, in addition to denying access to files.
 
     A template comes with a downloaded tokenizer and is untrusted. Loops, calls and values are bounded where they occur.
     The bound is not strict: nested lists can still be large.

@@ -166,7 +166,7 @@ def _make_plan(path: Path, reader: IndexedReader, num_documents: int, sequence_l
         raise ConfigError(f"{reader.prefix}: no document to pack.\n  Give the source some text.")
     rows = best_fit(lengths, sequence_length)
     order = np.lexsort((starts, rows))
-    # Written beside and renamed: a reader on another node never sees half a plan.
+    # Written under another name and renamed: a reader on another node never sees half a plan.
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as stream:
         np.save(stream, np.stack([starts[order], lengths[order], rows[order]]))

@@ -366,6 +366,7 @@ class IndexedWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
+        """Finish the dataset, or remove the temporary files after an exception."""
         if kind is not None:
             self.abandon()
             return

@@ -45,7 +45,7 @@ class Lock:
                     f"{prefix}: another process is writing this dataset ({holder}).\n  Wait for it, or write elsewhere."
                 ) from None
             # Between `open` and `flock` the previous holder may have released the lock and removed this very file: a
-            # lock on a removed file excludes nobody, so the file must still be the one at the path.
+            # lock on a removed file excludes no other process, so the file must still be the one at the path.
             if self.path.exists() and os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.path)):
                 break
             self._stream.close()

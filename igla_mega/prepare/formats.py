@@ -430,7 +430,7 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
     data: list[tuple[str | None, str | None]] = []
 
     def block(damage: str | None = None) -> Block:
-        """Return a block of the collected rows and start collecting anew."""
+        """Return a block of the collected rows and start a new collection."""
         nonlocal counted, data
         taken = given.size if damage is not None else given.size * row // max(file.metadata.num_rows, 1)
         rows, data = data, []

@@ -107,7 +107,7 @@ def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bo
             breaches.append(f"{path}: {path.stat().st_size} bytes, but its manifest records {size}.\n  {_AGAIN}")
     if breaches:
         return breaches
-    # Three shards catch mixed-up and partly copied files within a second, whatever the size of the dataset.
+    # Three shards catch mixed-up and partly copied files at a cost that does not grow with the dataset.
     checked = range(len(shards)) if whole else {0, len(shards) // 2, len(shards) - 1}
     begin = 0
     with open(f"{prefix}.bin", "rb") as stream:

@@ -69,12 +69,26 @@ def preprocess_on_ray(
                 settings=Settings(workers=cores, progress=False, part=part, shard_bytes=settings.shard_bytes),
             )
         except ConfigError as error:
-            # As a value: Ray would retry a task that raises, and the error would come with a remote traceback.
+            # As a value: an exception would arrive wrapped in one of Ray, with a remote traceback as its text.
             return str(error), 0
         return None, counts.documents
 
     waiting = {prepare_part.remote(number): number for number in range(parts)}
-    breaches = []
+    _wait_for(ray, waiting, prefix, settings.progress)
+    names = [part_prefix(prefix, (number, parts)) for number in range(parts)]
+    merge(prefix, names, progress=settings.progress)
+    for name in names:
+        for suffix in (".bin", ".idx", ".manifest.json"):
+            Path(name + suffix).unlink(missing_ok=True)
+
+
+def _wait_for(ray: Any, waiting: dict[Any, int], prefix: str | Path, progress: bool) -> None:
+    """Wait for the tasks of all parts; raise ConfigError with the errors of those that failed.
+
+    Args:
+        waiting: task -> part number; emptied.
+    """
+    parts, breaches = len(waiting), []
     while waiting:
         (done, *_), _ = ray.wait(list(waiting))
         number = waiting.pop(done)
@@ -85,15 +99,10 @@ def preprocess_on_ray(
             breach, documents = f"{prefix}: part {number} of {parts} failed ({first}).\n  Run it again.", 0
         if breach is not None:
             breaches.append(breach)
-        elif settings.progress:
+        elif progress:
             say(f"{Path(prefix).name}: part {number + 1} of {parts} is done, {documents:,} documents")
     if breaches:
         raise ConfigError(*dict.fromkeys(breaches))
-    names = [part_prefix(prefix, (number, parts)) for number in range(parts)]
-    merge(prefix, names, progress=settings.progress)
-    for name in names:
-        for suffix in (".bin", ".idx", ".manifest.json"):
-            Path(name + suffix).unlink(missing_ok=True)
 
 
 def prepare_on_ray(data: DataSection, *, workers: int | None = None) -> None:
