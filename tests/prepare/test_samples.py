@@ -66,7 +66,7 @@ def test_each_conversation_is_learned_once_an_epoch_and_none_that_is_held_out(fo
     everything = sum(float(next(alone.micro_batches(step, share)).loss_mask.sum()) for step in range(number))
     held = sum(float(b.loss_mask.sum()) for b in data.validation_batches("own", share, 8))
     assert targets == again and targets + held == everything
-    assert data.notes == ["16 conversations to learn from, 4 held out"]
+    assert data.notes == ["16 conversations for training, 4 held out"]
 
 
 def test_a_batch_is_the_same_on_one_rank_and_cut_over_two(folder):
