@@ -102,8 +102,7 @@ class Local:
         """
         saves: dict[int, str] = {}
         for step in self.steps():
-            # A part of another layout, of another rank (nodes may come back in another order) or that cannot be read
-            # is one that this rank does not have.
+            # A part of another layout, or one that cannot be read, counts as missing.
             try:
                 content = json_text.loads((self.folder(step) / PLACE).read_bytes())
                 if json_text.loads(self.place(content["save"])) == content:

@@ -450,7 +450,7 @@ def test_a_resume_without_one_nodes_disk_takes_the_shared_checkpoint_and_says_so
     shutil.rmtree(tmp_path.with_name("lost") / "node1")
     for folder, layout, words in [
         (tmp_path, "same", "digest"),
-        (tmp_path.with_name("lost"), "same", "not whole on all nodes"),
+        (tmp_path.with_name("lost"), "same", "not complete on all nodes"),
         (tmp_path, "another", ""),
     ]:
         step, reports, said = ranks.run(2, resume_two_level, recipe, str(folder), [0, 1], layout)[0]
