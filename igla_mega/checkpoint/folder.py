@@ -92,6 +92,6 @@ def _check_against_tensors(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def tokenizer_of(checkpoint: Path, recipe: Recipe) -> Path | None:
-    """Return the checkpoint's tokenizer, a folder or file: the stored one, else the recipe's; None if neither exists."""
+    """Return a checkpoint's tokenizer (folder or file): the stored one, else the recipe's; None if neither exists."""
     candidates = [checkpoint / TOKENIZER, *([Path(recipe.data.tokenizer)] if recipe.data.tokenizer else [])]
     return next((path for path in candidates if path.exists()), None)
