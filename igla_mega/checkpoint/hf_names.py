@@ -12,7 +12,7 @@ from igla_mega.config.schema import Model
 # Each row: a parameter's name here, and the names and shapes of the tensors in a Hugging Face folder that it stacks.
 # Letters of a shape: h hidden size, q query heads * head size, k key-value heads * head size, f feed-forward, v
 # vocabulary, e experts, s shared experts' feed-forward. In `linear_qkv` megatron-core interleaves the rows by key-value
-# group: the queries of group 0, its key, its value, then group 1. Hugging Face stores all queries, all keys, all values.
+# group: the queries of group 0, its key, its value, then group 1. Hugging Face stores queries, keys and values apart.
 _LAYER = (
     ("input_layernorm.weight", (("input_layernorm.weight", "h"),)),
     (
