@@ -88,8 +88,8 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
     recipe = _recipe_of(hf_dir, model, upcycle or moe)
     folder = open_folder(hf_dir)
     # Before the list of weights is made: config.json may come from anyone and name any number of layers.
-    least = model.num_layers * (moe.num_experts if moe is not None else 1)
-    if least > len(folder):
+    min_tensors = model.num_layers * (moe.num_experts if moe is not None else 1)
+    if min_tensors > len(folder):
         raise ConfigError(
             f"{hf_dir}: config.json gives {model.num_layers} layers"
             f"{f' of {moe.num_experts} experts' if moe is not None else ''}, but the folder holds {len(folder)} "

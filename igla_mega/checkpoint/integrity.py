@@ -53,7 +53,7 @@ def digest(path: Path) -> str:
 
 def new_digest():
     """Return a new hash object for a file of a checkpoint."""
-    # 128 bits: enough against damage. Integrity, not authenticity: whoever can write a file can write its manifest.
+    # 128 bits: enough to detect damage. Not a proof of origin: an attacker who can write a file can write its manifest.
     return hashlib.blake2b(digest_size=16)
 
 

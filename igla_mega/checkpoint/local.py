@@ -1,4 +1,4 @@
-"""Checkpoints on the nodes' own disks: fast enough to save often, for a resume on the same nodes in the same layout.
+"""Keep checkpoints on the nodes' own disks: fast enough to save often, for a resume on the same nodes and layout.
 
 Every rank writes a sealed folder, `step_00000110/rank_00003/`, with everything that it needs to resume, so that no rank
 reads another node's disk. A step is usable if every rank has its part of the same save.

@@ -347,12 +347,7 @@ def _write_folder(
         _on_main(group, prepare)
         writer = Writer(temporary, hooks.released)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
-        # Digests of the bytes as they were written: reading the files back would mostly read the page cache, and would
-        # seal a file that was damaged on its way to the disk.
-        parts: list = [(writer.digests, writer.num_bytes)]
-        if group is not None:
-            parts *= group.size()
-            dist.all_gather_object(parts, parts[group.rank()], group=group)
+        parts = _written_by_all(writer, group)
         digests = {name: digest for part, _ in parts for name, digest in part.items()}
         _on_main(group, commit)
     except (CheckpointException, OSError):
@@ -360,6 +355,17 @@ def _write_folder(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return sum(size for _, size in parts)
+
+
+def _written_by_all(writer: Writer, group: dist.ProcessGroup | None) -> list[tuple[dict[str, str], int]]:
+    """Return the digests and the size of every rank's file."""
+    # Digests of the bytes as they were written: reading the files back would mostly read the page cache, and would seal
+    # a file that was damaged on its way to the disk.
+    parts: list = [(writer.digests, writer.num_bytes)]
+    if group is not None:
+        parts *= group.size()
+        dist.all_gather_object(parts, parts[group.rank()], group=group)
+    return parts
 
 
 class _Staging:

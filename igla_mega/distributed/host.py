@@ -69,6 +69,7 @@ def _on_host(constructor: Callable) -> Callable:
 
     @functools.wraps(constructor)
     def wrapper(*args, **kwargs):
+        """Call the constructor with the CPU as its device."""
         if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
         if kwargs.get("pin_memory"):
@@ -157,12 +158,14 @@ def _map_moves() -> None:
     move, type_name = torch.Tensor.to, torch.Tensor.type
 
     def to(self, *args, **kwargs):
+        """Convert a tensor's type; a move to CUDA leaves it on the CPU."""
         args = tuple("cpu" if not torch.is_tensor(a) and _names_cuda(a) else a for a in args)
         if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
         return move(self, *args, **kwargs)
 
     def cuda_type(self, *args, **kwargs):
+        """Return a CPU tensor's type under the name of the CUDA type, or convert it as `type` does."""
         # optimizer/optimizer.py:671,690 and distrib_optimizer.py:361 compare this *name* with torch.cuda.FloatTensor
         # to group the parameters, and raise TypeError on any other.
         name = type_name(self, *args, **kwargs)
