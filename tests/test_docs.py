@@ -127,6 +127,13 @@ def test_the_files_that_the_pages_name_are_there():
             assert (ROOT / path).exists(), f"{name}: {path}"
 
 
+def test_the_files_on_the_roads_of_inside_md_are_there():
+    named = set(re.findall(r"`((?!tests/)(?:\w+/)?\w+\.py)`", PAGES["inside.md"]))
+    assert len(named) > 30
+    for path in named:
+        assert (ROOT / "igla_mega" / path).is_file(), path
+
+
 def test_targets_of_make_that_the_pages_name_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for name, page in PAGES.items():

@@ -21,7 +21,7 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple
     """Load the whole model of a checkpoint into this process, in evaluation mode, on CUDA if available.
 
     A checkpoint of adapters is loaded with its base, quantized to 4 bits if it was in training.
-    Creates process groups of this process alone unless they exist; `mesh.destroy_process_groups` destroys them.
+    Creates process groups of this process alone unless they exist; `destroy_process_groups` destroys them.
 
     Args:
         dtype: type of the weights that the modules compute with.

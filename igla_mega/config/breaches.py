@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in a line each: the key, the value, the way out."""
+"""Error texts for the validation errors of pydantic, one line each: key, value, remedy."""
 
 import difflib
 from collections.abc import Iterator
@@ -23,20 +23,21 @@ _KINDS = {
 
 
 def dotted(place: Place) -> str:
-    """Return a place as it is written on the command line: `stages.0.dpo.beta`."""
+    """Return a place in command-line notation: `stages.0.dpo.beta`."""
     return ".".join(str(part) for part in place)
 
 
 def of_schema(error: ValidationError) -> list[str]:
-    """Return a line for each thing that the schema refuses in a recipe's content."""
-    # A default that needs a broken key is a consequence, not a mistake; so is a list left empty by broken entries.
+    """Return one line per error that the schema reports for the content of a recipe."""
+    # Two kinds are consequences of other errors: a default computed from an invalid key, and a list whose entries are
+    # all invalid and therefore empty.
     details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
     within = {detail["loc"][:-1] for detail in details}
     return [_line(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in within]
 
 
 def without(content: Any, places: list[Place]) -> Any:
-    """Return a copy of `content` that lacks the given places, and the sections that miss a required key."""
+    """Return a copy of `content` without the given places and without sections that lack a required key."""
     leaving = {place[0] for place in places if len(place) == 1}
     deeper = [place for place in places if len(place) > 1]
     if isinstance(content, list):
@@ -53,6 +54,7 @@ def without(content: Any, places: list[Place]) -> Any:
 
 
 def _holds(content: Any, place: Place) -> bool:
+    """Return True if `content` has a value at a place."""
     for part in place:
         try:
             content = content[part]
@@ -62,6 +64,7 @@ def _holds(content: Any, place: Place) -> bool:
 
 
 def _line(detail: Any) -> str:
+    """Return the error text for one entry of `ValidationError.errors()`."""
     place: Place = tuple(detail["loc"])
     key, kind, given, context = dotted(place), detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
@@ -78,7 +81,7 @@ def _line(detail: Any) -> str:
         near = difflib.get_close_matches(str(given), legal, n=1)
         return f"{key}: {given!r} is not one of {', '.join(legal)}." + (f" Did you mean `{near[0]}`?" if near else "")
     if kind == "too_short":
-        return f"{key}: empty; it needs at least one."
+        return f"{key}: empty. Give at least one."
     for stem, words in _KINDS.items():
         if kind.startswith(stem):
             return f"{key}: {given!r} is not {words}."
@@ -86,7 +89,7 @@ def _line(detail: Any) -> str:
 
 
 def _section(place: Place) -> type[BaseModel]:
-    """Return the class of the section that a place lies in."""
+    """Return the class of the section that contains a place."""
     section: type[BaseModel] = Recipe
     for part in place[:-1]:
         if isinstance(part, str) and part in section.model_fields:
@@ -95,6 +98,7 @@ def _section(place: Place) -> type[BaseModel]:
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the section classes within a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -102,17 +106,20 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _description(place: Place) -> str:
+    """Return the docstring of the field at a place, on one line."""
     field = _section(place).model_fields.get(str(place[-1]))
     return " ".join((field.description or "").split()) if field else ""
 
 
 def _legal_words(place: Place) -> list[str]:
+    """Return the values allowed by the `Literal` of the field at a place, or of the list that contains it."""
     named = place if isinstance(place[-1], str) else place[:-1]
     field = _section(named).model_fields[str(named[-1])]
     return list(dict.fromkeys(_words(field.annotation)))
 
 
 def _words(annotation: Any) -> Iterator[str]:
+    """Yield the literal values within a type annotation."""
     for inner in get_args(annotation):
         if isinstance(inner, str | int):
             yield str(inner)
@@ -121,7 +128,9 @@ def _words(annotation: Any) -> Iterator[str]:
 
 
 def _unknown_key(place: Place) -> str:
+    """Return the error text for an unknown key, with the most similar key of this or another section."""
     section, word = _section(place), str(place[-1])
+    # Order of the hints: a close match here, the exact name in another section, then a distant match here.
     near = difflib.get_close_matches(word, section.model_fields, n=1, cutoff=0.75)
     if near:
         return f"{dotted(place)}: no such key; did you mean `{near[0]}`?"
@@ -136,4 +145,4 @@ def _unknown_key(place: Place) -> str:
     near = difflib.get_close_matches(word, section.model_fields, n=1)
     if near:
         return f"{dotted(place)}: no such key; did you mean `{near[0]}`?"
-    return f"{dotted(place)}: no such key. Known here: {', '.join(section.model_fields)}."
+    return f"{dotted(place)}: no such key. Keys of this section: {', '.join(section.model_fields)}."

@@ -1,10 +1,10 @@
-"""The one error a user's mistake raises."""
+"""Error type for mistakes in user input."""
 
 
 class ConfigError(ValueError):
-    """A mistake in what the user gave: a recipe, a file, a command line.
+    """Mistake in user input: a recipe, a file or the command line.
 
-    The message is finished text: the place, what is wrong with both numbers, the way out.
+    The message is complete text: the key, the fact with both values, the remedy.
     `cli.py` prints it without a traceback and exits with 2.
     """
 

@@ -1,6 +1,6 @@
-"""The sections that ask for a feature; a recipe without one does without the feature.
+"""Optional sections of a recipe, each of which enables a feature.
 
-Units and ranges are in the docstring below each field.
+The docstring below each field gives its unit, range and default.
 """
 
 from typing import Annotated, Literal
@@ -12,83 +12,88 @@ from igla_mega.config.section import Section
 
 
 class Memory(Section):
-    """How weights that earlier tasks need are held (Elastic Weight Consolidation)."""
+    """Elastic Weight Consolidation: a pull of the weights to those of earlier tasks (Kirkpatrick et al. 2017)."""
 
     ewc_lambda: NonNegative = 0.0
-    """Stiffness of the pull to earlier tasks, against a Fisher per token. Dimensionless, at least 0; 0 disables.
-    Typical 1e2 to 1e5."""
+    """Strength of the pull to earlier tasks, with the Fisher information per token. Dimensionless, at least 0; 0
+    disables. Typical 1e2 to 1e5."""
     fisher_samples: Count = 1000
-    """Sequences that the Fisher information of a task is estimated from. At least 1."""
+    """Number of sequences from which the Fisher information of a task is estimated. At least 1."""
     fisher_seq_length: Count | None = None
-    """Tokens of each of them. At least 1; unset, the training's."""
+    """Length of each of these sequences, in tokens. At least 1; unset, that of training."""
     fisher_labels: Literal["model", "data"] = "model"
-    """Whose next tokens: drawn from the model (the Fisher information), or the data's own (the empirical one)."""
+    """Labels of the Fisher pass: sampled from the model (Fisher information), or those of the data (empirical
+    Fisher)."""
     fisher: str | None = None
-    """Folder that `igla-mega fisher` wrote for the base model; unset, it is taken on `base_data`."""
+    """Folder that `igla-mega fisher` wrote for the base model; unset, the Fisher is estimated on `base_data`."""
     base_data: str | None = None
-    """What the base model was trained on: a key of `data.sources`, or `mix` for `data.mix`."""
+    """Training data of the base model: a key of `data.sources`, or `mix` for `data.mix`. Unset, none."""
     coupling: Literal["coupled", "decoupled", "proximal"] = "coupled"
-    """Where the pull enters: the gradient before clipping, after clipping, or a step of its own after AdamW's."""
+    """Point at which the pull is applied: to the gradient before clipping (coupled), to the gradient after clipping
+    (decoupled), or as a separate step after AdamW (proximal)."""
     consolidation: Literal["online", "separate", "laplace"] = "online"
-    """How the Fisher of several tasks are joined: decayed by `gamma` about the newest weights, each about its own
-    weights, or summed about the newest."""
+    """Combination of the Fisher information of several tasks: decayed by `gamma`, anchored at the newest weights
+    (online); one anchor per task (separate); or summed, anchored at the newest weights (laplace)."""
     gamma: Fraction = 1.0
-    """What `online` leaves of earlier tasks at each new one. 0 to 1."""
+    """Factor by which `online` multiplies the Fisher information of earlier tasks at each new task. 0 to 1."""
     damping: NonNegative = 0.0
-    """Added to every Fisher value, as a multiple of their mean: holds what the samples never touched. At least 0."""
+    """Constant added to every Fisher value, as a multiple of their mean, so that weights unused by the samples are held
+    too. At least 0."""
 
 
 class Koshey(Memory):
-    """Long context and memory of earlier tasks. `tier` names presets; a key given here wins over its tier."""
+    """Long context and EWC. `tier` selects presets; a key given in the recipe takes precedence over its tier."""
 
     tier: Annotated[Count, Field(le=10)] | None = None
-    """Preset, 1 to 10, cumulative. 1-3 bf16, recompute and flash attention; 4-6 adds ring attention, EWC and sequence
-    parallelism; 7-9 adds MoE, continual learning and token-budget batches; 10 all."""
+    """Preset, 1 to 10, cumulative: 1-3 bf16, recompute and flash attention; 4-6 adds ring attention, EWC and sequence
+    parallelism; 7-9 adds MoE, continual learning and token-budget batches; 10 all of them. Unset, no preset."""
     flash_attention: bool = True
-    """Attention that never holds the sequence x sequence scores."""
+    """True if attention never stores the full sequence x sequence score matrix."""
     ring_attention: bool = False
-    """Splits each sequence over `distributed.context_parallel` ranks."""
+    """True if each sequence is split over `distributed.context_parallel` ranks."""
     ewc_enabled: bool = False
-    """Pulls the weights to where the previous task left them (Elastic Weight Consolidation)."""
+    """True if the weights are pulled to those after the previous task (Elastic Weight Consolidation)."""
     consolidate_every: Tokens | None = None
-    """Tokens after which the Fisher is taken anew and the anchor moved. At least 1; unset, only at the end."""
+    """Number of tokens after which the Fisher is estimated again and the anchor is moved. At least 1; unset, only at
+    the end."""
     dynamic_batching: bool = False
-    """Fills each micro-batch to a budget of tokens instead of a number of sequences."""
+    """True if each micro-batch is filled to a budget of tokens instead of a number of sequences."""
 
 
 class Lora(Section):
-    """Low-rank adapters: only they train (Hu et al. 2021, arXiv:2106.09685)."""
+    """Low-rank adapters, which are trained while all other weights are frozen (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: Count
     """Rank of each adapter, in dimensions. At least 1."""
     alpha: Positive
-    """Scale: an adapter's output is multiplied by alpha / rank. Above 0."""
+    """Scale of the adapters: their output is multiplied by alpha / rank. Above 0."""
     dropout: BelowOne = 0.0
-    """Probability that an adapter's input is dropped. 0 to below 1."""
+    """Dropout probability of the input of an adapter. 0 to below 1."""
     target_modules: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
         "q_proj",
         "v_proj",
     )
-    """Linear layers that get an adapter, by their Hugging Face names."""
+    """Hugging Face names of the linear layers that get an adapter."""
     use_rslora: bool = False
-    """Multiplies an adapter's output by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """True if the output is multiplied by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Trains the norm of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)."""
+    """True if the norm of the weights of each output is trained separately from their direction (Liu et al. 2024,
+    arXiv:2402.09353)."""
     adapter: str | None = None
-    """Adapters to start from: a folder that PEFT saved; unset, new ones."""
+    """Folder of adapters to start from, as saved by PEFT; unset, new adapters."""
 
 
 class Quantization(Section):
-    """How the frozen base model is stored (QLoRA: Dettmers et al. 2023, arXiv:2305.14314)."""
+    """Quantization of the frozen base model (QLoRA: Dettmers et al. 2023, arXiv:2305.14314)."""
 
     bits: Literal[4, 8] = 4
-    """Bits a weight. 4 or 8."""
+    """Number of bits per weight. 4 or 8."""
     quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Code of a weight."""
+    """Data type of a quantized weight."""
     double_quant: bool = True
-    """Quantizes the scales too; saves about 0.4 bits a weight."""
+    """True if the scales are quantized too, which saves about 0.4 bits per weight."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type that products are taken in."""
+    """Data type of matrix products."""
 
 
 class Dpo(Section):
@@ -97,22 +102,23 @@ class Dpo(Section):
     beta: Positive = 0.1
     """Strength of the pull to the reference model. Dimensionless, above 0. Typical 0.01 to 0.5."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """Loss of a pair's margin."""
+    """Loss as a function of the margin of a pair."""
     label_smoothing: Annotated[BelowOne, Field(lt=0.5)] = 0.0
-    """Probability that a preference is the wrong way round. 0 to below 0.5."""
+    """Assumed probability that chosen and rejected answer are swapped. 0 to below 0.5."""
     reference_free: bool = False
-    """Leaves the reference model out."""
+    """True if no reference model is used."""
     reference: Literal["auto", "adapter", "model", "cached"] = "auto"
-    """Where the reference's log-probabilities come from: the model with its adapters off, a second model that is
-    frozen, or one pass over all pairs before the first step. `auto` is `adapter` with `lora:`, else `cached`."""
+    """Source of the reference log-probabilities: the model with its adapters disabled (adapter), a second, frozen model
+    (model), or one pass over all pairs before the first step (cached). `auto` is `adapter` with `lora:`, else
+    `cached`."""
     learning_rate: Positive | None = None
     """Peak learning rate of this stage, per step, above 0; unset, `training.learning_rate`."""
     batch_size: Count | None = None
-    """Pairs in the whole batch, at least 1; unset, `training.batch_size`."""
+    """Number of pairs per step over all ranks. At least 1; unset, `training.batch_size`."""
     epochs: Count | None = None
-    """Passes over the pairs, at least 1; unset, `training.epochs`."""
+    """Number of passes over the pairs. At least 1; unset, `training.epochs`."""
     data: str | None = None
-    """Name of the preference pairs: a key of `data.sources`, or a path."""
+    """Source of the preference pairs: a key of `data.sources`, or a path. Unset, all sources."""
 
 
 class Sft(Section):
@@ -121,98 +127,101 @@ class Sft(Section):
     learning_rate: Positive | None = None
     """Peak learning rate of this stage, per step, above 0; unset, `training.learning_rate`."""
     batch_size: Count | None = None
-    """Sequences in the whole batch, at least 1; unset, `training.batch_size`."""
+    """Number of sequences per step over all ranks. At least 1; unset, `training.batch_size`."""
     epochs: Count | None = None
-    """Passes over the instructions, at least 1; unset, `training.epochs`."""
+    """Number of passes over the instructions. At least 1; unset, `training.epochs`."""
     data: str | None = None
-    """Name of the instructions: a key of `data.sources`, or a path."""
+    """Source of the instructions: a key of `data.sources`, or a path. Unset, all sources."""
 
 
 class Moe(Section):
-    """Mixture of experts in place of each layer's feed-forward network."""
+    """Mixture of experts, which replaces the feed-forward network of each layer."""
 
     num_experts: Count
-    """Experts a layer. At least 1."""
+    """Number of experts per layer. At least 1."""
     num_experts_per_tok: Count = 2
-    """Experts that a token visits. 1 to `num_experts`."""
+    """Number of experts per token. 1 to `num_experts`."""
     router_aux_loss_coef: NonNegative = 0.01
-    """Weight of each layer's loss that keeps the experts equally busy, 1 when they are (Fedus et al. 2021,
+    """Weight of the load-balancing loss of each layer, which is 1 if the load is balanced (Fedus et al. 2021,
     arXiv:2101.03961, eq. 4-6). Dimensionless, at least 0."""
     balance_over: Literal["micro_batch", "sequence"] = "micro_batch"
-    """Tokens among which that loss wants experts equally busy: a micro-batch's, or each sequence's."""
+    """Set of tokens over which that loss balances the experts: a micro-batch, or each sequence."""
     bias_update_rate: NonNegative = 0.0
-    """Step of a bias on each expert's score that only chooses, up where it has too few tokens and down where too many
-    (Wang et al. 2024, arXiv:2408.15664). A logit's size, at least 0; 0 disables. Typical 1e-3."""
+    """Step size of a bias per expert that affects only the routing: up for experts with too few tokens, down for those
+    with too many (Wang et al. 2024, arXiv:2408.15664). In logits, at least 0; 0 disables. Typical 1e-3."""
     pre_softmax: bool = False
-    """Weighs a token's experts by their probabilities among all experts, instead of among those it visits."""
+    """True if the softmax over all experts is taken before the top-k choice, not over the chosen experts after it."""
     scaling_factor: Positive = 1.0
-    """Multiplies the sum of a token's experts (DeepSeek-AI 2024, arXiv:2405.04434). Above 0."""
+    """Factor on the sum of the expert outputs of a token (DeepSeek-AI 2024, arXiv:2405.04434). Above 0."""
     shared_intermediate_size: Count | None = None
-    """Width of an expert that every token visits too, in channels. At least 1; unset, none."""
+    """Width of an additional expert shared by all tokens, in channels. At least 1; unset, none."""
     capacity_over: Literal["sequence", "rank", "global"] = "sequence"
-    """Tokens among which `training.expert_capacity_factor` measures a fair share: each sequence's, a rank's share of a
-    micro-batch, or that micro-batch of all data-parallel ranks together. Only `sequence` is the same in any layout."""
+    """Set of tokens from which `training.expert_capacity_factor` computes the fair share: each sequence, the part of a
+    micro-batch on one rank, or a micro-batch over all data-parallel ranks (global). Only `sequence` gives the same
+    result in every layout."""
     pad_to_capacity: bool = False
-    """Fills each expert's tokens up to its capacity, so that no size depends on the data (capacity_over: rank)."""
+    """True if the tokens of each expert are padded to its capacity, so that no shape depends on the data (requires
+    `capacity_over: rank`)."""
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """How tokens reach experts on other ranks: only those that are sent (alltoall), all (allgather), DeepEP (flex)."""
+    """Transport of tokens to experts on other ranks: routed tokens only (alltoall), all tokens (allgather), or DeepEP
+    (flex)."""
     force_balanced: bool = False
-    """Sends tokens to experts in turn, whatever the router says: for measuring speed, never for training."""
+    """True if tokens are routed to the experts in turn, regardless of the router: for speed measurements only."""
     alarm_load: Fraction = 0.1
-    """An expert with less than this multiple of its fair share of tokens is reported as starving. 0 to 1."""
+    """Multiple of its fair share of tokens below which an expert is reported as starved. 0 to 1."""
     alarm_drop_rate: Fraction = 0.2
-    """A layer that drops more than this share of its tokens' visits is reported. 0 to 1."""
+    """Share of dropped token-expert assignments above which a layer is reported. 0 to 1."""
 
 
 class Continual(Memory):
-    """Learning domains one after another without forgetting (Kirkpatrick et al. 2017, arXiv:1612.00796)."""
+    """Continual learning of several domains without forgetting (Kirkpatrick et al. 2017, arXiv:1612.00796)."""
 
     method: Literal["ewc"] = "ewc"
-    """What holds earlier domains back."""
+    """Method against forgetting."""
     ewc_lambda: NonNegative = 5000.0
-    """Stiffness of the pull to earlier phases, against a Fisher per token. Dimensionless, at least 0; 0 disables.
-    Typical 1e2 to 1e5."""
+    """Strength of the pull to earlier phases, with the Fisher information per token. Dimensionless, at least 0; 0
+    disables. Typical 1e2 to 1e5."""
     replay: BelowOne = 0.0
-    """Share of each batch that is drawn from earlier domains, alike from each. 0 to below 1."""
+    """Share of each batch drawn from earlier domains, equally from each. 0 to below 1."""
 
 
 class Phase(Section):
     """One domain of a curriculum."""
 
     name: str
-    """Name of the domain: a key of `data.sources`, unless `data` names another."""
+    """Name of the phase, and its source in `data.sources` unless `data` gives another."""
     tokens: Tokens
-    """Tokens trained on, at least 1: `10B` is 1e10. Rounded up to whole batches."""
+    """Number of training tokens, at least 1: `10B` is 1e10. Rounded up to whole batches."""
     lr: Positive
     """Peak learning rate of the phase, per step. Above 0."""
     data: str | None = None
-    """What is read: a key of `data.sources`, or `mix` for `data.mix`; unset, `name`."""
+    """Source of the phase: a key of `data.sources`, or `mix` for `data.mix`; unset, `name`."""
     sequence_length: Count | None = None
-    """Tokens of a training sample in this phase. At least 1; unset, the recipe's."""
+    """Length of a training sequence in this phase, in tokens. At least 1; unset, that of the recipe."""
     replay: BelowOne | None = None
-    """Share of each batch from earlier domains in this phase. 0 to below 1; unset, `continual.replay`."""
+    """Share of each batch drawn from earlier domains in this phase. 0 to below 1; unset, `continual.replay`."""
 
     @property
     def source(self) -> str:
-        """What is read: a key of `data.sources`, or `mix`."""
+        """Source of the phase: a key of `data.sources`, or `mix`."""
         return self.data or self.name
 
 
 class Curriculum(Section):
-    """Domains in the order they are learned."""
+    """Domains in the order in which they are learned."""
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
-    """The phases, first to last. At least one."""
+    """Phases, first to last. At least one."""
 
 
 class RopeScaling(Section):
-    """Llama-3's stretch of the rotary frequencies to contexts longer than those trained on."""
+    """Llama 3 scaling of the rotary frequencies to contexts longer than those in training."""
 
     factor: Positive
-    """How many times longer the context becomes. Above 0."""
+    """Factor by which the context is extended. Above 0."""
     low_freq_factor: Positive = 1.0
-    """Wavelengths above original_max_position / this are stretched in full. Above 0."""
+    """Divisor of `original_max_position`: wavelengths above the quotient are scaled by `factor`. Above 0."""
     high_freq_factor: Positive = 4.0
-    """Wavelengths below original_max_position / this are left alone. Above `low_freq_factor`."""
+    """Divisor of `original_max_position`: wavelengths below the quotient are unchanged. Above `low_freq_factor`."""
     original_max_position: Count = 8192
-    """Context that the base model was trained on, in tokens. At least 1."""
+    """Context length of the base model in training, in tokens. At least 1."""

@@ -1,14 +1,14 @@
-"""JSON from anybody: whatever is wrong with it is a ValueError, as the callers expect."""
+"""JSON from untrusted sources: every defect raises ValueError."""
 
 import json
 from typing import Any
 
 
 def loads(text: str | bytes) -> Any:
-    """Return what a JSON text says.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: not UTF-8, not JSON, a number too long to read, or nested too deeply (json's own RecursionError).
+        ValueError: not UTF-8, not JSON, a number with too many digits, or nested too deeply (RecursionError in json).
     """
     try:
         return json.loads(text)

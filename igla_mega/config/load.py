@@ -1,4 +1,4 @@
-"""A recipe's file, its parents, its scale and the command line's `--set`, laid over each other and validated."""
+"""Recipes from files: parents, scale and `--set` merged over each other, then validated."""
 
 import difflib
 import os
@@ -17,10 +17,11 @@ from igla_mega.config.tiers import preset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 _MOST_PARENTS = 32
+"""Maximum length of a chain of `extends`; a longer one is certainly a mistake."""
 
 
 def packaged() -> dict[str, str]:
-    """Return the packaged recipes, name -> the line that their file opens with, in the card's order."""
+    """Return the packaged recipes, name -> first comment line of the file, in the order of their numbers."""
     order = ["pretrain_7b", "koshey_7b", "lora_7b", "qlora_7b", "dpo_7b", "sft_dpo_7b", "moe_8x7b", "continual_7b"]
     paths = {path.stem: path for path in RECIPES.glob("*.yaml")}
     names = sorted(paths, key=lambda name: (order.index(name) if name in order else len(order), name))
@@ -28,22 +29,23 @@ def packaged() -> dict[str, str]:
 
 
 def scales() -> list[str]:
-    """Return the names that `--scale` takes."""
+    """Return the names accepted by `--scale`."""
     return sorted(path.stem for path in (RECIPES / "scales").glob("*.yaml"))
 
 
 def load_recipe(name_or_path: str | Path, *, scale: str | None = None, overrides: list[str] | None = None) -> Recipe:
-    """Return a recipe that holds all rules which need no world size.
+    """Return a recipe that satisfies all rules that do not depend on the world size.
 
-    From the bottom up: its koshey tier's presets, the recipes it extends, the recipe, the scale, the overrides.
+    Later ones take precedence: presets of the koshey tier, the recipes it extends, the recipe, the scale, the
+    overrides.
 
     Args:
-        name_or_path: a packaged recipe's name, or a path.
+        name_or_path: name of a packaged recipe, or a path.
         scale: name of an overlay in `recipes/scales`, such as `laptop`.
-        overrides: `a.b=c` each, c in YAML; `a.0.b=c` reaches into a list.
+        overrides: `a.b=c` each, with c in YAML; `a.0.b=c` sets a key in a list element.
 
     Raises:
-        ConfigError: every breach at once.
+        ConfigError: the recipe is invalid; the message lists every breach.
     """
     path = _find(str(name_or_path))
     content = _read_with_parents(path, seen=[])
@@ -56,32 +58,40 @@ def load_recipe(name_or_path: str | Path, *, scale: str | None = None, overrides
 
 
 def dump(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML; loading it gives the same recipe."""
+    """Return the resolved recipe as YAML, from which `load_recipe` gives the same recipe."""
     plain = recipe.model_dump(mode="json", exclude_none=True)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
 def base_folder(name: str, models: Path | None) -> Path:
-    """Return the folder of a base model: `name` below the folder of models, or itself a path.
+    """Return the folder of a base model: `name` in the folder of models, or a path itself.
 
     Raises:
-        ConfigError: it is not there, or holds neither a checkpoint nor a Hugging Face model.
+        ConfigError: it does not exist, or contains neither a checkpoint nor a Hugging Face model.
     """
     folder = next((f for f in (models and models / name, Path(name)) if f and f.is_dir()), None)
     if folder is None:
-        where = f"in {models}" if models else "here, and neither --models nor $IGLA_MODELS names a folder of models"
-        raise ConfigError(f"base_model: {name} is not {where}. Give --models, or a path.")
+        where = f"in {models}" if models else "here, and neither --models nor $IGLA_MODELS is set"
+        raise ConfigError(f"base_model: {name} not found {where}. Give --models, or a path.")
     if not any((folder / file).is_file() for file in ("manifest.json", "config.json")):
-        raise ConfigError(f"base_model: {folder} holds neither a checkpoint (manifest.json) nor a model (config.json).")
+        raise ConfigError(
+            f"base_model: {folder} contains neither a checkpoint (manifest.json) nor a model (config.json)."
+        )
     return folder
 
 
 def _first_comment(path: Path) -> str:
+    """Return the first comment line of a recipe file, except the one for the language server."""
     lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     return next((line for line in lines if not line.startswith("yaml-language-server")), "")
 
 
 def _find(name_or_path: str) -> Path:
+    """Return the file of a packaged recipe or of a path.
+
+    Raises:
+        ConfigError: no such recipe or file.
+    """
     is_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path or "/" in name_or_path
     path = Path(name_or_path) if is_path else RECIPES / f"{name_or_path}.yaml"
     if path.is_file():
@@ -89,25 +99,30 @@ def _find(name_or_path: str) -> Path:
     if is_path:
         raise ConfigError(f"{name_or_path}: no such file. Packaged recipes: {', '.join(packaged())}.")
     near = difflib.get_close_matches(name_or_path, packaged(), n=1)
-    hint = f"did you mean `{near[0]}`?" if near else f"packaged are {', '.join(packaged())}."
-    raise ConfigError(f"{name_or_path}: no such recipe; {hint} A recipe of your own is given by its path, `my.yaml`.")
+    hint = f"did you mean `{near[0]}`?" if near else f"packaged recipes are {', '.join(packaged())}."
+    raise ConfigError(f"{name_or_path}: no such recipe; {hint} Give your own recipe by its path, such as `my.yaml`.")
 
 
 def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
+    """Return the content of a recipe merged over that of its parents; `seen` are the recipes that extend it.
+
+    Raises:
+        ConfigError: a file is missing or invalid, or the chain of `extends` is cyclic or too long.
+    """
     if path.resolve() in seen:
         circle = " -> ".join(recipe.name for recipe in [*seen, path])
         raise ConfigError(f"{path}: extends itself: {circle}. Remove one `extends:`.")
     if len(seen) >= _MOST_PARENTS:
-        raise ConfigError(f"{seen[0]}: extends a line of more than {_MOST_PARENTS} recipes. Shorten it.")
+        raise ConfigError(f"{seen[0]}: extends a chain of more than {_MOST_PARENTS} recipes. Shorten it.")
     content = yaml_text.read_mapping(path)
     parent = content.pop("extends", None)
     if parent is None:
         return content
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: {parent!r} is not the name or path of one recipe.")
-    beside = path.parent / parent
+    sibling = path.parent / parent
     try:
-        parent_path = beside if beside.is_file() else _find(parent)
+        parent_path = sibling if sibling.is_file() else _find(parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: extends: {error}") from None
     inherited = _read_with_parents(parent_path, [*seen, path.resolve()])
@@ -116,14 +131,21 @@ def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
 
 
 def _read_scale(scale: str) -> dict[str, Any]:
+    """Return the overlays of a scale, condition -> keys.
+
+    Raises:
+        ConfigError: no such scale.
+    """
     path = RECIPES / "scales" / f"{scale}.yaml"
     if not path.is_file():
-        raise ConfigError(f"--scale {scale}: no such scale. Use {' or '.join(scales())}, or none for full size.")
+        raise ConfigError(
+            f"--scale {scale}: no such scale. Use {' or '.join(scales())}, or omit --scale for full size."
+        )
     return yaml_text.read_mapping(path)
 
 
 def _at_scale(content: dict[str, Any], overlays: dict[str, Any]) -> dict[str, Any]:
-    """Lay on each overlay whose condition, a key that the recipe has (or `always`), holds; each stage likewise."""
+    """Merge each overlay whose condition (a key that the recipe has, or `always`) is met; likewise in each stage."""
     scaled = content
     for condition, overlay in overlays.items():
         if condition == "always" or has(content, condition):
@@ -132,6 +154,7 @@ def _at_scale(content: dict[str, Any], overlays: dict[str, Any]) -> dict[str, An
 
 
 def _with_tiers(content: dict[str, Any]) -> dict[str, Any]:
+    """Merge the content over the presets of its `koshey.tier`; likewise in each stage."""
     koshey = content.get("koshey")
     tier = koshey.get("tier") if isinstance(koshey, dict) else None
     if isinstance(tier, int):
@@ -140,6 +163,7 @@ def _with_tiers(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_stages(content: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return a copy with `change` applied to each of `stages:`."""
     stages = content.get("stages")
     if not isinstance(stages, list):
         return content
@@ -147,6 +171,7 @@ def _in_stages(content: dict[str, Any], change: Callable[[dict[str, Any]], dict[
 
 
 def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return a copy with one `--set KEY=VALUE` applied."""
     path, equals, written = override.partition("=")
     parts = path.strip().split(".")
     if not equals or not all(parts):
@@ -155,19 +180,29 @@ def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _put(container: Any, parts: list[str], value: Any, override: str) -> Any:
+    """Return a copy of `container` with `value` at the keys `parts`.
+
+    Raises:
+        ConfigError: an index is out of range, or a key is within a plain value.
+    """
     if not parts:
         return value
     head, *rest = parts
     if isinstance(container, list):
         if not head.isdigit() or int(head) >= len(container):
-            raise ConfigError(f"--set {override}: `{head}` is not one of 0 to {len(container) - 1}, counted from 0.")
+            raise ConfigError(f"--set {override}: `{head}` is not an index from 0 to {len(container) - 1}.")
         return [_put(item, rest, value, override) if i == int(head) else item for i, item in enumerate(container)]
     if container is not None and not isinstance(container, dict):
-        raise ConfigError(f"--set {override}: `{head}` lies in {container!r}, which is a value, not a section.")
+        raise ConfigError(f"--set {override}: `{head}` is within {container!r}, which is a value, not a section.")
     return {**(container or {}), head: _put((container or {}).get(head), rest, value, override)}
 
 
 def _validate(content: dict[str, Any]) -> Recipe:
+    """Return the recipe of the merged content.
+
+    Raises:
+        ConfigError: the schema or a rule refuses it; the message lists every breach.
+    """
     content = without_nulls(content)
     try:
         recipe = Recipe.model_validate(content)
@@ -178,10 +213,10 @@ def _validate(content: dict[str, Any]) -> Recipe:
 
 
 def _rules_on_the_rest(error: ValidationError, content: dict[str, Any]) -> list[str]:
-    """Return the rules' breaches with the broken keys left out, but none that speaks of a broken key."""
+    """Return the breaches of the rules by the valid keys, so that one run reports both kinds of error."""
     broken: list[breaches.Place] = []
     rest: Recipe | None = None
-    # What leaves may be required: its section then leaves in the next round.
+    # A removed key may be a required one; then its section is invalid and is removed in the next round.
     while rest is None:
         places = [detail["loc"] for detail in error.errors()]
         content = breaches.without(content, places)
@@ -193,6 +228,7 @@ def _rules_on_the_rest(error: ValidationError, content: dict[str, Any]) -> list[
                 return []
             error = next_error
     keys = {breaches.dotted(place) for place in broken}
+    # A rule that mentions a removed key or its section may be breached only because the key is missing.
     above = tuple(f"{breaches.dotted(place[:depth])}:" for place in broken for depth in range(1, len(place)))
     found = rules.breaches(rest)
     return [breach for breach in found if not breach.startswith(above) and not any(key in breach for key in keys)]

@@ -1,15 +1,15 @@
-"""Laying one mapping over another: `extends`, scales, tiers and `--set` are all this."""
+"""Merge of one mapping over another, as `extends`, scales, tiers and `--set` need it."""
 
 from typing import Any
 
-# Their keys are the user's own words, so a child's set of them takes the parent's place.
+# Their keys are names chosen by the user: merging would leave sources of the parent in the mix of the child.
 _REPLACED_WHOLE = {"mix", "sources"}
 
 
 def merge(under: Any, over: Any, key: str = "") -> Any:
-    """Return `over` laid on `under`; neither is changed.
+    """Return `over` merged onto `under`, without changing either.
 
-    Mappings merge key by key, a mapping laid on a list is laid on each of its elements, anything else replaces.
+    Mappings merge key by key, a mapping over a list merges onto each of its elements, anything else replaces.
     """
     if isinstance(over, dict) and isinstance(under, list):
         return [merge(element, over) for element in under]
@@ -22,7 +22,7 @@ def merge(under: Any, over: Any, key: str = "") -> Any:
 
 
 def has(mapping: Any, dotted: str) -> bool:
-    """Return whether a mapping holds something other than null at `a.b.c`."""
+    """Return True if a nested mapping has a value other than null at `a.b.c`."""
     for part in dotted.split("."):
         if not isinstance(mapping, dict) or mapping.get(part) is None:
             return False
@@ -31,7 +31,7 @@ def has(mapping: Any, dotted: str) -> bool:
 
 
 def without_nulls(content: Any) -> Any:
-    """Return a copy that lacks the keys which are null: a null takes back what lies under it."""
+    """Return a copy without the keys that are null: null removes a key of the parent."""
     if isinstance(content, dict):
         return {key: without_nulls(value) for key, value in content.items() if value is not None}
     return [without_nulls(value) for value in content] if isinstance(content, list) else content

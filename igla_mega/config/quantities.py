@@ -1,4 +1,4 @@
-"""Numbers as recipes write them: `4M tokens`, `140B`, `auto`, and the ranges that fields share."""
+"""Notations of numbers in recipes (`4M tokens`, `140B`, `auto`) and the ranges shared by fields."""
 
 import math
 import re
@@ -12,7 +12,7 @@ BYTE_FORMS = "a size (`8 GiB`, `512 MiB`) or a number of bytes"
 TOKEN_FORMS = "a number of tokens: `140B`, `1.5T`, `200K` (K, M, B, T are powers of 1000) or a whole number"
 
 MOST = 2**63 - 1
-"""Of anything that is counted: beyond it, arithmetic in floats would overflow."""
+"""Maximum of any count, the largest signed 64-bit integer; a number with hundreds of digits would overflow a float."""
 _BATCH = re.compile(r"(\d+(?:\.\d+)?) ?([KM]?) tokens", re.IGNORECASE)
 _BATCH_UNIT = {"": 1, "K": 2**10, "M": 2**20}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])i?B?)?", re.IGNORECASE)
@@ -22,7 +22,7 @@ _TOKENS_UNIT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def batch_tokens(batch_size: int | str) -> int | None:
-    """Return the tokens that a batch size names (`4M tokens` is 4 * 2^20), None when it counts sequences."""
+    """Return the number of tokens of a batch size (`4M tokens` is 4 * 2^20), or None if it counts sequences."""
     if isinstance(batch_size, int):
         return None
     match = _BATCH.fullmatch(batch_size.strip())
@@ -32,7 +32,7 @@ def batch_tokens(batch_size: int | str) -> int | None:
 
 
 def tokens(written: int | float | str) -> int:
-    """Return the tokens that a data size names: `140B` is 1.4e11."""
+    """Return the number of tokens of a data size: `140B` is 1.4e11."""
     if isinstance(written, str):
         match = _TOKENS.fullmatch(written.strip())
         if match is None:
@@ -44,7 +44,7 @@ def tokens(written: int | float | str) -> int:
 
 
 def num_bytes(written: int | float | str) -> int:
-    """Return the bytes that a size names: `8 GiB` is 2^33."""
+    """Return the number of bytes of a size: `8 GiB` is 2^33."""
     if isinstance(written, str):
         match = _BYTES.fullmatch(written.strip())
         if match is None:
@@ -56,7 +56,7 @@ def num_bytes(written: int | float | str) -> int:
 
 
 def tokens_text(count: int) -> str | int:
-    """Write a data size back in its largest unit, without loss: 140000000000 is `140B`."""
+    """Return a data size in the largest unit that represents it exactly: 140000000000 is `140B`."""
     for unit, size in reversed(_TOKENS_UNIT.items()):
         if unit and size <= count and tokens(text := f"{count / size:.6g}{unit}") == count:
             return text
@@ -68,7 +68,7 @@ def _upper(written: Any) -> Any:
 
 
 def is_not(forms: str) -> WrapValidator:
-    """Report whatever a type refuses in one line, `VALUE is not FORMS`, instead of one for each arm of a union."""
+    """Return a validator that reports a refused value as `VALUE is not FORMS`, not once for each arm of a union."""
 
     def validate(value: Any, handler: Any) -> Any:
         try:
@@ -80,12 +80,14 @@ def is_not(forms: str) -> WrapValidator:
 
 
 def _no_bool(value: Any) -> Any:
+    """Refuse true and false, which pydantic would accept as 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("is_not", "{forms}", {"forms": "a number"})
     return value
 
 
 def _positive_batch(value: Any) -> int | str:
+    """Return a batch size as written, after checking that it is a positive count."""
     if isinstance(value, str) and not value.strip().isdigit():
         size: int | str = value
         amount = batch_tokens(value) or 0
@@ -94,14 +96,15 @@ def _positive_batch(value: Any) -> int | str:
         if amount != float(value):
             raise ValueError("not whole")
     if not 1 <= amount <= MOST:
-        raise ValueError("empty, or more than can be counted")
+        raise ValueError("0, or more than can be counted")
     return size
 
 
 def _positive_tokens(value: Any) -> int:
+    """Return a data size in tokens, after checking that it is positive."""
     count = tokens(value)
     if not 1 <= count <= MOST:
-        raise ValueError("none, or more than can be counted")
+        raise ValueError("0, or more than can be counted")
     return count
 
 
@@ -131,7 +134,7 @@ BatchSize = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?[KkMm]? tokens$"}]}
     ),
 ]
-"""`128` sequences or `4M tokens`, kept as written."""
+"""Batch size in sequences (`128`) or tokens (`4M tokens`), kept as written."""
 Tokens = Annotated[
     int,
     BeforeValidator(_positive_tokens),
@@ -147,7 +150,7 @@ Tokens = Annotated[
         }
     ),
 ]
-"""`140B`, read as 1.4e11 tokens, written back as `140B`."""
+"""Number of tokens: `140B` is read as 1.4e11 and written back as `140B`."""
 Bytes = Annotated[
     int,
     BeforeValidator(num_bytes),
@@ -162,27 +165,27 @@ Bytes = Annotated[
         }
     ),
 ]
-"""`8 GiB`, read as 2^33 bytes."""
+"""Number of bytes: `8 GiB` is read as 2^33."""
 Recompute = Annotated[
     Literal["none", "selective", "full"],
     BeforeValidator(lambda value: _RECOMPUTE_WORDS[value] if isinstance(value, bool) else value),
     WithJsonSchema({"enum": [True, False, "none", "selective", "full"]}),
 ]
-"""What the backward pass computes again; true is `full`, false is `none`."""
+"""Activations recomputed in the backward pass; true is `full`, false is `none`."""
 RecomputeOrUnset = Annotated[Recompute | None, WithJsonSchema({"enum": [True, False, "none", "selective", "full"]})]
 
 
 def least_rope_theta(max_position: int) -> float:
-    """Least base of the rotary wavelengths with which attention still favours similar tokens that many positions back.
+    """Return the minimum rotary base with which attention still prefers similar tokens at a distance of `max_position`.
 
-    The fit of Men et al. 2024 (arXiv:2405.14591, section 4); checked against its definition at 4096 to 262144 positions
-    for heads of 128 channels: within a factor of 1.5.
+    The fit of Men et al. 2024 (arXiv:2405.14591, section 4). Checked against its definition at 4096 to 262144 positions
+    for heads of 128 channels: accurate to a factor of 1.5.
     """
     return 0.0424 * max_position**1.628
 
 
 def usual_rope_theta(max_position: int) -> float:
-    """The base that a model of this context is given when its recipe names none."""
+    """Return the default rotary base for a context length: 1e4 as in Llama 2, above 8192 the next power of ten."""
     return 1e4 if max_position <= 8192 else 10.0 ** math.ceil(math.log10(least_rope_theta(max_position)))
 
 

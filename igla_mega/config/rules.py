@@ -1,15 +1,14 @@
-"""What must hold between the keys of a recipe: one function a rule, each yielding its breaches in finished words."""
+"""Constraints between the keys of a recipe: one function per rule, which yields an error text for each breach."""
 
 import difflib
 import importlib.util
-import math
 import re
 from collections.abc import Callable, Iterator
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.features import Moe
 from igla_mega.config.near import near_divisors, near_multiples
 from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
+from igla_mega.config.rules_experts import expected_drop_rate, experts_add_up, experts_fit_the_rest
 from igla_mega.config.rules_layout import (
     device_has_kernels,
     fp8_has_its_kernels,
@@ -26,42 +25,42 @@ from igla_mega.config.schema import Recipe
 Rule = Callable[[Recipe], Iterator[str]]
 
 WORTH_SAYING = 0.1
-"""A share of dropped visits above which a capacity is remarked on."""
-# Weights are written with two or three digits: thirds as 0.33 still add up.
+"""Share of dropped token-expert assignments above which a warning about the capacity is given."""
 
 
 def check(recipe: Recipe, world_size: int | None = None, device: str = "cpu") -> None:
     """Refuse a recipe that breaks a rule.
 
     Args:
-        world_size: ranks it is to run on; None leaves out what needs them.
-        device: `cpu` or `cuda`, where it is to run.
+        world_size: number of ranks of the run; None skips the rules that depend on it.
+        device: device type of the run, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: every breach at once.
+        ConfigError: the recipe breaks at least one rule; the message lists every breach.
     """
     if found := breaches(recipe, world_size, device):
         raise ConfigError(*found)
 
 
 def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu") -> list[str]:
-    """Return every breach of a recipe, a stage's with its place in front."""
+    """Return every breach of a recipe; those of a stage are prefixed with its key, such as `stages.1.`."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}, not cpu or cuda")
     if recipe.stages is not None:
         found = [*stages_hold_the_model(recipe)]
         for i, stage in enumerate(recipe.stages):
+            # A later stage continues from the previous one, so it needs no model. A placeholder satisfies the rules.
             if i and stage.model is None and stage.base_model is None:
                 stage = stage.model_copy(update={"base_model": "the stage before"})
             found += [f"stages.{i}.{breach}" for breach in breaches(stage, world_size, device)]
             if stage.distributed.cuda_graphs and len(recipe.stages) > 1:
                 found.append(
-                    f"stages.{i}.distributed.cuda_graphs: true beside other stages, whose layers are recorded only "
-                    "once a process. Set cuda_graphs=false."
+                    f"stages.{i}.distributed.cuda_graphs: true with several stages, but layers are recorded only "
+                    "once per process. Set cuda_graphs=false."
                 )
             for key in ("stages", "curriculum"):
                 if getattr(stage, key) is not None:
-                    found.append(f"stages.{i}.{key}: a stage has no stages of its own. Make each a stage.")
+                    found.append(f"stages.{i}.{key}: not allowed within a stage. Make each a stage.")
         return found
     found = [breach for rule in RULES for breach in rule(recipe)]
     if world_size is not None:
@@ -70,17 +69,20 @@ def breaches(recipe: Recipe, world_size: int | None = None, device: str = "cpu")
 
 
 def stages_hold_the_model(recipe: Recipe) -> Iterator[str]:
+    """Refuse a model next to `stages:`: the first stage has it."""
     for key in ("model", "base_model"):
         if getattr(recipe, key) is not None:
-            yield f"{key}: given beside `stages:`, each of which is a recipe of its own. Move it into the first stage."
+            yield f"{key}: given next to `stages:`, each of which is a complete recipe. Move it into the first stage."
 
 
 def has_a_model(recipe: Recipe) -> Iterator[str]:
+    """Require a model or a base model."""
     if recipe.model is None and recipe.base_model is None:
-        yield "model: missing. Give `model:` (trained from nothing) or `base_model:` (a trained one to start from)."
+        yield "model: missing. Give `model:` (to train from random weights) or `base_model:` (to tune a trained model)."
 
 
 def heads_fit_hidden_size(recipe: Recipe) -> Iterator[str]:
+    """Require that query heads divide the hidden size, and key-value heads the query heads."""
     if (model := recipe.model) is None:
         return
     if model.head_dim is None and model.hidden_size % model.num_heads:
@@ -89,7 +91,7 @@ def heads_fit_hidden_size(recipe: Recipe) -> Iterator[str]:
             f"Use {near_divisors(model.hidden_size, model.num_heads)}, or set model.head_dim."
         )
     elif model.head_size % 2:
-        yield f"model.head_dim: {model.head_size} is odd; rotary positions turn pairs. Use {model.head_size + 1}."
+        yield f"model.head_dim: {model.head_size} is odd, but rotary positions rotate pairs. Use {model.head_size + 1}."
     if model.num_heads % model.num_kv_heads:
         yield (
             f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads {model.num_heads}. "
@@ -98,31 +100,34 @@ def heads_fit_hidden_size(recipe: Recipe) -> Iterator[str]:
 
 
 def rope_scaling_bands_are_ordered(recipe: Recipe) -> Iterator[str]:
+    """Require that the two wavelength bounds of the Llama 3 scaling are ordered."""
     if recipe.model is None or (scaling := recipe.model.rope_scaling) is None:
         return
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         yield (
             f"model.rope_scaling.low_freq_factor: {scaling.low_freq_factor:g} is not below high_freq_factor "
-            f"{scaling.high_freq_factor:g}. Llama 3 has 1 and 4."
+            f"{scaling.high_freq_factor:g}. Llama 3 uses 1 and 4."
         )
 
 
 def rope_theta_reaches_max_position(recipe: Recipe) -> Iterator[str]:
+    """Refuse a rotary base far too small for the context of a model trained from random weights."""
     model = recipe.model
-    # A trained model's theta is what it was trained with, and a stretched one's wavelengths are not theta's alone.
+    # A trained model keeps the theta of its training, and with scaling theta alone does not define the wavelengths.
     if model is None or model.rope_scaling is not None or recipe.base_model is not None:
         return
     needed = least_rope_theta(model.max_position)
-    # The fit is good to a factor of 1.5.
+    # The fit is accurate to a factor of 1.5 only, so refuse from a factor of 2 on.
     if model.max_position > 8192 and model.rope_theta < needed / 2:
         yield (
-            f"model.rope_theta: {model.rope_theta:g} turns too fast for model.max_position {model.max_position}: a "
-            f"token could not tell its own kind from noise that far back, which takes about {needed:.1e}. "
-            f"Use {usual_rope_theta(model.max_position):g}, or model.rope_scaling for a model of shorter contexts."
+            f"model.rope_theta: {model.rope_theta:g} is too small for model.max_position {model.max_position}: "
+            f"attention cannot distinguish similar tokens from noise at that distance, which needs about {needed:.1e}. "
+            f"Use {usual_rope_theta(model.max_position):g}, or model.rope_scaling to extend a shorter context."
         )
 
 
 def sequence_fits_positions(recipe: Recipe) -> Iterator[str]:
+    """Require that sequences fit the positions of the model, and prompts leave room for an answer."""
     length = recipe.sequence_length
     if recipe.model is not None and length is not None and length > recipe.model.max_position:
         key = "training.sequence_length" if recipe.training.sequence_length else "data.max_length"
@@ -139,14 +144,15 @@ def sequence_fits_positions(recipe: Recipe) -> Iterator[str]:
 
 
 def batch_is_whole_sequences(recipe: Recipe) -> Iterator[str]:
+    """Require that a batch in tokens is a whole number of sequences and fixes no micro-batch count."""
     training, length = recipe.training, recipe.sequence_length
     tokens = training.batch_tokens
     if tokens is None:
         return
     if training.gradient_accumulation is not None:
         yield (
-            f"training.gradient_accumulation: {training.gradient_accumulation} cannot be kept with batch_size "
-            f"{training.batch_size}, which fixes the whole batch. Remove it, or give batch_size in sequences."
+            f"training.gradient_accumulation: {training.gradient_accumulation} conflicts with batch_size "
+            f"{training.batch_size}, which fixes the global batch. Remove it, or give batch_size in sequences."
         )
     if length is not None and tokens % length:
         yield (
@@ -156,19 +162,21 @@ def batch_is_whole_sequences(recipe: Recipe) -> Iterator[str]:
 
 
 def length_of_run_is_said_once(recipe: Recipe) -> Iterator[str]:
+    """Require exactly one of steps, epochs and curriculum for the length of the run."""
     training = recipe.training
     if training.total_steps is not None and training.epochs is not None:
         yield (
-            f"training.epochs: {training.epochs} and training.total_steps {training.total_steps} both say how long the "
-            "run is. Keep one; --set training.epochs=null takes the other back."
+            f"training.epochs: {training.epochs} and training.total_steps {training.total_steps} both set the "
+            "length of the run. Keep one; --set training.epochs=null removes the other."
         )
-    said = (training.total_steps, training.epochs, recipe.curriculum)
+    lengths = (training.total_steps, training.epochs, recipe.curriculum)
     in_stage = [section.epochs for section in (recipe.sft, recipe.dpo) if section is not None]
-    if not any(said) and not any(in_stage):
-        yield "training.total_steps: missing, and so is training.epochs. Give one: how long is the run?"
+    if not any(lengths) and not any(in_stage):
+        yield "training.total_steps: missing, and so is training.epochs. Give one of them as the length of the run."
 
 
 def warmup_is_said_once(recipe: Recipe) -> Iterator[str]:
+    """Require that the warm-up is shorter than the run and that its keys agree."""
     training, scheduler = recipe.training, recipe.scheduler
     steps, total = training.warmup_steps, training.total_steps
     if steps is not None and total is not None and steps > total:
@@ -192,6 +200,7 @@ def warmup_is_said_once(recipe: Recipe) -> Iterator[str]:
 
 
 def learning_rate_falls(recipe: Recipe) -> Iterator[str]:
+    """Require that the final learning rate does not exceed the peak."""
     training = recipe.training
     if training.min_lr > training.learning_rate:
         yield (
@@ -201,38 +210,41 @@ def learning_rate_falls(recipe: Recipe) -> Iterator[str]:
 
 
 def local_checkpoints_say_where_and_when(recipe: Recipe) -> Iterator[str]:
-    asked = recipe.checkpoint
-    if asked.local_every_steps and asked.local_folder is None:
-        yield "checkpoint.local_folder: missing, and checkpoint.local_every_steps is given. Name a folder of each node."
-    if asked.local_folder is None:
+    """Require that node-local checkpoints have a folder and an interval shorter than that of the others."""
+    settings = recipe.checkpoint
+    if settings.local_every_steps and settings.local_folder is None:
+        yield "checkpoint.local_folder: missing, but checkpoint.local_every_steps is given. Give a folder on each node."
+    if settings.local_folder is None:
         return
-    if not asked.local_every_steps:
-        yield "checkpoint.local_every_steps: missing, and checkpoint.local_folder is given. Say how often."
-    elif 0 < asked.every_steps <= asked.local_every_steps:
+    if not settings.local_every_steps:
+        yield "checkpoint.local_every_steps: missing, but checkpoint.local_folder is given. Give an interval in steps."
+    elif 0 < settings.every_steps <= settings.local_every_steps:
         yield (
-            f"checkpoint.local_every_steps: {asked.local_every_steps} is not below checkpoint.every_steps "
-            f"{asked.every_steps}. Use at most {max(1, asked.every_steps // 2)}, or leave both local keys out."
+            f"checkpoint.local_every_steps: {settings.local_every_steps} is not below checkpoint.every_steps "
+            f"{settings.every_steps}. Use at most {max(1, settings.every_steps // 2)}, or omit both local keys."
         )
-    for name in re.findall(r"\{(\w*)\}", re.sub(r"\$\{\w+\}", "", asked.local_folder)):
+    for name in re.findall(r"\{(\w*)\}", re.sub(r"\$\{\w+\}", "", settings.local_folder)):
         if name not in ("node", "host"):
-            yield f"checkpoint.local_folder: {{{name}}} stands for nothing. Use {{node}} or {{host}}."
+            yield f"checkpoint.local_folder: {{{name}}} is not a known placeholder. Use {{node}} or {{host}}."
 
 
 def checkpoint_folders_are_named(recipe: Recipe) -> Iterator[str]:
-    asked = recipe.checkpoint
-    if asked.local_folder is not None and not asked.local_folder.strip():
-        yield "checkpoint.local_folder: empty. Name a folder of each node, or set it to null."
-    if asked.remote is not None and not re.fullmatch(r"\w[\w.+-]*://\S.*", asked.remote):
+    """Require that the local folder is not empty and the remote one is a URL."""
+    settings = recipe.checkpoint
+    if settings.local_folder is not None and not settings.local_folder.strip():
+        yield "checkpoint.local_folder: empty. Give a folder on each node, or set it to null."
+    if settings.remote is not None and not re.fullmatch(r"\w[\w.+-]*://\S.*", settings.remote):
         yield (
-            f"checkpoint.remote: {asked.remote!r} is no address. Give one with its kind, such as s3://bucket/run or "
-            "file:///backup/run, or set it to null."
+            f"checkpoint.remote: {settings.remote!r} is not a URL. Give one with its scheme, such as s3://bucket/run "
+            "or file:///backup/run, or set it to null."
         )
 
 
 def mix_has_sources(recipe: Recipe) -> Iterator[str]:
+    """Require that the mix and the sources have the same keys, and some weight is above 0."""
     mix, sources = recipe.data.mix, recipe.data.sources
     if mix and not any(mix.values()):
-        yield f"data.mix: no weight above 0 ({', '.join(mix)}). Give at least one source a weight."
+        yield f"data.mix: no weight is above 0 ({', '.join(mix)}). Give at least one source a weight."
     if not sources:
         return
     for name in mix.keys() - sources.keys():
@@ -241,147 +253,66 @@ def mix_has_sources(recipe: Recipe) -> Iterator[str]:
         yield f"data.mix.{name}: missing; data.sources has `{name}`, which would never be read. Give its weight."
 
 
-def experts_add_up(recipe: Recipe) -> Iterator[str]:
-    moe, parallel = recipe.moe, recipe.distributed.expert_parallel
-    split, factor = recipe.distributed.expert_tensor_parallel, recipe.training.expert_capacity_factor
-    if moe is None:
-        if recipe.training.expert_capacity_factor is not None:
-            yield "training.expert_capacity_factor: given without `moe:`. Remove it, or give `moe.num_experts`."
-        if parallel not in ("auto", 1):
-            yield f"distributed.expert_parallel: {parallel} without `moe:`; there are no experts. Use 1 or auto."
-        if split > 1:
-            yield f"distributed.expert_tensor_parallel: {split} without `moe:`; there are no experts. Use 1."
-        return
-    if moe.num_experts_per_tok > moe.num_experts:
-        yield (
-            f"moe.num_experts_per_tok: {moe.num_experts_per_tok} is more than moe.num_experts {moe.num_experts}. "
-            f"Use at most {moe.num_experts}."
-        )
-    if parallel != "auto" and moe.num_experts % parallel:
-        yield (
-            f"distributed.expert_parallel: {parallel} does not divide moe.num_experts {moe.num_experts}. "
-            f"Use {near_divisors(moe.num_experts, parallel)}."
-        )
-    if recipe.model is not None and recipe.model.intermediate_size % split:
-        size = recipe.model.intermediate_size
-        yield (
-            f"distributed.expert_tensor_parallel: {split} does not divide model.intermediate_size {size}. "
-            f"Use {near_divisors(size, split)}."
-        )
-    if moe.pad_to_capacity:
-        if factor is None:
-            yield "moe.pad_to_capacity: true without training.expert_capacity_factor, which is what to fill up to."
-        if moe.capacity_over != "rank":
-            yield (
-                f"moe.pad_to_capacity: true with moe.capacity_over {moe.capacity_over}, by which ranks' shares vary. "
-                "Use moe.capacity_over=rank, or leave padding out."
-            )
-        if moe.dispatcher != "alltoall":
-            yield f"moe.pad_to_capacity: true with moe.dispatcher {moe.dispatcher}. Use alltoall."
-
-
-def experts_fit_the_rest(recipe: Recipe) -> Iterator[str]:
-    if (moe := recipe.moe) is None:
-        return
-    where, ewc = recipe.distributed, recipe.memory is not None and recipe.memory.ewc_lambda > 0
-    if where.sequence_parallel is False and where.tensor_parallel not in ("auto", 1):
-        yield (
-            f"distributed.sequence_parallel: false with `moe:` and tensor_parallel {where.tensor_parallel}, whose "
-            "ranks would each send the same tokens to the experts. Use true or auto."
-        )
-    if where.expert_tensor_parallel > 1:
-        for key in ("lora", "quantization"):
-            if getattr(recipe, key) is not None:
-                yield f"distributed.expert_tensor_parallel: {where.expert_tensor_parallel} beside `{key}:`. Use 1."
-        if where.strategy == "FSDP":
-            yield (
-                f"distributed.expert_tensor_parallel: {where.expert_tensor_parallel} with strategy FSDP is not proved "
-                "to train exactly, so it is refused. Use 1, or strategy DDP."
-            )
-    if ewc and moe.capacity_over == "global" and recipe.training.expert_capacity_factor is not None:
-        yield (
-            "moe.capacity_over: global beside EWC, whose Fisher is of one sequence at a time. Use sequence, or leave "
-            "training.expert_capacity_factor out."
-        )
-    for key in ("expert_parallel", "tensor_parallel"):
-        size = getattr(where, key)
-        if where.strategy == "FSDP" and ewc and size not in ("auto", 1):
-            yield (
-                f"distributed.{key}: {size} with strategy FSDP, `moe:` and EWC, whose Fisher is not proved there. "
-                "Use 1, or strategy DDP."
-            )
-
-
-def expected_drop_rate(moe: Moe, capacity_factor: float, num_tokens: int) -> float:
-    """Share of visits that find no room when every expert is as likely as any other.
-
-    Args:
-        num_tokens: among which the fair share is measured.
-    """
-    share = moe.num_experts_per_tok / moe.num_experts
-    fair, room = num_tokens * share, math.ceil(num_tokens * share * capacity_factor)
-    deviation = math.sqrt(num_tokens * share * (1 - share)) or 1e-9
-    z = (room - fair) / deviation
-    density, beyond = math.exp(-z * z / 2) / math.sqrt(2 * math.pi), math.erfc(z / math.sqrt(2)) / 2
-    return deviation * (density - z * beyond) / fair
-
-
 def warnings(recipe: Recipe) -> list[str]:
-    """Return a sentence for each thing that a recipe may ask for and will probably regret."""
+    """Return a sentence for each setting of a recipe that is allowed but probably a mistake."""
     moe, factor, length = recipe.moe, recipe.training.expert_capacity_factor, recipe.sequence_length
-    said = []
+    sentences = []
     if moe is not None and factor is not None and length is not None:
         rate = expected_drop_rate(moe, factor, length)
         if rate > WORTH_SAYING:
-            said.append(
-                f"training.expert_capacity_factor: {factor:g} drops about {rate:.0%} of the tokens' visits even when "
-                f"the experts are equally busy; {1 if factor < 1 else 2:g} or more is usual, null drops none."
+            sentences.append(
+                f"training.expert_capacity_factor: {factor:g} drops about {rate:.0%} of the token-expert assignments "
+                f"even with a balanced load. Use {1 if factor < 1 else 2:g} or more, or null to drop none."
             )
     if moe is not None and moe.num_experts > moe.num_experts_per_tok == 1 and not moe.pre_softmax:
-        said.append(
-            "moe.num_experts_per_tok: 1 gives the one expert a weight of 1 whatever the router says: the router learns "
-            "from the balancing loss alone. Use 2, or moe.pre_softmax=true."
+        sentences.append(
+            "moe.num_experts_per_tok: 1 gives the chosen expert a weight of 1 regardless of its score, so the router "
+            "learns only from the balancing loss. Use 2, or moe.pre_softmax=true."
         )
     if moe is not None and moe.force_balanced:
-        said.append("moe.force_balanced: tokens go to experts in turn; this measures speed and trains nothing of use.")
-    return said
+        sentences.append(
+            "moe.force_balanced: tokens are routed to experts in turn, for speed measurements; the weights are useless."
+        )
+    return sentences
 
 
 def features_go_together(recipe: Recipe) -> Iterator[str]:
+    """Require the sections that a feature depends on, and refuse those that exclude each other."""
     if recipe.quantization is not None and recipe.lora is None:
         yield "quantization: given without `lora:`; quantized weights are frozen and nothing would train. Add `lora:`."
     if recipe.sft is not None and recipe.dpo is not None:
-        yield "dpo: given beside `sft:` in one run. Make them two `stages:`."
+        yield "dpo: given together with `sft:` in one run. Make them two `stages:`."
     for section in ("lora", "dpo"):
         if getattr(recipe, section) is not None and recipe.base_model is None and recipe.sft is None:
-            yield f"{section}: given without `base_model:`; it tunes a trained model. Name one."
+            yield f"{section}: given without `base_model:`, but it tunes a trained model. Give one."
     form = recipe.data.format
     if form == "preference_pairs" and recipe.dpo is None:
-        yield "data.format: preference_pairs without `dpo:`, which learns from them. Add `dpo:`, or use instructions."
+        yield "data.format: preference_pairs without `dpo:`, which reads them. Add `dpo:`, or use instructions."
     for section, own in (("sft", "instructions"), ("dpo", "preference_pairs")):
         if getattr(recipe, section) is not None and form not in ("text", own):
-            yield f"data.format: {form} beside `{section}:`, which reads {own}. Use {own}, or leave it out."
+            yield f"data.format: {form} with `{section}:`, which reads {own}. Use {own}, or omit data.format."
     if recipe.dpo is not None and recipe.dpo.reference == "adapter" and recipe.lora is None:
-        yield "dpo.reference: adapter without `lora:`; there is none to turn off. Use cached or model."
+        yield "dpo.reference: adapter without `lora:`, so there is no adapter to disable. Use cached or model."
     if recipe.form == "text":
         return
     if recipe.data.mix:
-        yield f"data.mix: given beside {recipe.form}, which are all read alike. Remove it."
+        yield f"data.mix: given with {recipe.form}, which are read without weights. Remove it."
     for section in ("curriculum", "continual"):
         if getattr(recipe, section) is not None:
-            yield f"{section}: given beside {recipe.form}; its phases are of text. Remove one."
+            yield f"{section}: given with {recipe.form}, but its phases read text. Remove one of them."
 
 
 def phases_are_learnable(recipe: Recipe) -> Iterator[str]:
+    """Require that phases have distinct names, known sources, and lengths that fit model and batch."""
     if recipe.curriculum is None:
         return
     phases, training, model = recipe.curriculum.phases, recipe.training, recipe.model
     for key in ("total_steps", "epochs"):
-        if (said := getattr(training, key)) is not None:
-            yield f"training.{key}: {said} beside curriculum.phases, whose tokens say how long the run is. Remove it."
+        if (value := getattr(training, key)) is not None:
+            yield f"training.{key}: {value} with curriculum.phases, whose tokens set the length of the run. Remove it."
     names = [phase.name for phase in phases]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        yield f"curriculum.phases: {names.count(name)} are named {name}. Name each otherwise; `data` is what it reads."
+        yield f"curriculum.phases: {names.count(name)} are named {name}. Use distinct names; `data` gives the source."
     for i, phase in enumerate(phases):
         place, length = f"curriculum.phases.{i}", phase.sequence_length
         yield from _source_is_known(recipe, f"{place}.{'data' if phase.data else 'name'}", phase.source)
@@ -402,6 +333,7 @@ def phases_are_learnable(recipe: Recipe) -> Iterator[str]:
 
 
 def memory_has_something_to_hold(recipe: Recipe) -> Iterator[str]:
+    """Require data and a base model for the Fisher information, and one EWC section without conflict."""
     if (memory := recipe.memory) is None:
         return
     section = "continual" if memory is recipe.continual else "koshey"
@@ -409,9 +341,9 @@ def memory_has_something_to_hold(recipe: Recipe) -> Iterator[str]:
         yield from _source_is_known(recipe, f"{section}.base_data", memory.base_data)
     for key in ("fisher", "base_data"):
         if getattr(memory, key) is not None and recipe.base_model is None:
-            yield f"{section}.{key}: given without `base_model:`, which it is of. Remove it, or name the base model."
+            yield f"{section}.{key}: given without `base_model:`, to which it refers. Remove it, or set base_model."
     if memory.fisher is not None and memory.base_data is not None and section == "koshey":
-        yield "koshey.base_data: not read beside koshey.fisher. Keep one."
+        yield "koshey.base_data: ignored if koshey.fisher is given. Keep one of them."
     length, model = memory.fisher_seq_length, recipe.model
     if length is not None and model is not None and length > model.max_position:
         yield (
@@ -422,26 +354,27 @@ def memory_has_something_to_hold(recipe: Recipe) -> Iterator[str]:
     if koshey and continual and koshey.ewc_enabled and koshey.ewc_lambda != continual.ewc_lambda:
         yield (
             f"koshey.ewc_lambda: {koshey.ewc_lambda:g} disagrees with continual.ewc_lambda {continual.ewc_lambda:g}. "
-            "Set both alike, or koshey.ewc_enabled=false."
+            "Set both to the same value, or koshey.ewc_enabled=false."
         )
     if koshey is not None and koshey.consolidate_every is not None and recipe.curriculum is not None:
         yield (
-            f"koshey.consolidate_every: {koshey.consolidate_every} beside curriculum.phases, at whose ends the "
-            "Fisher is taken. Remove one."
+            f"koshey.consolidate_every: {koshey.consolidate_every} with curriculum.phases, at whose ends the "
+            "Fisher is estimated. Remove one of them."
         )
     if continual is not None and recipe.curriculum is not None and recipe.data.validation_fraction == 0:
         yield (
-            "data.validation_fraction: 0 leaves nothing to measure forgetting on, after each phase of `continual:`. "
+            "data.validation_fraction: 0 leaves no data to measure forgetting on after each phase of `continual:`. "
             "Use 0.01, or more for small sources."
         )
 
 
 def _source_is_known(recipe: Recipe, place: str, source: str) -> Iterator[str]:
+    """Require that a source is a key of `data.sources`, or `mix` with a weighted mix; `place` is the key with it."""
     sources = recipe.data.sources
     if source == "mix" and "mix" not in sources:
-        # With no data at all, `train` says so, and the laptop scale makes some.
+        # Missing data is not a breach here: `train` reports it, and the laptop scale generates some.
         if sources and not recipe.data.mix:
-            yield f"{place}: mix, and data.mix gives no source a weight. Give it some, or name a source."
+            yield f"{place}: mix, but data.mix gives no source a weight. Give data.mix weights, or name a source."
     elif sources and source not in sources:
         near = difflib.get_close_matches(source, sources, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sources)}."
@@ -449,17 +382,18 @@ def _source_is_known(recipe: Recipe, place: str, source: str) -> Iterator[str]:
 
 
 def evaluation_has_what_it_reads(recipe: Recipe) -> Iterator[str]:
+    """Require held-out text for the needle test, prompts with text, and distinct tasks."""
     evaluation, length = recipe.evaluation, recipe.sequence_length
     if (needle := evaluation.needle) is not None:
         if recipe.form != "text":
             yield (
-                f"evaluation.needle: hides a fact in held-out text, and this recipe learns {recipe.form}. "
-                "Leave it out, or ask for evaluation.tasks or evaluation.prompts."
+                f"evaluation.needle: needs held-out text, but this recipe trains on {recipe.form}. "
+                "Remove it, or use evaluation.tasks or evaluation.prompts."
             )
         if recipe.data.validation_fraction == 0:
             yield (
-                "evaluation.needle: hides a fact in held-out text, and data.validation_fraction 0 holds none out. "
-                "Set data.validation_fraction=0.01, or leave it out."
+                "evaluation.needle: needs held-out text, but data.validation_fraction is 0. "
+                "Set data.validation_fraction=0.01, or remove evaluation.needle."
             )
         for tokens in needle.lengths or ():
             if length is not None and tokens > length:
@@ -469,14 +403,14 @@ def evaluation_has_what_it_reads(recipe: Recipe) -> Iterator[str]:
                 )
     for text in evaluation.prompts:
         if not text.strip():
-            yield f"evaluation.prompts: {text!r} is no text to continue. Write one, or remove it."
+            yield f"evaluation.prompts: {text!r} is blank. Give a text to continue, or remove it."
     tasks = evaluation.tasks
     if tasks is not None and (twice := {name for name in tasks.names if tasks.names.count(name) > 1}):
-        yield f"evaluation.tasks.names: {', '.join(sorted(twice))} is there twice. Remove one."
+        yield f"evaluation.tasks.names: {', '.join(sorted(twice))} given more than once. Keep one of each."
 
 
 FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""Compute capability from which on a GPU has the products of an FP8 recipe."""
+"""Minimum compute capability of a GPU with matrix products for each FP8 recipe: Ada 8.9, Hopper 9.0, Blackwell 10.0."""
 
 
 RULES: list[Rule] = [
@@ -509,34 +443,35 @@ RULES: list[Rule] = [
 
 
 def not_yet(recipe: Recipe) -> list[str]:
-    """Return a sentence for each thing that a recipe asks for and `train` cannot do yet."""
+    """Return a sentence for each configured feature that `train` does not support yet."""
     sentences = []
-    for asked, key, what, way_out in _not_built(recipe):
-        if asked:
-            sentences.append(f"{key}: {what} not built yet, so `train` cannot run this recipe; {way_out}.")
+    for is_set, key, what, remedy in _not_built(recipe):
+        if is_set:
+            sentences.append(f"{key}: {what} not supported yet, so `train` cannot run this recipe. {remedy}.")
     for i, stage in enumerate(recipe.stages or ()):
         sentences += [f"stages.{i}.{sentence}" for sentence in not_yet(stage)]
     return sentences
 
 
 def not_installed(recipe: Recipe) -> list[str]:
-    """Return a sentence for each package that a recipe's run needs and that is not here."""
-    asks = any(part.evaluation.tasks is not None for part in (recipe, *(recipe.stages or ())))
-    if not asks or importlib.util.find_spec("lm_eval") is not None:
+    """Return a sentence for each package that a run of the recipe needs and that is not installed."""
+    has_tasks = any(part.evaluation.tasks is not None for part in (recipe, *(recipe.stages or ())))
+    if not has_tasks or importlib.util.find_spec("lm_eval") is not None:
         return []
     return [
-        "evaluation.tasks: lm-evaluation-harness is not installed. Run `pip install 'igla-mega[eval]'`, or leave "
-        "evaluation.tasks out."
+        "evaluation.tasks: lm-evaluation-harness is not installed. Run `pip install 'igla-mega[eval]'`, or "
+        "remove evaluation.tasks."
     ]
 
 
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
+    """Yield each unsupported feature: True if it is configured, its key, subject and verb, and the remedy."""
     koshey = recipe.koshey
     if (codes := recipe.quantization) is not None:
         other = (codes.bits, codes.quant_type) != (4, "nf4")
-        yield other, "quantization", f"{codes.bits} bits of {codes.quant_type} are", "use 4 bits of nf4"
-    held = recipe.memory is not None and recipe.lora is not None
-    yield held, "lora", "holding adapters by EWC is", "set lora=null, or leave EWC out"
+        yield other, "quantization", f"{codes.bits} bits of {codes.quant_type} are", "Use 4 bits of nf4"
+    ewc_on_adapters = recipe.memory is not None and recipe.lora is not None
+    yield ewc_on_adapters, "lora", "EWC on adapters is", "Set lora=null, or disable EWC"
     if koshey is not None:
         word, what = "dynamic_batching", "token-budget batching is"
-        yield koshey.dynamic_batching, f"koshey.{word}", what, f"set koshey.{word}=false to train without it"
+        yield koshey.dynamic_batching, f"koshey.{word}", what, f"Set koshey.{word}=false to train without it"

@@ -1,4 +1,4 @@
-"""What `koshey.tier` asks for, as the keys it stands for. Keys that a recipe gives win over these."""
+"""Presets of `koshey.tier` as recipe keys. Keys given in a recipe take precedence over them."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ _FROM_TIER: list[tuple[int, dict[str, Any]]] = [
 
 
 def preset(tier: int) -> dict[str, Any]:
-    """Return the recipe keys of a tier, those of lower tiers included."""
+    """Return the recipe keys of a tier, including those of lower tiers."""
     keys: dict[str, Any] = {}
     for first_tier, more in _FROM_TIER:
         if tier >= first_tier:

@@ -1,4 +1,4 @@
-"""YAML read by the rules of its version 1.2: `3e-4` is a number, `off` is a word, a key stands once in a mapping."""
+"""YAML 1.2 reader: `3e-4` is a number, `off` is text, and a repeated key is an error."""
 
 import re
 from pathlib import Path
@@ -11,22 +11,28 @@ from igla_mega.config.errors import ConfigError
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MOST_NODES, DEEPEST, LONGEST_NUMBER = 100_000, 64, 400
-"""Of a file: values, what its aliases stand for counted each time; levels; digits. No recipe comes near them."""
+"""Limits of a file: values, with every use of an alias counted; nesting levels; digits of a number. Recipes stay far
+below them."""
 
 
 class _Loader(_SafeLoader):
-    """Safe loader with the core schema's scalars; refuses a key written twice."""
+    """Safe loader with the scalars of the YAML 1.2 core schema; refuses repeated keys."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return the mapping of a node.
+
+        Raises:
+            ConfigError: a key is repeated or is not a scalar.
+        """
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, str | int | float | bool | None):
-                raise ConfigError(f"line {line}: a key must be a word, not a {type(key).__name__}.")
+                raise ConfigError(f"line {line}: a key must be text or a number, not a {type(key).__name__}.")
             if key in lines:
                 raise ConfigError(f"line {line}: `{key}` is already set on line {lines[key]}. Keep one of them.")
             lines[key] = line
@@ -48,10 +54,13 @@ for _tag, _pattern, _first in [
 
 
 def _whole_number(loader: Any, node: yaml.ScalarNode) -> int:
+    """Return the integer of a scalar, decimal unless it starts with 0o or 0x."""
     written = loader.construct_scalar(node)
     if len(written) > LONGEST_NUMBER:
-        raise ConfigError(f"line {node.start_mark.line + 1}: a number of {len(written)} digits.")
-    # YAML 1.1 reads 010 as eight; 1.2 as ten.
+        raise ConfigError(
+            f"line {node.start_mark.line + 1}: a number has {len(written)} digits, more than {LONGEST_NUMBER}."
+        )
+    # YAML 1.1 reads 010 as eight, YAML 1.2 as ten.
     return int(written, 0 if written[:2] in ("0o", "0x") else 10)
 
 
@@ -59,7 +68,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _refuse_bombs(text: str) -> None:
-    """Refuse what grows when it is read: aliases of aliases, and nesting, whose cost is its depth squared or more."""
+    """Refuse text that expands when read: aliases of aliases, and deep nesting, whose cost is at least quadratic."""
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
     count = 0
@@ -82,20 +91,20 @@ def _refuse_bombs(text: str) -> None:
 
 
 def parse(text: str, place: str) -> Any:
-    """Return what a YAML text says: a list of what its documents say, where there are several.
+    """Return the value of a YAML text, or a list with the value of each document if there are several.
 
     Args:
-        place: its file, for messages.
+        place: name of the file, for error messages.
 
     Raises:
-        ConfigError: broken syntax, a repeated key, a tag that is not plain data; each with its line.
+        ConfigError: invalid syntax, a repeated key or a tag that is not plain data; each with its line.
     """
     try:
         _refuse_bombs(text)
         loader = _Loader(text)
         documents = []
         while loader.check_node():
-            # Deep: at once, so that an anchor which holds itself is an error and not a circle of objects.
+            # Deep construction is immediate, so an anchor that contains itself is an error, not a cyclic object.
             documents.append(loader.construct_object(loader.get_node(), deep=True))
         documents = [document for document in documents if document is not None]
         return documents if len(documents) > 1 else documents[0] if documents else None
@@ -108,15 +117,15 @@ def parse(text: str, place: str) -> Any:
         hint = " Indent with spaces, not tabs." if tab else " Check the indentation and the colons near there."
         raise ConfigError(f"{place}{line}: not valid YAML: {str(error.problem)[:200]}.{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        # What PyYAML's constructors raise for a tag on the wrong kind of value, beside its own errors.
+        # Besides its own errors, the constructors of PyYAML raise these for a tag on the wrong kind of value.
         raise ConfigError(f"{place}: not valid YAML: {str(error)[:200]}.") from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds; of several documents, divided by `---`, each is one of its `stages:`.
+    """Return the mapping in a YAML file; several documents, separated by `---`, become its `stages:`.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds something other than mappings.
+        ConfigError: the file cannot be read, is not YAML, or contains something other than mappings.
     """
     try:
         text = path.read_text(encoding="utf-8")

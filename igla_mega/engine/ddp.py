@@ -40,8 +40,6 @@ def wrap(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed_optimizer,
     )
-    for chunk in chunks:
-        chunk.overlaps_reduction = overlap  # type: ignore[assignment]
     # Only the first chunk's gradients come last in the backward pass: buckets of the others would overlap nothing.
     return [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)

@@ -1,4 +1,4 @@
-"""What the hardware can do, from its makers' data sheets, and what an hour of it costs. No torch."""
+"""Hardware table: peak rates from the data sheets of the makers, and prices per hour. Does not import torch."""
 
 import difflib
 import math
@@ -17,44 +17,47 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device and the machine it sits in. Rates are dense peaks of one device; links are bytes a second, one way."""
+    """One device and its machine. Rates are dense peaks of one device; links are in bytes per second, one way."""
 
     name: str
     title: str
     memory_bytes: float
-    """What a process can allocate, as the driver reports it."""
+    """Memory that a process can allocate, as reported by the driver."""
     bf16_flops: float
+    """Peak rate of bf16 matrix products with fp32 accumulation, in FLOP/s."""
     fp32_flops: float
+    """Peak rate of fp32, in FLOP/s."""
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """Memory bandwidth, in bytes per second."""
     node_size: int
-    """Devices of a machine, joined by `link`."""
+    """Number of devices per machine, joined by `link`."""
     link: float
-    """To its peers in the machine: NVLink where there is one, else PCIe."""
+    """Bandwidth to other devices of the machine: NVLink if present, else PCIe."""
     network: float
-    """Of one device to other machines."""
+    """Bandwidth of one device to other machines."""
     host_link: float
-    """To the machine's memory (PCIe)."""
+    """Bandwidth to host memory (PCIe)."""
     watts: float
-    """Its share of the machine's power at full load."""
+    """Share of the power of the machine at full load, in watts."""
     price: float
-    """Of an hour, in dollars."""
+    """Price of one hour, in dollars."""
     source: str
-    """Of the peaks, the memory and the links."""
+    """Source of the peaks, the memory size and the links."""
     price_source: str
     reserved_bytes: float = 1.5 * GIB
-    """What the driver, its libraries and NCCL take beside the allocator."""
+    """Memory of the driver, its libraries and NCCL outside the allocator. Assumed."""
     fp8_flops: float = 0.0
-    """Dense, with fp32 sums; 0: it has no products in 8 bits."""
+    """Peak rate of FP8 matrix products with fp32 accumulation, in FLOP/s; 0 if not supported."""
     capability: float = math.inf
-    """Compute capability, 9.0 of an H100; unset, that of every FP8 recipe."""
+    """Compute capability, such as 9.0 for H100; unset, sufficient for every FP8 recipe."""
 
     def peak(self, precision: str) -> float:
-        """FLOP/s that a recipe's `precision` is measured against; of FP8, in which only part is done, bf16's."""
+        """Return the peak rate for the utilization at a `precision`, in FLOP/s; bf16 for FP8, which covers only
+        part."""
         return self.fp32_flops if precision == "FP32" else self.bf16_flops
 
     def has_fp8(self, fp8_recipe: str) -> bool:
-        """Whether it has the products of an FP8 recipe."""
+        """Return True if the device has matrix products for an FP8 recipe."""
         major, minor = FP8_CAPABILITY[fp8_recipe]
         return self.fp8_flops > 0 and self.capability >= major + minor / 10
 
@@ -102,15 +105,15 @@ TABLE: dict[str, Hardware] = {
     )
 }  # fmt: skip
 _ALIASES = {"a100": "a100-80gb", "4090": "rtx-4090", "rtx4090": "rtx-4090"}
-# Two hardware threads of an AMD EPYC of the Zen 4 kind: 195 and 390 GFLOP/s were its best matrix products.
+# Best measured matrix products on two hardware threads of an AMD EPYC (Zen 4): 195 GFLOP/s fp32, 390 GFLOP/s bf16.
 _CPU_THREADS, _CPU_FP32, _CPU_BF16, _CPU_BANDWIDTH = 2, 195e9, 390e9, 20e9
 
-# Names by which CUDA calls devices of the table.
+# Part of the CUDA device name -> name in the table.
 _CUDA_NAMES = {"A100": "a100-80gb", "H100": "h100", "H200": "h200", "B200": "b200", "RTX 4090": "rtx-4090"}
 
 
 def cpu() -> Hardware:
-    """This machine as one device: all its cores, however many ranks share them."""
+    """Return this machine as one device with all its cores, regardless of the number of ranks that share them."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = threads / _CPU_THREADS
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -122,10 +125,13 @@ def cpu() -> Hardware:
 
 
 def find(name: str, more: Mapping[str, Hardware] | None = None) -> Hardware:
-    """Return the hardware of a name, of the table or of a user's file.
+    """Return the hardware with a name from the table or the file of the user.
+
+    Args:
+        more: entries of a file for --hardware.
 
     Raises:
-        ConfigError: unknown; with the nearest names.
+        ConfigError: unknown name; the message has the most similar ones.
     """
     table = {**TABLE, **(more or {})}
     key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
@@ -137,14 +143,14 @@ def find(name: str, more: Mapping[str, Hardware] | None = None) -> Hardware:
     known = [*table, "cpu"]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
-    raise ConfigError(f"--gpu {name}: no such hardware; {hint} Describe your own in a file for --hardware.")
+    raise ConfigError(f"--gpu {name}: no such hardware; {hint} Describe other hardware in a file for --hardware.")
 
 
 def read(path: Path) -> dict[str, Hardware]:
-    """Read a user's file: YAML, a mapping of names to the fields of `Hardware`; `like:` names what it starts from.
+    """Read the file for --hardware: YAML, names -> fields of `Hardware`; `like:` names the entry with the defaults.
 
     Raises:
-        ConfigError: every field that is unknown, missing or no positive number.
+        ConfigError: fields are unknown, missing or not positive; the message lists all of them.
     """
     if not path.is_file():
         raise ConfigError(f"--hardware {path}: no such file.")
@@ -173,6 +179,7 @@ _OPTIONAL = {*_TEXT, "reserved_bytes", "host_link", "fp8_flops", "capability"}
 
 
 def _breaches(name: str, given: dict[str, Any], *, complete: bool):
+    """Yield an error text for each wrong field of an entry; `complete` if `like:` supplies missing fields."""
     known = [field.name for field in fields(Hardware) if field.name != "name"]
     for key, value in given.items():
         if key not in known:
@@ -182,10 +189,10 @@ def _breaches(name: str, given: dict[str, Any], *, complete: bool):
         elif key not in _TEXT and not _positive(value):
             yield f"{name}.{key}: {value!r} is not a number above 0."
         elif key == "node_size" and float(value) != int(float(value)):
-            yield f"{name}.node_size: {value!r} is no whole number of devices."
+            yield f"{name}.node_size: {value!r} is not a whole number of devices."
     missing = [key for key in known if key not in _OPTIONAL and key not in given]
     if missing and not complete:
-        yield f"{name}: lacks {', '.join(missing)}. Give them, or `like:` with the name of something similar."
+        yield f"{name}: missing {', '.join(missing)}. Give them, or `like:` with the name of similar hardware."
 
 
 def _positive(value: Any) -> bool:
@@ -196,37 +203,39 @@ def _positive(value: Any) -> bool:
 
 
 def _entry(name: str, given: dict[str, Any], base: Hardware | None, path: Path) -> Hardware:
+    """Return the hardware of a checked entry, with `base` as defaults."""
     numbers = {key: value if key in _TEXT else float(value) for key, value in given.items()}
     if "node_size" in numbers:
         numbers["node_size"] = int(numbers["node_size"])
-    said = {"name": name, "title": name, "source": str(path), "price_source": str(path), **numbers}
+    values = {"name": name, "title": name, "source": str(path), "price_source": str(path), **numbers}
     if base is not None:
         kept = {} if "price" in given else {"price_source": base.price_source}
-        return replace(base, **{**said, **kept})  # type: ignore[arg-type]
-    return Hardware(**{"host_link": 25e9, **said})  # type: ignore[arg-type]
+        return replace(base, **{**values, **kept})  # type: ignore[arg-type]
+    return Hardware(**{"host_link": 25e9, **values})  # type: ignore[arg-type]
 
 
 def of_cuda_name(device_name: str) -> Hardware | None:
-    """The table's entry for a device by the name that CUDA gives it; None when it has none."""
+    """Return the table entry for a CUDA device name, or None."""
     if "A100" in device_name and "40GB" in device_name:
         return TABLE["a100-40gb"]
     return next((TABLE[key] for part, key in _CUDA_NAMES.items() if part in device_name), None)
 
 
 def dense_peak_flops(device_name: str, dtype: str) -> float | None:
-    """Peak rate of a GPU by its name as CUDA gives it, or None when it is not in the table (or not for this dtype)."""
+    """Return the peak rate of a CUDA device name in FLOP/s, or None if the table lacks the device or the dtype."""
     found = of_cuda_name(device_name)
     return found.bf16_flops if found is not None and dtype == "bfloat16" else None
 
 
 def num_local_gpus() -> int:
-    """CUDA devices of this machine, without importing torch."""
+    """Return the number of CUDA devices of this machine, without importing torch."""
     driver = Path("/proc/driver/nvidia/gpus")
     return len(list(driver.iterdir())) if driver.is_dir() else 0
 
 
 def local_gpu() -> Hardware | None:
-    """What this machine's GPUs are, as the driver's files tell; None without one, or one that is not in the table."""
+    """Return the table entry for the first GPU of this machine by the driver files; None if absent or not in the
+    table."""
     for information in Path("/proc/driver/nvidia/gpus").glob("*/information"):
         return of_cuda_name(information.read_text(errors="replace"))
     return None

@@ -1,8 +1,8 @@
-"""What a run trains one after another: a recipe as a list of stages, each a stretch of steps on one mix of data.
+"""Stages of a run: a recipe as a list of stages, each with consecutive steps on one mix of data.
 
-Between phases weights, moments and what is held pass on; the data, the length of the sequences and the course of the
-learning rate are a stage's own. Of `stages:`, each a recipe of its own, only the weights pass on. A recipe without
-either is one stage.
+From one phase of a curriculum to the next, the weights, the optimizer state and the EWC anchors carry over; data,
+sequence length and learning rate schedule belong to each stage. Between `stages:`, which are separate recipes, only the
+weights carry over. A recipe without either is one stage.
 """
 
 import math
@@ -15,42 +15,43 @@ from igla_mega.config.schema import Data, Recipe
 from igla_mega.layout.layout import Layout
 
 MIX = "mix"
-"""A source of this name is all of `data.mix`."""
+"""Name that stands for all sources of `data.mix`."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive optimizer steps of a run. Steps are counted over the whole run."""
+    """Consecutive optimizer steps of a run. Step numbers count over the whole run."""
 
     name: str
     recipe: Recipe
-    """The run's, with the stage's name, sequence length and learning rate."""
+    """Recipe of the run, with the name, sequence length and learning rate of the stage."""
     layout: Layout
     mix: dict[str, float]
-    """What its batches are drawn from, source -> weight; whole numbers where something is replayed."""
+    """Sources of the batches, source -> weight; whole numbers if earlier domains are replayed."""
     first_step: int
     num_steps: int
     schedule_first: int
-    """Where the course of its learning rate begins, which may span several stages."""
+    """First step of the learning rate schedule, which may span several stages."""
     schedule_steps: int
+    """Number of steps of that schedule."""
     data_step: int
-    """Steps taken on the same data in the same batches before this stage: it goes on behind them."""
+    """Steps of earlier stages on the same data with the same batches; this stage continues after them."""
     domain: dict[str, float] = field(default_factory=dict)
-    """What the stage is to learn, source -> weight, without what is replayed; empty where it is not a phase."""
+    """Sources of the phase without replay, source -> weight; empty if the stage is not a phase."""
     notes: tuple[str, ...] = ()
     part: int = 0
-    """Which of the recipe's `stages:` it belongs to: each has a model, an optimizer and an objective of its own."""
+    """Index of the entry of `stages:` that it belongs to; each has its own model, optimizer and objective."""
 
     @property
     def last_step(self) -> int:
-        """The run's step when the stage is done."""
+        """Step of the run at the end of the stage."""
         return self.first_step + self.num_steps
 
 
 def parts_of(recipe: Recipe) -> list[Recipe]:
-    """The recipes of `stages:`, or the one there is, each with what `sft` or `dpo` says of its training.
+    """Return the recipes of `stages:`, or the recipe itself, with the training keys of `sft` or `dpo` applied.
 
-    A stage without a name is called by its number and what it learns, and has the first one's model.
+    A stage without a name is named after its number and kind; one without a model has that of the first stage.
     """
     parts: list[Recipe] = []
     for number, part in enumerate(recipe.stages or [recipe]):
@@ -62,20 +63,21 @@ def parts_of(recipe: Recipe) -> list[Recipe]:
             changes["moe"] = part.moe or (parts[0].moe if parts else None)
             changes["base_model"] = part.base_model or (parts[-1].name if parts else None)
         if (own := part.sft or part.dpo) is not None:
-            said = {key: getattr(own, key) for key in ("learning_rate", "batch_size", "epochs")}
-            said = {key: value for key, value in said.items() if value is not None}
-            if "epochs" in said:
-                said["total_steps"] = None
-            if "batch_size" in said:
-                said["gradient_accumulation"] = None
-            changes["training"] = part.training.model_copy(update=said)
+            given = {key: getattr(own, key) for key in ("learning_rate", "batch_size", "epochs")}
+            given = {key: value for key, value in given.items() if value is not None}
+            # Keys of `training:` that would contradict those of the section are dropped.
+            if "epochs" in given:
+                given["total_steps"] = None
+            if "batch_size" in given:
+                given["gradient_accumulation"] = None
+            changes["training"] = part.training.model_copy(update=given)
         changes["data"] = _own_data(part, recipe.data)
         parts.append(part.model_copy(update=changes))
     return parts
 
 
 def _own_data(part: Recipe, shared: Data) -> Data:
-    """The data section of one of `stages:`: what it leaves out of sources is the whole recipe's."""
+    """Return the data section of one of `stages:`; without sources it uses those of the whole recipe."""
     data = part.data
     if not data.sources:
         keys = ("sources", "tokenizer", "prepared", "chat_template")
@@ -87,7 +89,7 @@ def _own_data(part: Recipe, shared: Data) -> Data:
 
 
 def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stage]:
-    """One stage, or so many that the Fisher is taken anew between them; one course of the learning rate."""
+    """Yield one stage, or one per `koshey.consolidate_every` tokens; one learning rate schedule spans them all."""
     every = recipe.koshey.consolidate_every if recipe.koshey is not None and recipe.memory is recipe.koshey else None
     steps = -(-every // (layout.global_batch * layout.sequence_length)) if every else total_steps
     for first in range(0, total_steps, steps):
@@ -105,13 +107,14 @@ def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stag
 
 
 def _phase_recipe(recipe: Recipe, phase: Phase) -> Recipe:
+    """Return the recipe with the name, sequence length and learning rate of a phase."""
     length = phase.sequence_length or recipe.training.sequence_length
     training = recipe.training.model_copy(update={"learning_rate": phase.lr, "sequence_length": length})
     return recipe.model_copy(update={"name": phase.name, "training": training})
 
 
 def _mix(recipe: Recipe, index: int) -> dict[str, float]:
-    """Weights of the sources that a phase draws from: its own, and what it replays of the domains before it."""
+    """Return the weights of the sources of a phase: its own, and replay from earlier domains."""
     assert recipe.curriculum is not None
     phases, continual = recipe.curriculum.phases, recipe.continual
     phase = phases[index]
@@ -128,22 +131,23 @@ def _mix(recipe: Recipe, index: int) -> dict[str, float]:
     for source in earlier:
         for name, weight in _parts(weights_of(recipe, source)).items():
             weights[name] = weights.get(name, Fraction()) + weight * replayed / len(earlier)
-    # Whole numbers, so that the blend repeats soon and is exact.
+    # Exact fractions scaled to whole numbers: the blend then has a short period and no rounding error.
     unit = math.lcm(*(weight.denominator for weight in weights.values()))
     return {name: float(weight * unit) for name, weight in weights.items()}
 
 
 def _parts(weights: dict[str, float]) -> dict[str, Fraction]:
+    """Return weights as exact shares that add up to 1."""
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     return {name: weight / sum(exact.values()) for name, weight in exact.items()}
 
 
 def weights_of(recipe: Recipe, source: str) -> dict[str, float]:
-    """Sources and weights that a name of data means: a key of `data.sources`, or `mix` for all of `data.mix`."""
+    """Return source -> weight of a source name: a key of `data.sources`, or `mix` for all of `data.mix`."""
     return dict(recipe.data.mix) if source == MIX else {source: 1.0}
 
 
 def drawn_from(recipe: Recipe) -> list[str]:
-    """The sources of conversations or pairs: the one that `sft.data` or `dpo.data` names, else all."""
+    """Return the sources of conversations or pairs: the one named by `sft.data` or `dpo.data`, else all."""
     named = (recipe.sft or recipe.dpo) and (recipe.sft or recipe.dpo).data  # type: ignore[union-attr]
     return [named] if named else list(recipe.data.sources)

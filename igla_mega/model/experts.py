@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
-from igla_mega.model.router import Router, Shared, routers_of
+from igla_mega.model.router import Router, RouterContext, routers_of
 
 
 class GroupedExperts(SequentialMLP):
@@ -52,7 +52,7 @@ def use_experts(layer: Any, moe: Moe, *, grouped: bool) -> None:
 
 def connect(chunk: nn.Module) -> None:
     """Have the routers of a model chunk know of one another, and its experts be filled up in training alone."""
-    shared = Shared()
+    shared = RouterContext()
     for router in routers_of([chunk]):
         router.shared = shared
     for module in chunk.modules():

@@ -1,31 +1,32 @@
-"""What the recipe card says of hardware, time and cost, and what of that does not agree."""
+"""Claims of the recipe card on hardware, time and cost, and their contradictions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from igla_mega.config.schema import Recipe
 
-WEEK, DAY, HOUR = 7 * 86400.0, 86400.0, 3600.0
+WEEK, HOUR = 7 * 86400.0, 3600.0
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The card's words about one recipe."""
+    """Claims of the card for one recipe."""
 
     number: int
     gpus: int
     gpu: str
-    """A name of the hardware table."""
+    """Name in the hardware table."""
     seconds: tuple[float, float]
+    """Shortest and longest time, of one phase if there are several."""
     dollars: float
     time: str
-    """As the card writes it."""
+    """Time as written on the card."""
     phases: int = 1
-    """How many times the seconds and dollars are said for: those of a phase."""
+    """Number of phases; seconds and dollars are per phase."""
 
     @property
     def implied_price(self) -> tuple[float, float]:
-        """Dollars an hour of one GPU that cost and time amount to, of the longest and of the shortest time."""
+        """Price per GPU-hour in dollars implied by cost and time: for the longest and for the shortest time."""
         short, long = (seconds / HOUR * self.gpus for seconds in self.seconds)
         return self.dollars / long, self.dollars / short
 
@@ -43,65 +44,70 @@ CLAIMS: dict[str, Claim] = {
 
 
 def claim_of(recipe_name: str) -> Claim | None:
-    """The card's claim about a packaged recipe; None for a recipe of the user's own."""
+    """Return the claim of the card for a packaged recipe, or None for any other recipe."""
     return CLAIMS.get(recipe_name)
 
 
 def implied_utilization(claim: Claim, total_flops: float, peak_flops: float) -> tuple[float, float]:
-    """The model FLOP utilisation of doing `total_flops` in the card's longest and in its shortest time."""
+    """Return the model FLOP utilization of `total_flops` in the longest and in the shortest time of the card."""
     short, long = (seconds * claim.phases * claim.gpus * peak_flops for seconds in claim.seconds)
     return total_flops / long, total_flops / short
 
 
 def contradictions(recipe: Recipe, claim: Claim, *, tokens: int | None, steps: int, total_flops: float, peak: float):
-    """Yield what the card says that does not agree with itself, or with arithmetic, a sentence each.
+    """Yield a sentence for each claim of the card that contradicts another one or arithmetic.
 
     Args:
-        tokens: of all steps; None where the recipe counts epochs of data that nobody has named.
+        tokens: number of tokens of all steps; None if the recipe counts epochs of data of unknown size.
+        total_flops: model FLOP of the whole run.
+        peak: peak rate of one GPU, in FLOP/s.
     """
     yield from _of_size(recipe)
     yield from _of_tokens(recipe, tokens, steps)
     low, high = implied_utilization(claim, total_flops, peak)
     if tokens is not None and high > 1:
-        yield f"{claim.time} on {claim.gpus} GPUs is less than the work takes at their peak."
+        yield f"{claim.time} on {claim.gpus} GPUs is less than the work takes at peak rate."
     elif tokens is not None and high < 0.2:
         yield (
-            f"{claim.time} for {tokens / 1e9:,.4g}B tokens is {low:.1%} to {high:.1%} of the GPUs' peak, where 40 to "
+            f"{claim.time} for {tokens / 1e9:,.4g}B tokens is {low:.1%} to {high:.1%} of the peak of the GPUs, where 40 to "
             "60 % is usual: the time is several times what the work needs."
         )
+    # Cloud list prices of an A100 are about $1 to $2.50 per hour (May 2026; see `layout.hardware`).
     cheap, dear = claim.implied_price
     if dear < 1.0 and claim.gpu.startswith("a100"):
-        yield f"${claim.dollars:,.0f} is ${cheap:.2f} to ${dear:.2f} for an hour of an A100, below what clouds ask."
+        yield f"${claim.dollars:,.0f} is ${cheap:.2f} to ${dear:.2f} per A100-hour, below cloud prices."
     elif cheap > 2.5 and claim.gpu.startswith("a100"):
-        yield f"${claim.dollars:,.0f} is ${cheap:.2f} to ${dear:.2f} for an hour of an A100, above what clouds ask."
+        yield f"${claim.dollars:,.0f} is ${cheap:.2f} to ${dear:.2f} per A100-hour, above cloud prices."
 
 
 def _of_size(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence if the number of parameters differs from the name of the model."""
     model = recipe.model
     if model is None:
         return
     billions = model.num_parameters(recipe.moe) / 1e9
     if recipe.moe is not None:
         active = model.matmul_parameters(recipe.moe) / 1e9
-        yield f'"8x7B" of {billions:.1f}B parameters, not 56B: attention is shared; {active:.2f}B multiply each token.'
+        yield f'"8x7B" has {billions:.1f}B parameters, not 56B: attention is shared. {active:.2f}B are used per token.'
     elif abs(billions - 7) > 0.5:
         yield (
-            f'"7B" of {billions:.2f}B parameters: {model.num_kv_heads} key-value heads of {model.num_heads} and width '
-            f"{model.intermediate_size} make it smaller."
+            f'"7B" has {billions:.2f}B parameters: {model.num_kv_heads} key-value heads for {model.num_heads} query heads '
+            f"and width {model.intermediate_size} make it smaller."
         )
 
 
 def _of_tokens(recipe: Recipe, tokens: int | None, steps: int) -> Iterator[str]:
-    said = recipe.data.total_tokens
-    if tokens is not None and said is not None and abs(tokens - said) > 0.02 * said:
+    """Yield a sentence if steps and tokens disagree, or a batch has too few rows for its GPUs."""
+    stated = recipe.data.total_tokens
+    if tokens is not None and stated is not None and abs(tokens - stated) > 0.02 * stated:
         yield (
-            f"{steps:,} steps of {recipe.training.batch_size} are {tokens / 1e9:,.1f}B tokens, and data.total_tokens "
-            f"says {said / 1e9:,.4g}B: {tokens / said:.1f} passes over it. The steps are what is run."
+            f"{steps:,} steps of {recipe.training.batch_size} are {tokens / 1e9:,.1f}B tokens, but data.total_tokens "
+            f"is {stated / 1e9:,.4g}B: {tokens / stated:.1f} passes over it. The number of steps applies."
         )
     if recipe.koshey is not None and recipe.model is not None and recipe.training.batch_tokens is not None:
         rows = recipe.training.batch_tokens // (recipe.sequence_length or 1)
         if rows < 32:
             yield (
-                f"a batch of {recipe.training.batch_size} is {rows} rows of {recipe.sequence_length:,} tokens: on more "
-                "GPUs than that each row must be split over several."
+                f"a batch of {recipe.training.batch_size} is {rows} rows of {recipe.sequence_length:,} tokens: with more "
+                "GPUs, each row must be split over several of them."
             )

@@ -1,4 +1,4 @@
-"""Choose the layout of a recipe, and of each of its stages, where the recipe leaves it to `auto`."""
+"""Layouts of a recipe and of each of its stages, with every `auto` chosen."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,16 +13,16 @@ from igla_mega.layout.stages import Stage, _mix, _phase_recipe, _segments, parts
 def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layout:
     """Return the layout of a recipe on `world_size` ranks of one device, `cpu` or `cuda`.
 
-    Sizes that the recipe fixes are kept. Of those left to choose, a CPU gets tensor parallelism as far as the heads
-    divide (it is what two cores can show), GPUs get the fastest layout that fits them by the plan.
+    Sizes given in the recipe are kept. For the others, a CPU gets tensor parallelism as far as the model divides
+    (which two cores can demonstrate), and GPUs get the fastest layout that fits by the plan.
 
     Raises:
-        ConfigError: the model, the batch and the world do not fit; every breach at once.
+        ConfigError: the model, the batch and the world size do not fit; the message lists every breach.
     """
     if device == "cpu" or recipe.model is None or recipe.sequence_length is None or recipe.stages is not None:
         return lay_out(recipe, world_size, device)
     rules.check(recipe, world_size, device)
-    from igla_mega.plan import search  # which lays its candidates out by what is below
+    from igla_mega.plan import search  # late: only GPU runs need the planner
 
     sizes, notes = search.sizes_for(recipe, world_size)
     fixed = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update=sizes)})
@@ -36,10 +36,10 @@ def stages_of(
     """Return the stages of a recipe on `world_size` ranks.
 
     Args:
-        total_steps: steps of a recipe without phases, which the size of its data may say.
+        total_steps: returns the number of steps of a recipe without phases, which may depend on the size of its data.
 
     Raises:
-        ConfigError: a stage does not fit; every breach at once.
+        ConfigError: a stage does not fit; the message lists every breach.
     """
     if recipe.stages is not None:
         parts = _on_one_layout(parts_of(recipe), world_size, device)
@@ -62,6 +62,7 @@ def stages_of(
         tokens_per_step = layout.global_batch * layout.sequence_length
         num_steps = -(-phase.tokens // tokens_per_step)
         first, mix = stages[-1].last_step if stages else 0, _mix(recipe, i)
+        # A phase with the same data and batches as an earlier one must continue after its samples, not repeat them.
         same = [s for s in stages if (s.mix, s.layout) == (mix, layout)]
         notes = []
         if num_steps * tokens_per_step != phase.tokens:
@@ -71,8 +72,8 @@ def stages_of(
             )
         if (warmup := own.num_warmup_steps(num_steps)) > num_steps:
             breaches.append(
-                f"training.warmup_steps: {warmup} are more than the {num_steps} steps of phase {phase.name}.\n"
-                "  Use fewer, or training.warmup_ratio, which goes with each phase."
+                f"training.warmup_steps: {warmup} is more than the {num_steps} steps of phase {phase.name}.\n"
+                "  Use fewer, or training.warmup_ratio, which is relative to each phase."
             )
         stages.append(
             Stage(
@@ -95,7 +96,7 @@ def stages_of(
 
 
 def _on_one_layout(recipes: list[Recipe], world_size: int, device: str) -> list[Recipe]:
-    """Fix the sizes that `auto` leaves open to those of the longest sequences: the ranks stay where they are."""
+    """Return the recipes with the sizes chosen for the longest sequences: all stages share one mesh of ranks."""
     layout = choose_layout(max(recipes, key=lambda one: one.sequence_length or 0), world_size, device)
     sizes = {
         "tensor_parallel": layout.tensor,

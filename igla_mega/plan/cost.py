@@ -1,4 +1,4 @@
-"""What a run takes beside its steps, and what it costs: evaluation, checkpoints, failures, energy, money."""
+"""Time of a run outside its steps (evaluation, checkpoints, failures), and its energy."""
 
 import math
 from dataclasses import dataclass
@@ -6,33 +6,33 @@ from dataclasses import dataclass
 from igla_mega.layout.hardware import Hardware
 
 FAILURES_PER_DEVICE_HOUR = 419 / (54 * 24 * 16384)
-"""Unexpected interruptions of Llama 3's run: 419 in 54 days on 16,384 H100 (arXiv:2407.21783, section 3.3.4)."""
+"""Rate of unexpected interruptions: 419 in 54 days on 16,384 H100 for Llama 3 (arXiv:2407.21783, section 3.3.4)."""
 FAILURES_SOURCE = "assumed: Llama 3's 419 interruptions in 54 days on 16,384 GPUs (arXiv:2407.21783)"
 RESTART_SECONDS = 900.0
-"""From a failure to the next step: noticed, replaced, started, loaded. Assumed."""
+"""Time from a failure to the next step: detection, node replacement, start-up, loading. Assumed."""
 STORAGE_BANDWIDTH = 2e9
-"""Bytes a second that a machine writes to shared storage. Assumed."""
+"""Write bandwidth of one machine to shared storage, in bytes per second. Assumed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run of one layout."""
+    """Times of a whole run in one layout."""
 
     step_seconds: float
     steps: int
     evaluation_seconds: float
     fisher_seconds: float
     checkpoint_stall_seconds: float
-    """Of one checkpoint."""
+    """Time that one checkpoint stops training."""
     checkpoint_seconds: float
-    """Of all."""
+    """Time that all checkpoints stop training."""
     checkpoint_every_steps: int
     best_checkpoint_steps: int
-    """Steps between checkpoints that lose least to saving and to failures (Young 1974, Daly 2006)."""
+    """Steps between checkpoints that minimize the time lost to saving and failures (Young 1974, Daly 2006)."""
     failures: float
-    """Expected number."""
+    """Expected number of failures."""
     failure_seconds: float
-    """Work done twice, and restarts."""
+    """Time of repeated work and restarts."""
     devices: int
 
     @property
@@ -53,12 +53,8 @@ class Run:
     def device_hours(self) -> float:
         return self.seconds / 3600 * self.devices
 
-    def money(self, price: float) -> float:
-        """Dollars, at a price for an hour of one device."""
-        return self.device_hours * price
-
     def energy(self, hardware: Hardware) -> float:
-        """kWh that the machines draw at full load; their cooling is not in it."""
+        """Return the energy of the machines at full load in kWh, without cooling."""
         share = 1 / self.devices if hardware.is_cpu else 1.0
         return self.device_hours * hardware.watts * share / 1000
 
@@ -77,24 +73,26 @@ def run(
     devices: int,
     hardware: Hardware,
 ) -> Run:
-    """Count a run's parts.
+    """Return the times of a run.
 
     Args:
-        evaluation_seconds: of one evaluation.
-        evaluate_every, every_steps: steps; 0: only at the end.
-        saved_bytes: of a checkpoint, all ranks together.
-        rank_bytes: the largest part of one rank.
-        asynchronous: the run waits only until the part is copied to the machine's memory.
+        evaluation_seconds: time of one evaluation.
+        evaluate_every: steps between evaluations; 0: only at the end.
+        every_steps: steps between checkpoints; 0: only at the end.
+        saved_bytes: size of a checkpoint, all ranks together.
+        rank_bytes: largest shard of one rank.
+        asynchronous: True if training waits only for the copy to host memory.
     """
     machines = max(1, math.ceil(devices / hardware.node_size))
     written = saved_bytes / (machines * STORAGE_BANDWIDTH)
+    # Half a second for the collectives and file handling of a save. Assumed.
     stall = rank_bytes / hardware.host_link + 0.5 if asynchronous else written
     saves = max(1, math.ceil(steps / every_steps)) if every_steps else 1
     evaluations = max(1, math.ceil(steps / evaluate_every)) if evaluate_every else 1
     between = 0.0 if hardware.is_cpu else 3600 / (FAILURES_PER_DEVICE_HOUR * devices)
     working = steps * step_seconds
     best = best_interval(stall, between) if between else working
-    # An asynchronous save that is not on disk yet is of no use, and one may not begin before the last has ended.
+    # A save cannot start before the previous one is on disk.
     best = max(best, written)
     interval = min(working, (every_steps or steps) * step_seconds)
     failures = working / between if between else 0.0
@@ -108,18 +106,20 @@ def run(
         checkpoint_every_steps=every_steps,
         best_checkpoint_steps=min(steps, max(1, round(best / step_seconds))),
         failures=failures,
+        # A failure loses half an interval on average.
         failure_seconds=failures * (interval / 2 + RESTART_SECONDS),
         devices=devices,
     )
 
 
 def best_interval(stall: float, between_failures: float) -> float:
-    """Seconds of work between two checkpoints (Daly 2006, "A higher order estimate of the optimum checkpoint
-    interval for restart dumps", eq. 37).
+    """Return the optimum time between two checkpoints in seconds.
+
+    Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps", eq. 37.
 
     Args:
-        stall: seconds that one checkpoint stops the run.
-        between_failures: mean seconds from one failure of the whole job to the next.
+        stall: time that one checkpoint stops the run, in seconds.
+        between_failures: mean time between failures of the whole job, in seconds.
     """
     if stall >= 2 * between_failures:
         return between_failures

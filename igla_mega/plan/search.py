@@ -1,4 +1,4 @@
-"""Which layout: every legal one for a recipe and its hardware, what each needs and takes, and why the winner won."""
+"""Search for the fastest layout: every legal one for a recipe and its hardware, with memory, time and comparison."""
 
 import math
 from collections.abc import Iterator
@@ -8,27 +8,28 @@ from typing import Any
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.layout.hardware import GIB, TABLE, Hardware, local_gpu
-from igla_mega.layout.layout import Layout, lay_out
+from igla_mega.layout.layout import Layout, describe, lay_out
 from igla_mega.plan import memory
 from igla_mega.plan.calibration import Rates, of
 from igla_mega.plan.memory import Memory
 from igla_mega.plan.time import Clock, StepTime
 
 PLAIN_IS_KEPT = 0.02
-"""The plain layout is taken unless another saves more than this share of a step: rates are not known better."""
+"""Minimum share of a step that another layout must save to replace the plain one: below the accuracy of the rates."""
 MOST_TRIED = 400
+"""Maximum number of layouts considered, so that a plan takes seconds; the plainest come first."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that was weighed."""
+    """Layout with its memory and time."""
 
     layout: Layout
     memory: Memory
     step: StepTime | None
-    """None where it does not fit."""
+    """Time of a step; None if the layout does not fit in memory."""
     reason: str = ""
-    """Why it is not the winner."""
+    """Reason why it is not the winner."""
 
     @property
     def fits(self) -> bool:
@@ -43,19 +44,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """What was weighed, the winner first."""
+    """Result of a search."""
 
     winner: Candidate
     others: list[Candidate]
+    """Other legal layouts, the fastest first, then those that do not fit."""
     refused: list[tuple[str, str]]
-    """Sizes that make no legal layout, and the rule that says so."""
+    """Sizes without a legal layout, each with the error of the rule."""
 
 
 def search(recipe: Recipe, world_size: int, hardware: Hardware, rates: Rates) -> Search:
-    """Weigh every layout of the sizes that a recipe leaves open.
+    """Evaluate every layout of the sizes that a recipe leaves to `auto`, and choose the best.
 
     Raises:
-        ConfigError: there is no legal layout at all; the plain one's breaches.
+        ConfigError: no layout is legal; the message has the breaches of the plain one.
     """
     candidates, refused = weigh(recipe, world_size, hardware, rates)
     winner = best(candidates)
@@ -65,24 +67,25 @@ def search(recipe: Recipe, world_size: int, hardware: Hardware, rates: Rates) ->
 
 
 def best(candidates: list[Candidate]) -> Candidate:
-    """The fastest that fits, or the plain one where that is hardly slower; the smallest where none fits."""
-    # Where the recipe says a rank's share of the batch, the layout must not change the whole of it.
+    """Return the fastest layout that fits, or the plain one if hardly slower; if none fits, the one with least
+    memory."""
+    # If the recipe gives the batch per rank, the data parallel size changes the global batch; prefer to keep it.
     same = [one for one in candidates if one.layout.global_batch == candidates[0].layout.global_batch]
     fitting = [one for one in same if one.fits] or [one for one in candidates if one.fits]
-    # Experts are spread as far as they go, if that fits: memory for longer rows is worth more than a few messages.
-    most = max((one.layout.expert for one in fitting), default=1)
-    fitting = [one for one in fitting if one.layout.expert == most]
+    # Prefer the largest expert parallel size that fits: free memory for longer rows outweighs some communication.
+    largest = max((one.layout.expert for one in fitting), default=1)
+    fitting = [one for one in fitting if one.layout.expert == largest]
     if not fitting:
         return min(candidates, key=lambda one: one.memory.total)
     fastest = min(fitting, key=lambda one: one.seconds_per_token)
-    plain = fitting[0]  # they come with the plainest first
+    plain = fitting[0]  # candidates are ordered, the plainest first
     return plain if plain.seconds_per_token <= fastest.seconds_per_token * (1 + PLAIN_IS_KEPT) else fastest
 
 
 def weigh(
     recipe: Recipe, world_size: int, hardware: Hardware, rates: Rates
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """Return every legal layout with its memory and time, the plainest first, and what is not legal and why."""
+    """Return every legal layout with memory and time, the plainest first, and the illegal sizes with their errors."""
     device = "cpu" if hardware.is_cpu else "cuda"
     found: list[Candidate] = []
     refused: list[tuple[str, str]] = []
@@ -94,7 +97,7 @@ def weigh(
             layout = lay_out(recipe.model_copy(update={"distributed": where}), world_size, device)
         except ConfigError as error:
             first_error = first_error or error
-            refused.append((_words(sizes), error.breaches[0].split("\n")[0]))
+            refused.append((_sizes_text(sizes), error.breaches[0].split("\n")[0]))
             continue
         for variant in _variants(recipe, layout):
             if variant not in seen:
@@ -103,12 +106,13 @@ def weigh(
         if len(found) >= MOST_TRIED:
             break
     if not found:
-        assert first_error is not None, "one size at least was tried"
+        assert first_error is not None, "at least one combination of sizes was tried"
         raise first_error
     return found, refused
 
 
 def _weighed(recipe: Recipe, layout: Layout, hardware: Hardware, rates: Rates) -> Candidate:
+    """Return the memory of a layout, and its time if it fits."""
     needs = memory.worst(recipe, layout, hardware)
     if needs.total > memory.available(hardware, layout):
         return Candidate(layout, needs, None)
@@ -116,14 +120,15 @@ def _weighed(recipe: Recipe, layout: Layout, hardware: Hardware, rates: Rates) -
 
 
 def _sizes(recipe: Recipe, world_size: int, hardware: Hardware, device: str) -> Iterator[dict[str, Any]]:
-    """Sizes for what the recipe leaves open, the plainest first."""
+    """Yield values for the sizes that the recipe leaves to `auto`, those with fewest model-parallel ranks first."""
     where, model = recipe.distributed, recipe.model
     assert model is not None, "resolved before"
     if device == "cpu":
-        yield {}  # the point there is to see a layout work: `layout.py` says which
+        yield {}  # a CPU serves to demonstrate a layout, which `layout.lay_out` chooses
         return
     splits = math.gcd(model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
     tensors = _open(where.tensor_parallel, [n for n in (1, 2, 4, 8) if n <= hardware.node_size and splits % n == 0])
+    # FSDP with pipeline stages or expert parallelism, and EWC or LoRA with pipeline stages, are chosen only explicitly.
     alone = where.strategy == "FSDP"
     pipelines = _open(where.pipeline_parallel, [1] if alone else _divisors(model.num_layers, 16))
     if recipe.memory is not None or recipe.lora is not None:
@@ -156,7 +161,7 @@ def _sizes(recipe: Recipe, world_size: int, hardware: Hardware, device: str) -> 
 
 
 def _virtual(recipe: Recipe, pipeline: Any) -> list[Any]:
-    """Model chunks a pipeline rank: more of them make the bubble shorter, and the messages more."""
+    """Return the numbers of model chunks per pipeline rank: more shorten the bubble but add messages."""
     where, model = recipe.distributed, recipe.model
     assert model is not None, "resolved before"
     if where.virtual_pipeline != "auto":
@@ -165,21 +170,24 @@ def _virtual(recipe: Recipe, pipeline: Any) -> list[Any]:
 
 
 def _open(written: Any, choices: list[int]) -> list[int]:
+    """Return the choices if the recipe has `auto`, else its value."""
     return choices if written == "auto" else [written]
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+def _divisors(number: int, limit: int) -> list[int]:
+    """Return the divisors of a number up to a limit."""
+    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
 
 
 def _variants(recipe: Recipe, layout: Layout) -> Iterator[Layout]:
-    """The layout with each micro-batch and recomputation that the recipe leaves open, its own first."""
+    """Yield the layout with each micro-batch size and recomputation that the recipe leaves to `auto`, its own first."""
     where, training = recipe.distributed, recipe.training
     per_rank = layout.global_batch // layout.data
     micro_batches = [layout.micro_batch_size]
     if where.micro_batch_size == "auto" and training.gradient_accumulation is None:
         groups = layout.pipeline if layout.virtual_pipeline > 1 else 1
         smaller = [n for n in range(layout.micro_batch_size - 1, 0, -1) if per_rank % (n * groups) == 0]
+        # Two smaller ones are enough: memory falls with the size, but small products are slow.
         micro_batches += smaller[:2]
     recomputes = [layout.recompute] if where.gradient_checkpointing is not None else ["none", "selective", "full"]
     for recompute in recomputes:
@@ -188,44 +196,36 @@ def _variants(recipe: Recipe, layout: Layout) -> Iterator[Layout]:
 
 
 def explained(one: Candidate, winner: Candidate, hardware: Hardware) -> Candidate:
-    """Say the first reason why a candidate is not the winner."""
+    """Return the candidate with the main reason why it is not the winner."""
     if one.step is None:
         space = memory.available(hardware, one.layout) / GIB
         return replace(one, reason=f"needs {one.memory.total / GIB:.1f} GiB of {space:.1f}")
     if winner.step is None:
         return one
     slower = one.seconds_per_token / winner.seconds_per_token - 1
-    ours, theirs = winner.step.parts(), one.step.parts()
+    best_parts, parts = winner.step.parts(), one.step.parts()
+    # Compare times for the same number of samples.
     scale = winner.layout.global_batch / one.layout.global_batch
-    gaps = {name: theirs[name] * scale - ours[name] for name in ours}
+    gaps = {name: parts[name] * scale - best_parts[name] for name in best_parts}
     name, gap = max(gaps.items(), key=lambda item: item[1])
     if slower <= 0:
-        return replace(one, reason=f"saves {-slower:.1%}, less than is known for sure; the plainer layout is kept")
+        return replace(one, reason=f"{-slower:.1%} faster, within the accuracy of the plan; the plainer layout is kept")
     share = gap / winner.step.seconds
-    return replace(one, reason=f"{slower:.1%} slower: {name} takes {share:.1%} of a step more")
+    return replace(one, reason=f"{slower:.1%} slower: {name} takes {share:.1%} more of a step")
 
 
 def name_of(layout: Layout) -> str:
-    """A layout in words: `tensor 2 x data 32, micro-batch 1, recompute full`."""
-    sizes = {
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "context": layout.context,
-        "data": layout.data,
-    }
-    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
-    extra = [f"expert {layout.expert}"] if layout.expert > 1 else []
-    extra += [f"virtual {layout.virtual_pipeline}"] if layout.virtual_pipeline > 1 else []
-    extra += [f"micro-batch {layout.micro_batch_size}", f"recompute {layout.recompute}"]
-    return ", ".join([f"{layout.strategy} {split}", *extra])
+    """Return a layout as text: `DDP tensor 2 x data 32, micro-batch 1, recompute full`."""
+    return f"{describe(layout)}, micro-batch {layout.micro_batch_size}, recompute {layout.recompute}"
 
 
-def _words(sizes: dict[str, Any]) -> str:
+def _sizes_text(sizes: dict[str, Any]) -> str:
+    """Return sizes as text: `tensor 2, pipeline 4`."""
     return ", ".join(f"{key.removesuffix('_parallel')} {value}" for key, value in sizes.items())
 
 
 def sizes_for(recipe: Recipe, world_size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What `train` fixes on this machine's GPUs (A100 80GB where they are not known): sizes, and notes to say aloud."""
+    """Return the sizes that `train` uses on the GPUs of this machine (A100 80GB if unknown), and notes for the user."""
     hardware = local_gpu() or TABLE["a100-80gb"]
     calibration, _ = of(hardware, recipe.distributed.precision)
     candidates, _ = weigh(recipe, world_size, hardware, calibration.rates)
@@ -234,14 +234,14 @@ def sizes_for(recipe: Recipe, world_size: int) -> tuple[dict[str, Any], tuple[st
     if not winner.fits:
         space = memory.available(hardware, winner.layout) / GIB
         notes = (
-            f"distributed: by the plan no layout fits {hardware.title}; the smallest needs "
-            f"{winner.memory.total / GIB:.1f} GiB of {space:.1f} (`igla-mega plan` says what would help).",
+            f"distributed: by the plan no layout fits {hardware.title}; the one with least memory needs "
+            f"{winner.memory.total / GIB:.1f} GiB of {space:.1f}. `igla-mega plan` lists remedies.",
         )
     return fixed_sizes(winner.layout), notes
 
 
 def fixed_sizes(layout: Layout) -> dict[str, Any]:
-    """The keys of `distributed:` that give this layout."""
+    """Return the keys of `distributed:` that give this layout."""
     return {
         "tensor_parallel": layout.tensor,
         "pipeline_parallel": layout.pipeline,

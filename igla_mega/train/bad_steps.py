@@ -5,6 +5,7 @@ The same bits again: the data, the weights or the code. Sound at the second time
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,11 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from igla_mega.checkpoint.progress import Progress
+from igla_mega.config.schema import Training
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine.heartbeat import Heartbeat
 from igla_mega.engine.optimizer import BadStep
 from igla_mega.engine.step import Engine, StepReport
 from igla_mega.model.router import routers_of
+from igla_mega.train.state import NextStep, Run
 
 SHOWN = 4
 """Ranks or weights that are named before the rest is counted."""
@@ -76,7 +80,7 @@ class Diagnosis:
     def words(self) -> str:
         """What happened, where, and what the second run says of the cause, in two sentences."""
         named = {"loss": f"the loss is {self.value}", "gradient norm": f"the gradient's norm is {self.value}"}
-        happened = named.get(self.what, f"the loss leaps to {self.value:.4g}")
+        happened = named.get(self.what, f"the loss spikes to {self.value:.4g}")
         return f"{happened}{self.place}.\n  {self._cause()}"
 
     def _cause(self) -> str:
@@ -99,13 +103,13 @@ def diagnose(engine: Engine, bad: BadStep, retake: Callable[[], StepReport]) -> 
     """
     first = gradient_digest(engine.chunks)
     report, second = None, bad
-    _forget_visits(engine)
+    _reset_routing_counts(engine)
     with _probed(engine.chunks, engine.heartbeat) as probe:
         try:
             report = retake()
         except BadStep as again:
             second = again
-            _forget_visits(engine)
+            _reset_routing_counts(engine)
     names = [(name, param) for chunk in engine.chunks for name, param in _named(chunk)]
     own = Account(
         engine.mesh.rank,
@@ -191,7 +195,7 @@ def _gathered(own: Account, mesh: Mesh) -> list[Account]:
     return accounts
 
 
-def _forget_visits(engine: Engine) -> None:
+def _reset_routing_counts(engine: Engine) -> None:
     """What routers have counted in a step that was not taken."""
     for router in routers_of(engine.chunks):
         router.take_tally()
@@ -301,3 +305,82 @@ def highest_loss(losses: Sequence[float], window: int, deviations: float) -> flo
     middle = median(losses)
     spread = 1.4826 * median(abs(loss - middle) for loss in losses)
     return middle + deviations * max(spread, 0.01 * abs(middle))
+
+
+def spike_bound(training: Training, progress: Progress) -> float:
+    """Return the loss above which the next step counts as a spike, in nats; inf when spikes are ignored."""
+    if training.on_spike == "ignore":
+        return math.inf
+    return highest_loss(progress.losses, training.spike_window, training.spike_deviations)
+
+
+def answer(run: Run, found: Diagnosis, step: NextStep, progress: Progress) -> StepReport | None:
+    """Do what the recipe asks about a bad step: stop, or leave its samples out, at once or after a rewind.
+
+    Returns:
+        The second run's report where that was sound and the step is taken; None otherwise.
+
+    Raises:
+        FloatingPointError: the recipe asks to stop, or too many steps in a row were bad.
+    """
+    training, session = run.recipe.training, run.session
+    key = "on_spike" if found.what == "spike" else "on_nonfinite"
+    action = "taken" if found.report else getattr(training, key)
+    row = 0
+    while step.number - 1 - row in progress.bad_steps:
+        row += 1
+    too_many = action in ("skip", "rewind") and row >= training.bad_steps_in_a_row
+    if session.mesh.is_main:
+        samples = run.corpus.ledger_entry(step.data_step, run.share.global_batch)
+        entry = {"time": round(time.time(), 3), "step": step.number, "stage": run.recipe.name, "samples": samples}
+        session.trackers.bad_step({**entry, **found.entry, "action": "stop" if too_many else action})
+    kind = "spike" if found.what == "spike" else "nonfinite"
+    session.log_event(kind, step.number, found.words, verdict=found.verdict, ranks=found.ranks)
+    if found.report is not None:
+        return found.report
+    if action == "stop" or too_many:
+        session.trackers.event("stopping", step.number - 1, f"stopped before the update of step {step.number}")
+        raise FloatingPointError(_refusal(step.number, key, row if too_many else 0))
+    bad, skipped = [*progress.bad_steps, step.number], {*progress.skipped, step.number}
+    if action == "rewind":
+        skipped |= _rewind(run, step.number, progress, skipped)
+    progress.bad_steps, progress.skipped = bad, sorted(skipped)
+    return None
+
+
+def _refusal(step: int, key: str, row: int) -> str:
+    """Return the error of a run that stops at a bad step, `row` bad ones before it being too many."""
+    why = f"; so were the {row} before it, training.bad_steps_in_a_row {row}" if row else ""
+    way_out = (
+        "The samples are not the cause: delete the newest checkpoints to resume further back, and lower "
+        "training.learning_rate."
+        if row
+        else f"To continue without them, set training.{key}=skip (or rewind); or lower training.learning_rate."
+    )
+    return (
+        f"step {step} is bad{why}: stopped before its update. The lines above name the place, bad_steps.jsonl its "
+        f"samples.\n  {way_out}"
+    )
+
+
+def _rewind(run: Run, step: int, progress: Progress, skipped: set[int]) -> set[int]:
+    """Go back to the stage's last checkpoint; return the steps that are left out from there."""
+    session = run.session
+    if not run.rewind(progress):
+        session.log_event("rewound", step, "this stage has no checkpoint to go back to; only the step is left out")
+        return skipped
+    if run.recipe.training.rewind_skips == "since_checkpoint":
+        skipped = skipped | set(range(progress.step + 1, step + 1))
+    session.trackers.rewind(progress.step)
+    left_out = sorted(one for one in skipped if one > progress.step)
+    message = f"back to the checkpoint of step {progress.step}; left out from there: {_ranges(left_out)}"
+    session.log_event("rewound", step, message, to_step=progress.step)
+    return skipped
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """`step 5`, or `steps 5 to 8`; they are one after another but for rare ones."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    whole = steps[-1] - steps[0] + 1 == len(steps)
+    return f"steps {steps[0]} to {steps[-1]}" if whole else f"steps {', '.join(map(str, steps))}"

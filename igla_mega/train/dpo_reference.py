@@ -7,7 +7,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
 from igla_mega.data.batches import BatchShard, on_device
 from igla_mega.data.conversations import Pairs
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import Engine, Objective, scheduled
 from igla_mega.objective import dpo
-from igla_mega.objective.language import Batch
-from igla_mega.train.console import Display, Silent
+from igla_mega.train.session import Session
 
 
 def mode_of(section: Dpo, *, adapters: bool) -> str:
@@ -44,14 +43,14 @@ def objective(section: Dpo, mode: str, engine: Engine, frozen: Sequence[nn.Modul
     return Objective(step, dpo.METRICS, partial(_completed, frozen))
 
 
-def _completed(frozen: Sequence[nn.Module], engine: Engine, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _completed(frozen: Sequence[nn.Module], engine: Engine, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     """The micro-batches of a step, with the reference's log-probabilities."""
     micro_batches = list(itertools.islice(batches, engine.layout.num_microbatches))
     return dpo.with_reference(micro_batches, _reference(engine, frozen, micro_batches))
 
 
 @torch.no_grad()
-def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
     step = partial(dpo.reference_step, context=engine.mesh.context)
     if frozen:
         return scheduled(engine, frozen, iter(micro_batches), step, forward_only=True)
@@ -68,16 +67,17 @@ def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Seque
             chunk.train(before)
 
 
-def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, folder: Path, display: Display | Silent) -> None:
+def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, session: Session) -> None:
     """Have the pairs carry the reference's log-probabilities: those of the model as it stands, adapters off.
 
-    They are kept in `folder`, by the digests of the model and of the data.
+    They are kept in the run folder, by the digests of the model and of the data.
 
     Args:
         base: digest of the model's weights.
     """
     key = hashlib.blake2b(f"{base}:{pairs.fingerprint()}".encode(), digest_size=8).hexdigest()
-    file, group = folder / f"reference_{key}.npz", engine.mesh.host_group
+    folder, group = session.run_dir, engine.mesh.host_group
+    file = folder / f"reference_{key}.npz"
     known: list = [file.is_file()]
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0]:
@@ -89,7 +89,7 @@ def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, folder: Pa
         return
     names = list(pairs.readers)
     found = {}
-    with display.counting("reference", sum(pairs.num_pairs(name) for name in names)) as advance:
+    with session.display.counting("reference", sum(pairs.num_pairs(name) for name in names)) as advance:
         for name in names:
             found[name] = _pass(engine, pairs, name, share, advance)
     if engine.mesh.is_main:

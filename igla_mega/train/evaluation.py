@@ -24,13 +24,10 @@ from igla_mega.engine.step import measure
 from igla_mega.evaluate import needle, scoring
 from igla_mega.evaluate.tasks import open_harness, run_tasks
 from igla_mega.layout.stages import Stage
-from igla_mega.train.console import Display, Silent
-from igla_mega.train.metrics import Trackers
-from igla_mega.train.state import NOTHING, Prepared
+from igla_mega.train.state import NOTHING, Prepared, Run
 
 if TYPE_CHECKING:
     from igla_mega.evaluate.harness import Harness
-    from igla_mega.train.state import Run
 
 
 def prepare(stages: Sequence[Stage], corpora: Sequence[Dataset], base: Path | None, mesh: Mesh) -> list[Prepared]:
@@ -97,9 +94,7 @@ def _longest(recipe: Recipe) -> int:
     return recipe.model.max_position
 
 
-def at_intervals(
-    run: "Run", data_step: int, progress: Progress, display: Display | Silent, trackers: Trackers | None
-) -> bool:
+def at_intervals(run: Run, data_step: int, progress: Progress) -> bool:
     """Measure what is due after this step, or at the end. Every rank calls it.
 
     Args:
@@ -114,54 +109,51 @@ def at_intervals(
     phase_ends = bool(run.stage.domain) and step == run.stage.last_step
     kinds: list[tuple[int, Callable[[], None]]] = []
     if not phase_ends:
-        kinds.append((asked.every_steps, partial(_losses, run, data_step, progress, display, trackers)))
+        kinds.append((asked.every_steps, partial(_losses, run, data_step, progress)))
     if asked.needle is not None:
-        kinds.append((asked.needle.every_steps, partial(_needle, run, step, display, trackers)))
+        kinds.append((asked.needle.every_steps, partial(_needle, run, step)))
     if asked.tasks is not None:
-        kinds.append((asked.tasks.every_steps, partial(_tasks, run, step, display, trackers)))
+        kinds.append((asked.tasks.every_steps, partial(_tasks, run, step)))
     if asked.prompts:
-        kinds.append((asked.prompts_every_steps, partial(_samples, run, step, display, trackers)))
+        kinds.append((asked.prompts_every_steps, partial(_samples, run, step)))
     due = [evaluate for every, evaluate in kinds if last or (every > 0 and step % every == 0)]
     for number, evaluate in enumerate(due):
-        if number and run.stop.requested():  # who asks for a stop does not wait for the rest
+        if number and run.session.stop.requested():  # who asks for a stop does not wait for the rest
             break
         with scoring.undisturbed(run.engine):
             evaluate()
     return bool(due)
 
 
-def _losses(
-    run: "Run", data_step: int, progress: Progress, display: Display | Silent, trackers: Trackers | None
-) -> None:
+def _losses(run: Run, data_step: int, progress: Progress) -> None:
     measured = validate(run)
-    log_validation(measured, run, progress, display, trackers)
-    log_reading(run, data_step, progress, display, trackers)
+    log_validation(measured, run, progress)
+    log_reading(run, data_step, progress)
     if progress.before and progress.step == run.stage.last_step:
-        display.say(comparison(progress.before, measured, run.recipe.form))
+        run.session.say(comparison(progress.before, measured, run.recipe.form))
 
 
-def _needle(run: "Run", step: int, display: Display | Silent, trackers: Trackers | None) -> None:
+def _needle(run: Run, step: int) -> None:
     assert run.prepared.haystack is not None, "prepared before the first step"
     began = time.perf_counter()
     chosen, exact = needle.measure(run.engine, run.prepared.haystack)
-    if trackers:
-        trackers.metrics({"step": step, "stage": run.recipe.name, "needle": chosen, "needle_exact": exact})
-    display.say(f"step {step}: {needle.words_of(chosen, exact)}  {_took(began)}")
+    run.session.trackers.metrics({"step": step, "stage": run.recipe.name, "needle": chosen, "needle_exact": exact})
+    run.session.say(f"step {step}: {needle.words_of(chosen, exact)}  {_took(began)}")
 
 
-def _tasks(run: "Run", step: int, display: Display | Silent, trackers: Trackers | None) -> None:
+def _tasks(run: Run, step: int) -> None:
     began = time.perf_counter()
     values = run_tasks(run.engine, run.prepared.harness, run.recipe.training.seed)
     if isinstance(values, str):
-        display.say(f"step {step}: evaluation.tasks: {values}; training goes on")
+        run.session.say(f"step {step}: evaluation.tasks: {values}; training goes on")
         return
-    if trackers and values:
-        trackers.metrics({"step": step, "stage": run.recipe.name, "tasks": values})
+    if values:
+        run.session.trackers.metrics({"step": step, "stage": run.recipe.name, "tasks": values})
     parts = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    display.say(f"step {step}: tasks  {parts}  {_took(began)}")
+    run.session.say(f"step {step}: tasks  {parts}  {_took(began)}")
 
 
-def _samples(run: "Run", step: int, display: Display | Silent, trackers: Trackers | None) -> None:
+def _samples(run: Run, step: int) -> None:
     began, asked, tokenizer = time.perf_counter(), run.recipe.evaluation, run.prepared.tokenizer
     assert tokenizer is not None, "prepared before the first step"
     prompts = [tokenizer.encode(prompt) for prompt in asked.prompts]
@@ -176,9 +168,8 @@ def _samples(run: "Run", step: int, display: Display | Silent, trackers: Tracker
     for prompt, ids, new in zip(asked.prompts, prompts, drawn, strict=True):
         known = tokenizer.decode(ids, skip_special_tokens=True)
         text = tokenizer.decode([*ids, *new], skip_special_tokens=True)[len(known) :]
-        if trackers:
-            trackers.sample({"step": step, "stage": run.recipe.name, "prompt": prompt, "text": text})
-    display.say(f"step {step}: continued {len(prompts)} prompts (samples.jsonl)  {_took(began)}")
+        run.session.trackers.sample({"step": step, "stage": run.recipe.name, "prompt": prompt, "text": text})
+    run.session.say(f"step {step}: continued {len(prompts)} prompts (samples.jsonl)  {_took(began)}")
 
 
 def _took(began: float) -> str:
@@ -187,41 +178,35 @@ def _took(began: float) -> str:
 
 def log_validation(
     measured: dict[str, dict[str, float]],
-    run: "Run",
+    run: Run,
     progress: Progress,
-    display: Display | Silent,
-    trackers: Trackers | None,
 ) -> None:
     """Write down and show what was measured on held-out data."""
     if not measured:
         return
     losses = {name: values["loss"] for name, values in measured.items()}
     more = {f"{name}/{key}": one for name, values in measured.items() for key, one in values.items() if key != "loss"}
-    if trackers:
-        entry = {"step": progress.step, "stage": run.recipe.name, "validation_loss": losses}
-        trackers.metrics({**entry, "validation": more} if more else entry)
+    entry = {"step": progress.step, "stage": run.recipe.name, "validation_loss": losses}
+    run.session.trackers.metrics({**entry, "validation": more} if more else entry)
     unit = "nats/pair" if run.recipe.form == "preference_pairs" else "nats/token"
     parts = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    display.say(f"step {progress.step}: validation loss ({unit})  {parts}")
+    run.session.say(f"step {progress.step}: validation loss ({unit})  {parts}")
 
 
-def log_reading(
-    run: "Run", data_step: int, progress: Progress, display: Display | Silent, trackers: Trackers | None
-) -> None:
+def log_reading(run: Run, data_step: int, progress: Progress) -> None:
     """Write down and show how far each source of text has been read."""
     if not isinstance(run.corpus, Corpus):
         return
     read = run.corpus.read_until(data_step, run.share.global_batch)
-    if trackers:
-        tokens = {name: count for name, (count, _) in read.items()}
-        epochs = {name: round(passes, 4) for name, (_, passes) in read.items() if passes is not None}
-        entry = {"step": progress.step, "stage": run.recipe.name}
-        trackers.metrics({**entry, "read_tokens": tokens, "read_epochs": epochs})
+    tokens = {name: count for name, (count, _) in read.items()}
+    epochs = {name: round(passes, 4) for name, (_, passes) in read.items() if passes is not None}
+    entry = {"step": progress.step, "stage": run.recipe.name}
+    run.session.trackers.metrics({**entry, "read_tokens": tokens, "read_epochs": epochs})
     parts = [
         f"{name} {count / 1e6:,.4g}M" + (f" ({passes:.3g})" if passes is not None else "")
         for name, (count, passes) in read.items()
     ]
-    display.say(f"step {progress.step}: read, tokens (epochs)  {'  '.join(parts)}")
+    run.session.say(f"step {progress.step}: read, tokens (epochs)  {'  '.join(parts)}")
 
 
 def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], form: str) -> str:
@@ -244,12 +229,12 @@ def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, f
     return "\n".join(lines)
 
 
-def validate(run: "Run") -> dict[str, dict[str, float]]:
+def validate(run: Run) -> dict[str, dict[str, float]]:
     """Loss (nats per target token, or per pair) and the objective's metrics on the held-out part of each source."""
     measured = {}
     for name in run.corpus.validation_names():
         num_samples = run.corpus.num_validation_samples(name)
         num_batches = min(run.recipe.evaluation.num_batches, -(-num_samples // run.share.global_batch))
-        batches = on_device(run.corpus.validation_batches(name, run.share, num_batches), run.device)
+        batches = on_device(run.corpus.validation_batches(name, run.share, num_batches), run.session.device)
         measured[name] = measure(run.engine, batches, num_batches)
     return measured

@@ -15,9 +15,8 @@ from igla_mega.data.batches import BatchShard, Corpus, Dataset, on_device
 from igla_mega.engine.step import Engine, evaluate
 from igla_mega.layout.stages import Stage, weights_of
 from igla_mega.objective.ewc import FisherMetadata
-from igla_mega.train.console import Display, Silent
 from igla_mega.train.consolidation import consolidate, hold_file
-from igla_mega.train.metrics import Trackers
+from igla_mega.train.session import Session
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,7 @@ class Learning:
     open_corpus: Callable[[Mapping[str, float], int], Corpus]
     """Of given weights and sequence length."""
     from_base: bool
-    display: Display | Silent
-    trackers: Trackers | None
+    session: Session
 
     def begin(self, progress: Progress) -> None:
         """Hold the base model, as far as it is known what it was trained on."""
@@ -135,18 +133,18 @@ class Learning:
             return
         name, held = self.recipe.base_model, f"with lambda {ewc.ewc_lambda:g} per token"
         if not self.from_base:
-            self.display.say(f"EWC: no base model, so nothing is held until {self._first_end()}")
+            self.session.say(f"EWC: no base model, so nothing is held until {self._first_end()}")
         elif asked.fisher is not None:
             metadata = hold_file(self.engine, Path(asked.fisher))
-            self.display.say(f"EWC: {name} is held {held}, by the Fisher of {asked.fisher} ({_words(metadata)})")
+            self.session.say(f"EWC: {name} is held {held}, by the Fisher of {asked.fisher} ({_words(metadata)})")
         elif (source := self._base_source()) is None:
-            self.display.say(
+            self.session.say(
                 f"EWC: continual.base_data does not say what {name} was trained on: it is not held, and "
                 f"{self.stages[0].name} runs free"
             )
         else:
             metadata = self._consolidate(weights_of(self.recipe, source), self.stages[0], (source,))
-            self.display.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(metadata)})")
+            self.session.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(metadata)})")
 
     def finish(self, index: int, progress: Progress) -> bool:
         """Measure what stage `index` has learned and forgotten, and hold it.
@@ -164,14 +162,13 @@ class Learning:
             before = ["base"] if len(progress.domain_losses) > index + 1 else []
             done = [*before, *(one.name for one in self.stages[: index + 1])]
             entry = matrix_entry(names, done, progress.domain_losses)
-            self.display.say(f"step {progress.step}: {stage.name} is done\n{matrix_table(entry)}")
-            if self.trackers:
-                self.trackers.metrics(
-                    {"step": progress.step, "stage": stage.name, "domain_loss": progress.domain_losses[-1], **entry}
-                )
+            self.session.say(f"step {progress.step}: {stage.name} is done\n{matrix_table(entry)}")
+            self.session.trackers.metrics(
+                {"step": progress.step, "stage": stage.name, "domain_loss": progress.domain_losses[-1], **entry}
+            )
         if self.recipe.memory is not None and self.engine.ewc is not None:
             metadata = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
-            self.display.say(f"EWC: {stage.name} is held from here on ({_words(metadata)})")
+            self.session.say(f"EWC: {stage.name} is held from here on ({_words(metadata)})")
         progress.stage = index + 1
         return finishes(stage)
 
@@ -179,7 +176,7 @@ class Learning:
         asked = self.recipe.memory
         assert asked is not None, "asked for"
         corpus = self.open_corpus(weights, asked.fisher_seq_length or stage.layout.sequence_length)
-        return consolidate(self.engine, corpus, sources, asked, self.recipe.training.seed, self.display)
+        return consolidate(self.engine, corpus, sources, asked, self.recipe.training.seed, self.session.display)
 
     def _base_source(self) -> str | None:
         """What the base model was trained on; for a longer context that is what it goes on with."""

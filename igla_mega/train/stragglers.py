@@ -24,7 +24,7 @@ class StragglerWatch:
     """Times the last steps of each stretch of `every`, and compares the ranks at its end."""
 
     def __init__(self, heartbeat: Heartbeat, device: torch.device, every: int):
-        self._pulse, self._device, self._every = heartbeat, device, every
+        self._heartbeat, self._device, self._every = heartbeat, device, every
         self._seconds: list[float] = []
         self._slow: set[int] = set()
         self._due = False
@@ -39,7 +39,7 @@ class StragglerWatch:
         if left >= SAMPLED_STEPS:
             yield
             return
-        heartbeat, cuda = self._pulse, self._device.type == "cuda"
+        heartbeat, cuda = self._heartbeat, self._device.type == "cuda"
         waited, start = heartbeat.waited, time.perf_counter()
         if cuda:
             heartbeat.events = []
@@ -55,7 +55,7 @@ class StragglerWatch:
         self._seconds.append(max(time.perf_counter() - start - spent, 0.0))
         self._due = left == 0
 
-    def stragglers(self, mesh: Mesh, factor: float) -> list[str]:
+    def slow_ranks(self, mesh: Mesh, factor: float) -> list[str]:
         """What to say of ranks that are slower than `factor` times the median. Every rank calls it, after each step."""
         if not self._due:
             return []

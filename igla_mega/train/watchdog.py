@@ -32,7 +32,7 @@ import torch.distributed as dist
 from igla_mega.config import json_text
 from igla_mega.distributed.mesh import own_store
 from igla_mega.engine.heartbeat import Heartbeat, followed
-from igla_mega.train.metrics import write_event
+from igla_mega.train.trackers import write_event
 
 HANG = "hang"
 """Folder below the run's: reports of hangs, and what belongs to them."""

@@ -49,7 +49,7 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             phases({"name": "a", "tokens": 5, "lr": 1e-3}, total_steps=100),
-            "training.total_steps: 100 beside curriculum.phases, whose tokens say how long the run is. Remove it.",
+            "training.total_steps: 100 with curriculum.phases, whose tokens set the length of the run. Remove it.",
         ),
         (
             {
@@ -60,11 +60,12 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {**phases({"name": "a", "tokens": 5, "lr": 1e-3, "data": "mix"}), "data": {"sources": {"a": "b"}}},
-            "curriculum.phases.0.data: mix, and data.mix gives no source a weight. Give it some, or name a source.",
+            "curriculum.phases.0.data: mix, but data.mix gives no source a weight. Give data.mix weights, or name a"
+            " source.",
         ),
         (
             phases({"name": "a", "tokens": 5, "lr": 1e-3}, {"name": "a", "tokens": 5, "lr": 1e-3}),
-            "curriculum.phases: 2 are named a. Name each otherwise; `data` is what it reads.",
+            "curriculum.phases: 2 are named a. Use distinct names; `data` gives the source.",
         ),
         (
             phases({"name": "a", "tokens": 5, "lr": 1e-5}, min_lr=1e-4),
@@ -81,7 +82,7 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"continual": {"base_data": "a"}},
-            "continual.base_data: given without `base_model:`, which it is of. Remove it, or name the base model.",
+            "continual.base_data: given without `base_model:`, to which it refers. Remove it, or set base_model.",
         ),
         (
             {"koshey": {"ewc_enabled": True, "fisher_seq_length": 300}},
@@ -89,26 +90,26 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"koshey": {"ewc_enabled": True, "ewc_lambda": 3}, "continual": {}},
-            "koshey.ewc_lambda: 3 disagrees with continual.ewc_lambda 5000. "
-            "Set both alike, or koshey.ewc_enabled=false.",
+            "koshey.ewc_lambda: 3 disagrees with continual.ewc_lambda 5000. Set both to the same value, or "
+            "koshey.ewc_enabled=false.",
         ),
         (
             {
                 **phases({"name": "a", "tokens": 5, "lr": 1e-3}),
                 "koshey": {"ewc_enabled": True, "consolidate_every": "1M"},
             },
-            "koshey.consolidate_every: 1000000 beside curriculum.phases, at whose ends the Fisher is taken. "
-            "Remove one.",
+            "koshey.consolidate_every: 1000000 with curriculum.phases, at whose ends the Fisher is estimated. "
+            "Remove one of them.",
         ),
         (
             {**phases({"name": "a", "tokens": 5, "lr": 1e-3}), "continual": {}, "data": {"validation_fraction": 0.0}},
-            "data.validation_fraction: 0 leaves nothing to measure forgetting on, after each phase of `continual:`. "
+            "data.validation_fraction: 0 leaves no data to measure forgetting on after each phase of `continual:`. "
             "Use 0.01, or more for small sources.",
         ),
-        ({"model": {"head_dim": 33}}, "model.head_dim: 33 is odd; rotary positions turn pairs. Use 34."),
+        ({"model": {"head_dim": 33}}, "model.head_dim: 33 is odd, but rotary positions rotate pairs. Use 34."),
         (
             {"model": {"rope_scaling": {"factor": 8, "low_freq_factor": 4}}},
-            "model.rope_scaling.low_freq_factor: 4 is not below high_freq_factor 4. Llama 3 has 1 and 4.",
+            "model.rope_scaling.low_freq_factor: 4 is not below high_freq_factor 4. Llama 3 uses 1 and 4.",
         ),
         (
             {"training": {"sequence_length": 512}},
@@ -126,17 +127,17 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"training": {"gradient_accumulation": 4}},
-            "training.gradient_accumulation: 4 cannot be kept with batch_size 16K tokens, which fixes the whole batch. "
+            "training.gradient_accumulation: 4 conflicts with batch_size 16K tokens, which fixes the global batch. "
             "Remove it, or give batch_size in sequences.",
         ),
         (
             {"training": {"epochs": 2}},
-            "training.epochs: 2 and training.total_steps 100 both say how long the run is. Keep one; "
-            "--set training.epochs=null takes the other back.",
+            "training.epochs: 2 and training.total_steps 100 both set the length of the run. Keep one; --set "
+            "training.epochs=null removes the other.",
         ),
         (
             {"training": {"total_steps": None}},
-            "training.total_steps: missing, and so is training.epochs. Give one: how long is the run?",
+            "training.total_steps: missing, and so is training.epochs. Give one of them as the length of the run.",
         ),
         (
             {"training": {"warmup_steps": 101}},
@@ -159,7 +160,7 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"data": {"mix": {"web": 0, "code": 0}}},
-            "data.mix: no weight above 0 (web, code). Give at least one source a weight.",
+            "data.mix: no weight is above 0 (web, code). Give at least one source a weight.",
         ),
         (
             {"data": {"mix": {"web": 0.5, "code": 0.5}, "sources": {"web": "web.jsonl"}}},
@@ -175,7 +176,7 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"distributed": {"expert_parallel": 2}},
-            "distributed.expert_parallel: 2 without `moe:`; there are no experts. Use 1 or auto.",
+            "distributed.expert_parallel: 2 without `moe:`, so there are no experts. Use 1 or auto.",
         ),
         (
             {"moe": {"num_experts": 2, "num_experts_per_tok": 3}},
@@ -187,7 +188,7 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"distributed": {"expert_tensor_parallel": 2}},
-            "distributed.expert_tensor_parallel: 2 without `moe:`; there are no experts. Use 1.",
+            "distributed.expert_tensor_parallel: 2 without `moe:`, so there are no experts. Use 1.",
         ),
         (
             {**MOE, "distributed": {"expert_tensor_parallel": 3}},
@@ -195,12 +196,12 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"moe": {"num_experts": 8, "pad_to_capacity": True, "capacity_over": "rank"}},
-            "moe.pad_to_capacity: true without training.expert_capacity_factor, which is what to fill up to.",
+            "moe.pad_to_capacity: true without training.expert_capacity_factor, which sets the size. Give it.",
         ),
         (
             {"moe": {"num_experts": 8, "pad_to_capacity": True}, "training": {"expert_capacity_factor": 2}},
-            "moe.pad_to_capacity: true with moe.capacity_over sequence, by which ranks' shares vary. "
-            "Use moe.capacity_over=rank, or leave padding out.",
+            "moe.pad_to_capacity: true with moe.capacity_over sequence, whose shares differ between ranks. Use "
+            "moe.capacity_over=rank, or pad_to_capacity=false.",
         ),
         (
             {**MOE, "distributed": {"tensor_parallel": 2, "sequence_parallel": False}},
@@ -213,14 +214,14 @@ def test_a_sound_recipe_has_no_breach():
                 "koshey": {"ewc_enabled": True, "ewc_lambda": 1.0},
                 "distributed": {"strategy": "FSDP", "expert_parallel": 2},
             },
-            "distributed.expert_parallel: 2 with strategy FSDP, `moe:` and EWC, whose Fisher is not proved there. "
-            "Use 1, or strategy DDP.",
+            "distributed.expert_parallel: 2 with strategy FSDP, `moe:` and EWC, whose Fisher is not verified there."
+            " Use 1, or strategy DDP.",
         ),
         (
             {"quantization": {"bits": 4}},
             "quantization: given without `lora:`; quantized weights are frozen and nothing would train. Add `lora:`.",
         ),
-        ({"sft": {}, "dpo": {}}, "dpo: given beside `sft:` in one run. Make them two `stages:`."),
+        ({"sft": {}, "dpo": {}}, "dpo: given together with `sft:` in one run. Make them two `stages:`."),
         (
             {"distributed": {"tensor_parallel": 4}},
             "distributed.tensor_parallel: 4 does not divide model.num_kv_heads 2. Use 2, or set num_kv_heads to 4.",
@@ -232,8 +233,8 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"distributed": {"virtual_pipeline": 2}},
-            "distributed.virtual_pipeline: 2 needs distributed.pipeline_parallel above 1, which is auto. "
-            "Use virtual_pipeline 1, or pipeline_parallel 2.",
+            "distributed.virtual_pipeline: 2 needs distributed.pipeline_parallel above 1, not auto. Use "
+            "virtual_pipeline 1, or pipeline_parallel 2.",
         ),
         (
             {"distributed": {"pipeline_parallel": 3}},
@@ -268,40 +269,40 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"distributed": {"tensor_parallel": 1, "context_parallel": 4, "context_schedule": "a2a"}},
-            "distributed.context_schedule: a2a gives each of 4 context-parallel ranks as many key-value heads, "
-            "and 2 (num_kv_heads 2 / tensor_parallel 1) do not divide. Use p2p or auto, or context_parallel 2.",
+            "distributed.context_schedule: a2a distributes key-value heads over 4 context-parallel ranks, which "
+            "does not divide 2 (num_kv_heads 2 / tensor_parallel 1). Use p2p or auto, or context_parallel 2.",
         ),
         (
             {"model": {"max_position": 131072, "rope_theta": 5e5}, "training": {"batch_size": 4}},
-            "model.rope_theta: 500000 turns too fast for model.max_position 131072: a token could not tell its own "
-            "kind from noise that far back, which takes about 9.1e+06. "
-            "Use 1e+07, or model.rope_scaling for a model of shorter contexts.",
+            "model.rope_theta: 500000 is too small for model.max_position 131072: attention cannot distinguish "
+            "similar tokens from noise at that distance, which needs about 9.1e+06. Use 1e+07, or "
+            "model.rope_scaling to extend a shorter context.",
         ),
         (
             {"distributed": {"strategy": "FSDP", "pipeline_parallel": 2}},
-            "distributed.strategy: FSDP with pipeline_parallel 2 is not proved to train exactly, so it is refused. "
-            "Use strategy DDP (its optimizer state is sharded too), or pipeline_parallel 1.",
+            "distributed.strategy: FSDP with pipeline_parallel 2 is not verified to train exactly, so it is "
+            "refused. Use strategy DDP (which also shards the optimizer state), or pipeline_parallel 1.",
         ),
         (
             {"checkpoint": {"local_folder": "/nvme", "local_every_steps": 2000}},
-            "checkpoint.local_every_steps: 2000 is not below checkpoint.every_steps 1000. Use at most 500, or leave "
-            "both local keys out.",
+            "checkpoint.local_every_steps: 2000 is not below checkpoint.every_steps 1000. Use at most 500, or omit "
+            "both local keys.",
         ),
         (
             {"checkpoint": {"local_every_steps": 10}},
-            "checkpoint.local_folder: missing, and checkpoint.local_every_steps is given. Name a folder of each node.",
+            "checkpoint.local_folder: missing, but checkpoint.local_every_steps is given. Give a folder on each node.",
         ),
         (
             {"checkpoint": {"local_folder": "/nvme/{rank}", "local_every_steps": 10}},
-            "checkpoint.local_folder: {rank} stands for nothing. Use {node} or {host}.",
+            "checkpoint.local_folder: {rank} is not a known placeholder. Use {node} or {host}.",
         ),
         (
             {"checkpoint": {"local_folder": " ", "local_every_steps": 10}},
-            "checkpoint.local_folder: empty. Name a folder of each node, or set it to null.",
+            "checkpoint.local_folder: empty. Give a folder on each node, or set it to null.",
         ),
         (
             {"checkpoint": {"remote": "bucket/run"}},
-            "checkpoint.remote: 'bucket/run' is no address. Give one with its kind, such as s3://bucket/run or "
+            "checkpoint.remote: 'bucket/run' is not a URL. Give one with its scheme, such as s3://bucket/run or "
             "file:///backup/run, or set it to null.",
         ),
         (
@@ -310,20 +311,20 @@ def test_a_sound_recipe_has_no_breach():
         ),
         (
             {"evaluation": {"prompts": [" "]}},
-            "evaluation.prompts: ' ' is no text to continue. Write one, or remove it.",
+            "evaluation.prompts: ' ' is blank. Give a text to continue, or remove it.",
         ),
         (
             {"evaluation": {"tasks": {"names": ["arc", "arc"]}}},
-            "evaluation.tasks.names: arc is there twice. Remove one.",
+            "evaluation.tasks.names: arc given more than once. Keep one of each.",
         ),
         (
             {"distributed": {"precision": "FP8", "kernels": "local"}},
-            "distributed.precision: FP8 is Transformer Engine's, and distributed.kernels is local. "
-            "Use kernels te or auto, or precision BF16.",
+            "distributed.precision: FP8 needs Transformer Engine, but distributed.kernels is local. Use kernels te "
+            "or auto, or precision BF16.",
         ),
         (
             {"distributed": {"cuda_graphs": True, "strategy": "FSDP"}},
-            "distributed.cuda_graphs: true with strategy FSDP: such layers cannot be recorded. Set cuda_graphs=false.",
+            "distributed.cuda_graphs: true with strategy FSDP: layers cannot be recorded. Set cuda_graphs=false.",
         ),
     ],
 )
@@ -372,7 +373,7 @@ def test_a_world_that_the_layout_does_not_divide_is_refused():
 def test_a_stages_breach_names_the_stage():
     stages = {"stages": [TUNE, {**TUNE, "training": {"epochs": 1, "min_lr": 1.0}}]}
     assert [line.split(":")[0] for line in breaches(stages, under={})] == ["stages.1.training.min_lr"]
-    assert breaches({**stages, "base_model": "x"}, under={})[0].startswith("base_model: given beside `stages:`")
+    assert breaches({**stages, "base_model": "x"}, under={})[0].startswith("base_model: given next to `stages:`")
 
 
 def test_check_raises_all_breaches_in_one_error():
@@ -408,8 +409,8 @@ def test_what_is_not_built_is_named_by_its_key(change, keys):
 
 def test_a_sentence_on_what_is_not_built_says_the_way_out():
     assert rules.not_yet(Recipe.model_validate({"koshey": {"dynamic_batching": True}})) == [
-        "koshey.dynamic_batching: token-budget batching is not built yet, so `train` cannot run this recipe; "
-        "set koshey.dynamic_batching=false to train without it."
+        "koshey.dynamic_batching: token-budget batching is not supported yet, so `train` cannot run this recipe. "
+        "Set koshey.dynamic_batching=false to train without it."
     ]
 
 
@@ -442,9 +443,9 @@ def test_a_capacity_that_drops_most_tokens_is_remarked_on_with_the_rate():
         )
 
     [line] = said(0.125)
-    assert line.startswith("training.expert_capacity_factor: 0.125 drops about 87% of the tokens' visits")
+    assert line.startswith("training.expert_capacity_factor: 0.125 drops about 87% of the token-expert assignments")
     [line] = rules.warnings(Recipe.model_validate(merge(SMALL, {"moe": {"num_experts": 8, "num_experts_per_tok": 1}})))
-    assert line.startswith("moe.num_experts_per_tok: 1 gives the one expert a weight of 1") and "pre_softmax" in line
+    assert line.startswith("moe.num_experts_per_tok: 1 gives the chosen expert a weight of 1") and "pre_softmax" in line
     assert said(1.25) == [] and rules.warnings(Recipe.model_validate(SMALL)) == []
 
 
@@ -457,25 +458,25 @@ def test_fp8_is_taken_in_either_case_and_refused_where_there_is_no_gpu():
     assert recipe.distributed.precision == "FP8" and recipe.distributed.fp8_recipe == "tensorwise"
     assert rules.breaches(recipe) == rules.breaches(recipe, 2, "cuda") == []
     [breach] = rules.breaches(recipe, 2, "cpu")
-    assert breach.startswith("distributed.precision: FP8 needs a GPU") and "BF16" in breach
+    assert breach.startswith("distributed.precision: FP8 needs an Ada, Hopper or newer GPU") and "BF16" in breach
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (fp8(kernels="local"), "distributed.kernels is local. Use kernels te or auto, or precision BF16"),
-        (fp8(strategy="FSDP"), "FP8 with strategy FSDP is not proved"),
-        (merge(fp8(), {"model": {"intermediate_size": 690}}), "model.intermediate_size: 690 is no multiple of 16"),
+        (fp8(strategy="FSDP"), "FP8 with strategy FSDP is not verified"),
+        (merge(fp8(), {"model": {"intermediate_size": 690}}), "model.intermediate_size: 690 is not a multiple of 16"),
         (
             merge(fp8(tensor_parallel=2), {"model": {"intermediate_size": 688 + 16}, "training": {"total_steps": 9}}),
             None,
         ),
-        (fp8(tensor_parallel=2), "688 is no multiple of 16 x distributed.tensor_parallel 2"),
+        (fp8(tensor_parallel=2), "688 is not a multiple of 16 x distributed.tensor_parallel 2"),
         (
             merge(fp8(tensor_parallel=2), {"model": {"hidden_size": 336, "num_heads": 42, "intermediate_size": 704}}),
-            "model.hidden_size: 336 is no multiple of 16 x distributed.tensor_parallel 2",
+            "model.hidden_size: 336 is not a multiple of 16 x distributed.tensor_parallel 2",
         ),
-        (fp8(fp8_recipe="mxfp8"), "no multiple of 32, which distributed.fp8_recipe mxfp8 needs. Use 672 or 704"),
+        (fp8(fp8_recipe="mxfp8"), "not a multiple of 32, which distributed.fp8_recipe mxfp8 needs. Use 672 or 704"),
     ],
 )
 def test_fp8_says_what_does_not_go_with_it(change, says):
@@ -484,7 +485,7 @@ def test_fp8_says_what_does_not_go_with_it(change, says):
 
 
 def test_fp8_trains_no_adapters():
-    assert any("FP8 beside `lora:`" in one for one in breaches({**fp8(), "lora": {"rank": 4, "alpha": 8}}, under=TUNE))
+    assert any("FP8 with `lora:`" in one for one in breaches({**fp8(), "lora": {"rank": 4, "alpha": 8}}, under=TUNE))
 
 
 GRAPHS = {"distributed": {"cuda_graphs": True}}

@@ -144,7 +144,7 @@ def test_scaling_goes_to_a_page_of_its_own(tmp_path):
         ({"price": float("nan")}, "--price: nan is no price above 0"),
         ({"price": float("inf")}, "--price: inf is no price above 0"),
         ({"samples": 0}, "--samples: 0 is not above 0"),
-        ({"gpus": "7"}, "512 sequences does not divide among 7 data-parallel ranks"),
+        ({"gpus": "7"}, "512 sequences, not divisible by 7 data-parallel ranks"),
         ({"calibration": Path("no.json")}, "no such file"),
         ({"hardware": Path("no.yaml")}, "no such file"),
     ],
@@ -208,11 +208,11 @@ def test_a_file_adds_hardware(tmp_path):
     file.write_text(yaml.safe_dump({"my-gpu": {"like": "h100", "memroy_bytes": 1, "price": 0}, "other": {"price": 1}}))
     said = refusal("pretrain_7b", hardware=file)
     file.write_text(yaml.safe_dump({"my-gpu": {"like": "h100", "node_size": 0.5}}))
-    assert "my-gpu.node_size: 0.5 is no whole number" in refusal("pretrain_7b", hardware=file)
+    assert "my-gpu.node_size: 0.5 is not a whole number" in refusal("pretrain_7b", hardware=file)
     for word in (
         "did you mean `memory_bytes`?",
         "my-gpu.price: 0 is not a number above 0",
-        "other: lacks memory_bytes",
+        "other: missing memory_bytes",
     ):
         assert word in said
 
@@ -278,7 +278,7 @@ def test_the_answer_does_not_take_long():
 
 
 def in_words(found: dict) -> str:
-    """As the README's table has it: time, cost, share of the peak, GiB of the fullest GPU."""
+    """Format a plan as the table of docs/measured.md does: time, cost, share of the peak, GiB of the fullest GPU."""
     days, dollars = found["days"], found["dollars"]
     time = f"{days:.1f} days" if days >= 2 else f"{days * 24:.1f} h"
     cost = (
@@ -293,19 +293,19 @@ def in_words(found: dict) -> str:
 
 
 @pytest.mark.parametrize("name", list(packaged()))
-def test_the_readme_says_what_the_plan_says(name):
+def test_the_table_of_measured_md_has_what_the_plan_prints(name):
     row = next(
         line
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "docs" / "measured.md").read_text().splitlines()
         if line.startswith(f"| `{name}` | ") and "$" in line
     )
-    assert in_words(values(name)) in row, f"the README's row should say {in_words(values(name))}"
+    assert in_words(values(name)) in row, f"the row of docs/measured.md should be {in_words(values(name))}"
 
 
 def test_recipe_1_without_recomputation_and_recipe_7_meet_their_targets():
     open_recompute = values("pretrain_7b", overrides=["distributed.gradient_checkpointing=null"])
     assert open_recompute["days"] * 400e9 / open_recompute["tokens"] < 17.5
-    assert f"without recomputation {open_recompute['days']:.1f} days" in (ROOT / "README.md").read_text()
+    assert f"without recomputation {open_recompute['days']:.1f} days" in (ROOT / "docs" / "measured.md").read_text()
     assert values("moe_8x7b")["days"] < 10.5
 
 

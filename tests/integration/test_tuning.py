@@ -352,8 +352,8 @@ def test_a_pipeline_goes_on_in_any_stage_bit_for_bit(back, pipeline, tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides", "said"),
     [
-        (TUNING + SFT, ["data.mix={talk: 1.0}"], "data.mix: given beside instructions"),
-        (TUNING + SFT, ["data.format=preference_pairs"], "data.format: preference_pairs beside `sft:`"),
+        (TUNING + SFT, ["data.mix={talk: 1.0}"], "data.mix: given with instructions"),
+        (TUNING + SFT, ["data.format=preference_pairs"], "data.format: preference_pairs with `sft:`"),
         (TUNING + "dpo: {reference: adapter}\n", [], "dpo.reference: adapter without `lora:`"),
         (TUNING + LORA + SFT, ["lora.rank=0"], "lora.rank: 0"),
         (TUNING + LORA + SFT, ["lora.target_modules=[q_prj]"], "q_proj"),

@@ -70,15 +70,15 @@ def test_sequence_parallelism_is_on_between_gpus_and_on_request_between_cpus():
     assert layout(2, distributed={"sequence_parallel": True}).sequence_parallel
     alone = layout(1, distributed={"sequence_parallel": True})
     assert not alone.sequence_parallel
-    assert alone.notes[0].startswith("sequence_parallel: one tensor-parallel rank")
+    assert alone.notes[0].startswith("sequence_parallel: disabled, since there is only one tensor-parallel rank")
 
 
 def test_fsdp_with_one_data_rank_runs_as_ddp_and_says_so():
     chosen = layout(2, distributed={"strategy": "FSDP"})
     assert chosen.strategy == "DDP"
     assert chosen.notes == (
-        "strategy: FSDP has one data-parallel rank to shard over (2 in all, tensor_parallel 2, pipeline_parallel 1); "
-        "it runs as DDP, which is the same there.",
+        "strategy: FSDP has only one data-parallel rank to shard over (2 in all, tensor_parallel 2, pipeline_parallel 1); "
+        "DDP is used, which is equivalent there.",
     )
     assert layout(4, distributed={"strategy": "FSDP"}).notes == ()
 
@@ -117,14 +117,16 @@ def test_experts_spread_over_tensor_and_context_ranks_too():
 
 def test_a_base_model_without_a_known_length_asks_for_it():
     tune = {"base_model": "llama-7b", "training": {"batch_size": 8, "epochs": 1}}
-    with pytest.raises(ConfigError, match=r"training\.sequence_length: not given, and llama-7b is not loaded"):
+    with pytest.raises(
+        ConfigError, match=r"training\.sequence_length: not given, and base_model llama-7b is not loaded"
+    ):
         choose_layout(Recipe.model_validate(tune), 1)
     tune["training"]["sequence_length"] = 128
     assert choose_layout(Recipe.model_validate(tune), 2).data == 2
 
 
 def test_stages_have_a_layout_each():
-    with pytest.raises(ConfigError, match="each stage has a layout of its own"):
+    with pytest.raises(ConfigError, match="each stage has its own layout"):
         choose_layout(Recipe.model_validate({"stages": [SMALL]}), 1)
 
 
@@ -134,7 +136,7 @@ def test_stages_have_a_layout_each():
         (
             3,
             {},
-            "training.batch_size: 16K tokens = 64 sequences does not divide among 3 data-parallel ranks. "
+            "training.batch_size: 16K tokens = 64 sequences, not divisible by 3 data-parallel ranks. "
             "Use 63 or 66 sequences, or 2 or 4 ranks.",
         ),
         (
@@ -153,14 +155,14 @@ def test_stages_have_a_layout_each():
         (
             2,
             {"training": {"batch_size": 3}, "distributed": {"pipeline_parallel": 2, "virtual_pipeline": 2}},
-            "training.batch_size: 3 leaves 3 sequences to a data-parallel rank, which pipeline_parallel 2 does not "
-            "divide, as virtual_pipeline asks. Use 2 or 4 sequences in all, or virtual_pipeline 1.",
+            "training.batch_size: 3 gives each data-parallel rank 3 sequences, not divisible by pipeline_parallel 2, "
+            "which virtual_pipeline requires. Use 2 or 4 sequences in all, or virtual_pipeline 1.",
         ),
         (
             2,
             {"distributed": {"pipeline_parallel": 2, "virtual_pipeline": 2, "micro_batch_size": 64}},
-            "distributed.micro_batch_size: 64 makes 1 micro-batches, which pipeline_parallel 2 does not divide, as "
-            "virtual_pipeline asks. Use 32, or virtual_pipeline 1.",
+            "distributed.micro_batch_size: 64 gives 1 micro-batches, not divisible by pipeline_parallel 2, which "
+            "virtual_pipeline requires. Use 32, or virtual_pipeline 1.",
         ),
         (
             2,

@@ -8,7 +8,7 @@ import torch
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
 from igla_mega.train import metrics
-from igla_mega.train.metrics import Trackers, rewind
+from igla_mega.train.trackers import Lines, Trackers, rewind, write_event
 
 QUIET = Logging(tensorboard=False)
 
@@ -113,7 +113,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp
         return really(descriptor, content[:12] if full else content)
 
     monkeypatch.setattr(metrics.os, "write", write)
-    file = metrics.Lines(tmp_path / "metrics.jsonl")
+    file = Lines(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
         full = step in (2, 3)
         file.add({"step": step})
@@ -123,7 +123,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp
 
 
 def test_a_file_that_cannot_be_made_yet_is_made_when_it_can(tmp_path):
-    file = metrics.Lines(tmp_path / "later" / "events.jsonl")
+    file = Lines(tmp_path / "later" / "events.jsonl")
     file.add({"step": 1})
     (tmp_path / "later").mkdir()
     file.add({"step": 2})
@@ -132,6 +132,6 @@ def test_a_file_that_cannot_be_made_yet_is_made_when_it_can(tmp_path):
 
 def test_a_line_that_a_killed_run_has_half_written_spoils_no_other(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"step": 2, "ev')
-    metrics.write_event(tmp_path, "resumed", 3, "from step 1")
+    write_event(tmp_path, "resumed", 3, "from step 1")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert lines[1] == '{"step": 2, "ev' and json.loads(lines[2])["step"] == 3 and len(lines) == 3

@@ -1,0 +1,81 @@
+"""Resolve a recipe once: its stages, each with a layout, on a number of ranks, and the base model it starts from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from igla_mega.config.features import Moe
+from igla_mega.config.schema import Model, Recipe
+from igla_mega.layout.layout import Layout
+from igla_mega.layout.stages import Stage, parts_of
+from igla_mega.plan.choose import stages_of
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as a checkpoint."""
+
+    checkpoint: Path
+    model: Model
+    moe: Moe | None
+    """Its experts, as the recipe trains them."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with nothing left open on these ranks. Frozen: `check` and `train` hand it down."""
+
+    recipe: Recipe
+    """The recipe as written to the run folder, with the base model's shape."""
+    parts: tuple[Recipe, ...]
+    """One recipe per entry of `stages:`, or the recipe alone. Each has a model, an optimizer and an objective."""
+    stages: tuple[Stage, ...]
+    base: Base | None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Layout of each stage."""
+        return tuple(stage.layout for stage in self.stages)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return self.stages[-1].last_step
+
+    @property
+    def part_ends(self) -> tuple[int, ...]:
+        """Step after which each part is complete."""
+        return tuple(list(group)[-1].last_step for _, group in groupby(self.stages, key=lambda stage: stage.part))
+
+    def first_stage(self, part: int) -> int:
+        """Return the index of the first stage of a part."""
+        return next(index for index, stage in enumerate(self.stages) if stage.part == part)
+
+
+def resolve(
+    recipe: Recipe,
+    world_size: int,
+    device: str,
+    *,
+    base: Base | None = None,
+    total_steps: Callable[[Recipe, Layout], int] = lambda recipe, layout: recipe.training.total_steps or 1,
+) -> Resolved:
+    """Resolve a recipe on `world_size` ranks of one device, `cpu` or `cuda`.
+
+    Args:
+        base: base model, for a recipe that names one.
+        total_steps: number of steps of a recipe without phases; it may depend on the size of the data.
+
+    Raises:
+        ConfigError: a stage does not fit; the message lists every breach.
+    """
+    parts = parts_of(recipe)
+    if base is not None:
+        parts[0] = parts[0].with_keys({"model": base.model, "moe": base.moe})
+    if recipe.stages is None:
+        recipe = parts[0]
+    else:
+        parts = [part.with_keys({"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
+        recipe = recipe.with_keys({"stages": tuple(parts)})
+    return Resolved(recipe, tuple(parts), tuple(stages_of(recipe, world_size, device, total_steps)), base)
