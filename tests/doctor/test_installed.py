@@ -80,7 +80,7 @@ def test_apex_is_told_from_the_project_of_its_name(tmp_path, monkeypatch, files,
 
 def test_packages_are_looked_up_and_not_imported():
     code = (
-        "import sys, igla_mega.doctor as d; before = set(sys.modules); d.rows(); "
+        "import sys, igla_mega.doctor.installed as d; before = set(sys.modules); d.rows(); "
         "sys.exit(bool({'transformers', 'wandb', 'bitsandbytes', 'megatron.core'} & (set(sys.modules) - before)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
