@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -28,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.rules import FP8_CAPABILITY
+from igla_mega.distributed import megatron_patches
 from igla_mega.model.experts import use_experts
 from igla_mega.ops.pointwise import rms_norm, rotate, swiglu
 from igla_mega.ops.ring_attention import Kept, ring_attention
@@ -184,7 +184,7 @@ def use_transformer_engine(kernels: str, device: torch.device) -> bool:
 
 def use_fused_positions() -> None:
     """Have megatron-core's `apply_rope_fusion` turn by our kernel, which also takes rows of several documents."""
-    rope_utils.fused_apply_rotary_pos_emb = rotate
+    megatron_patches.use_rotary_kernel(rotate)
 
 
 def fp8_settings(fp8_recipe: str, device: torch.device, transformer_engine: bool) -> dict[str, str]:
