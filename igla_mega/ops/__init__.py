@@ -1,11 +1,11 @@
-"""Tensor ops in the dispatcher namespace `igla`: a reference in torch, and faster kernels once `csrc/` is built."""
+"""Register the tensor ops of the dispatcher namespace `igla`: references in torch, and kernels if `csrc/` is built."""
 
 import warnings
 from pathlib import Path
 
 import torch
 
-from igla_mega.ops import (  # noqa: F401  (schemas and references come before the kernels)
+from igla_mega.ops import (  # noqa: F401  (registers schemas and references before the kernels)
     accumulate,
     cross_entropy,
     ewc_penalty,
@@ -14,6 +14,7 @@ from igla_mega.ops import (  # noqa: F401  (schemas and references come before t
     pointwise,
 )
 
+# Ops with a kernel of `csrc/` for both the CPU and CUDA.
 OPS = (
     "softmax_statistics",
     "softmax_gradient_",
@@ -23,12 +24,12 @@ OPS = (
     "ewc_pull_",
 )
 HOST_OPS = ("rms_norm", "rms_norm_gradient", "swiglu", "swiglu_gradient", "rotate")
-"""Those that csrc has for the CPU alone: on CUDA torch.compile makes a kernel of each reference."""
+"""Ops with a kernel of `csrc/` for the CPU only: on CUDA torch.compile compiles each reference."""
 _BUILD = "pip install --no-build-isolation --no-deps -e ."
 
 
 def _load_kernels(folder: Path) -> str | None:
-    """Load the built library of `folder`; the reason in words when it is absent or does not load."""
+    """Load the built library of `folder`; return the reason if it is missing or does not load, else None."""
     libraries = sorted(folder.glob("_C*.so"))
     if not libraries:
         return f"csrc/ is not built; build it with `{_BUILD}`"
@@ -37,7 +38,7 @@ def _load_kernels(folder: Path) -> str | None:
     except (OSError, RuntimeError) as error:
         problem = (
             f"{libraries[0].name} was built against another torch than {torch.__version__} and does not load; "
-            f"the torch reference answers, slower. Build again with `{_BUILD}`. ({error.__cause__ or error})"
+            f"the slower torch reference is used. Build again with `{_BUILD}`. ({error.__cause__ or error})"
         )
         warnings.warn(problem, RuntimeWarning, stacklevel=2)
         return problem
@@ -45,11 +46,11 @@ def _load_kernels(folder: Path) -> str | None:
 
 
 why_no_kernels = _load_kernels(Path(__file__).resolve().parent.parent)
-"""Why the built library is not in use, in words; None when it is."""
+"""Reason why the built library is not in use; None if it is."""
 
 
 def kernels() -> dict[str, dict[str, bool]]:
-    """For each op whether a compiled kernel answers on the CPU and on CUDA; where not, the torch reference does."""
+    """Return for each op whether it has a compiled kernel on the CPU and on CUDA; without one the reference runs."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
         op: {"cpu": has(f"igla::{op}", "CPU"), "cuda": op in HOST_OPS or has(f"igla::{op}", "CUDA")}
@@ -58,7 +59,7 @@ def kernels() -> dict[str, dict[str, bool]]:
 
 
 def require_kernels(device: str) -> None:
-    """Answer `kernels: require`.
+    """Check that every op has a compiled kernel, for recipes with `kernels: require`.
 
     Args:
         device: "cpu" or "cuda".
