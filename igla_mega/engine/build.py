@@ -98,7 +98,9 @@ def _chunks(
         moe=recipe.moe,
         capacity_factor=recipe.training.expert_capacity_factor,
     )
-    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine, moe=recipe.moe)
+    chunks = build.build_chunks(
+        config, model, transformer_engine=transformer_engine, moe=recipe.moe, fused=where.fused_layers
+    )
     switch = None
     if recipe.lora is not None:
         quantized = recipe.quantization

@@ -204,7 +204,12 @@ def transformer_config(
 
 
 def build_chunks(
-    config: TransformerConfig, model: Model, *, transformer_engine: bool = False, moe: Moe | None = None
+    config: TransformerConfig,
+    model: Model,
+    *,
+    transformer_engine: bool = False,
+    moe: Moe | None = None,
+    fused: bool = True,
 ) -> list[CausalLM]:
     """Build this rank's pipeline chunks, as a rule without allocating their weights (torch's meta device)."""
     padded_vocab = math.ceil(model.vocab_size / config.tensor_model_parallel_size) * config.tensor_model_parallel_size
@@ -217,7 +222,7 @@ def build_chunks(
         with torch.device(where):
             chunk = CausalLM(
                 config,
-                block_spec(config, stage, transformer_engine, moe),
+                block_spec(config, stage, transformer_engine, moe, fused=fused),
                 vocab_size=padded_vocab,
                 max_sequence_length=model.max_position,
                 pre_process=first,

@@ -1,8 +1,8 @@
 """Compute attention of one block of queries to one block of keys with torch's fused kernels, and its log-sum-exp.
 
 Tensors are [B, H, S, D] in any strides with D innermost; keys and values may have fewer heads (Hk), each of which
-serves H / Hk query heads. Every query sees a key: `ops/visibility.py` builds only such blocks, so the kernels' differing
-conventions for an empty row do not matter here. `lse` is fp32 (fp64 for fp64), natural log.
+serves H / Hk query heads. Every query sees a key: `ops/visibility.py` builds only such blocks, so it does not matter
+that kernels treat an empty row differently. `lse` is fp32 (fp64 for fp64), natural log.
 
 The backward pass takes the output and log-sum-exp of the *whole* row, over all blocks: the probabilities
 `exp(score - lse)` are then those of the full softmax, so the gradients of the blocks are exact and add up.

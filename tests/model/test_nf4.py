@@ -65,7 +65,7 @@ def test_shards_are_those_of_the_whole(shape, num_ranks):
 
 
 def uneven():
-    with pytest.raises(ConfigError, match="2 leaves 96 weights of a row on a rank, no multiple of NF4's 64"):
+    with pytest.raises(ConfigError, match="2 leaves 96 weights of a row on a rank, not a multiple of NF4's 64"):
         Nf4(torch.randn(8, 96), dim=1, group=dist.group.WORLD)
 
 

@@ -106,6 +106,6 @@ def test_an_fp8_recipe_that_the_gpu_lacks_names_those_it_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert fp8_settings("blockwise", torch.device("cuda"), True) == {"fp8": "hybrid", "fp8_recipe": "blockwise"}
-    with pytest.raises(ConfigError, match=r"needs compute capability 10\.0, and NVIDIA H200 has 9\.0") as raised:
+    with pytest.raises(ConfigError, match=r"needs compute capability 10\.0, but NVIDIA H200 has 9\.0") as raised:
         fp8_settings("mxfp8", torch.device("cuda"), True)
     assert "Use tensorwise or delayed or blockwise" in str(raised.value)
