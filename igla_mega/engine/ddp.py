@@ -49,8 +49,8 @@ def wrap(
     )
     for chunk in chunks:
         chunk.overlaps_reduction = overlap  # type: ignore[assignment]
-    # Buckets let a chunk's reduction start before its backward pass ends. Only the first chunk needs them: it is the last
-    # in the backward pass, and whole reductions of the other chunks already overlap the compute of those before them.
+    # Buckets let a chunk's reduction start before its backward pass ends. Only the first chunk needs them: it comes last
+    # in the backward pass, and the reductions of the other chunks already overlap the compute of those before them.
     return [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

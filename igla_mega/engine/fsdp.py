@@ -35,8 +35,8 @@ def wrap(chunk: GPTModel, mesh: Mesh, dtype: torch.dtype, device: torch.device) 
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32,
-        # The default casts every input of a layer, including the rotary angles. bf16 has 8 significant bits: an angle of
-        # 2000 radians would be off by up to 4.
+        # The default casts every input of a layer, including the rotary angles. bf16 has 8 significant bits: an angle
+        # of 2000 radians would be off by up to 4.
         cast_forward_inputs=False,
     )
     device_mesh = DeviceMesh.from_group(mesh.data_context.group, device.type)
@@ -173,8 +173,8 @@ class ShardedAdamW:
     def _complete_norms(self, hooks: ExitStack) -> None:
         """Sum the gradients of norms over tensor ranks as soon as they exist, under sequence parallelism.
 
-        Normally `_finalize` completes them, but here they are squared before that. The hooks go on the gathered weights,
-        which exist only after a unit's all-gather, so a forward hook of their module adds them.
+        Normally `_finalize` completes them, but here they are squared before that. The hooks go on the gathered
+        weights, which exist only after a unit's all-gather, so a forward hook of their module adds them.
         """
         partial = {id(param): shard for shard, param in self.params if shard.sequence_parallel}
         hooked: set[int] = set()

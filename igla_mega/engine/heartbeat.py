@@ -197,8 +197,8 @@ def followed(heartbeat: Heartbeat) -> Iterator[None]:
 
     with ExitStack() as undo:
         for method, name in COLLECTIVES.items():
-            # Restored from `vars`: getattr would return the function instead of its descriptor. Methods that this version
-            # of torch does not have are skipped.
+            # Restored from `vars`: getattr would return the function instead of its descriptor. Methods that this
+            # version of torch does not have are skipped.
             if (descriptor := vars(dist.ProcessGroup).get(method)) is not None:
                 setattr(dist.ProcessGroup, method, tracked(name, getattr(dist.ProcessGroup, method)))
                 undo.callback(setattr, dist.ProcessGroup, method, descriptor)

@@ -188,8 +188,8 @@ def shards_of(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int) -> Shards
             # experts, or act as data-parallel ranks for them.
             param.tensor_model_parallel = expert or dim is not None  # type: ignore[attr-defined]
             if expert:
-                # megatron-core sums gradients with this mark over `expert_data`, and sets it only under expert parallelism;
-                # tensor parallelism alone already changes which ranks hold the same expert.
+                # megatron-core sums gradients with this mark over `expert_data`, and sets it only under expert
+                # parallelism; tensor parallelism alone already changes which ranks hold the same expert.
                 param.allreduce = False  # type: ignore[attr-defined]
             if dim is not None:
                 param.partition_dim, param.partition_stride = dim, 1  # type: ignore[attr-defined]
