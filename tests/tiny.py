@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from igla_mega.config.schema import Recipe
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.distributed.mesh import build_mesh
 from igla_mega.engine.build import build_engine
 from igla_mega.engine.step import train_step
@@ -60,12 +61,12 @@ def batches(step: int, layout, data_rank: int):
     mbs = layout.micro_batch_size
     for m in range(layout.num_microbatches):
         at = (m * layout.data + data_rank) * mbs
-        yield {
-            "tokens": rows[at : at + mbs, :-1].contiguous(),
-            "labels": rows[at : at + mbs, 1:].contiguous(),
-            "loss_mask": mask[at : at + mbs],
-            "position_ids": torch.arange(length).expand(mbs, length),
-        }
+        yield MicroBatch(
+            tokens=rows[at : at + mbs, :-1].contiguous(),
+            labels=rows[at : at + mbs, 1:].contiguous(),
+            loss_mask=mask[at : at + mbs],
+            position_ids=torch.arange(length).expand(mbs, length),
+        )
 
 
 def steps(built, first: int, last: int, learning_rate: float = 1e-2) -> list[tuple[float, float]]:

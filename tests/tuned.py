@@ -8,6 +8,7 @@ from igla_mega.checkpoint import adapters, hugging_face
 from igla_mega.checkpoint.load import load_weights
 from igla_mega.checkpoint.pieces import read_whole
 from igla_mega.config.features import Lora
+from igla_mega.distributed.mesh import build_mesh
 from igla_mega.engine import ddp, fsdp
 from igla_mega.engine.step import Engine, train_step
 from igla_mega.model import build, lora, nf4
@@ -32,7 +33,7 @@ def engine(recipe, section: Lora | None, *, base=None, start=None, quantized=Non
         mesh: of an engine made before in this process.
     """
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
-    mesh = mesh or mesh.build(layout, recipe.training.seed)
+    mesh = mesh or build_mesh(layout, recipe.training.seed)
     sharded, dtype = layout.strategy == "FSDP", DTYPES[recipe.distributed.precision]
     config = build.transformer_config(
         recipe.model,
@@ -130,8 +131,7 @@ def seeded(batches, built, step, seed):
     layout = built.layout
     for m, batch in enumerate(batches):
         first = step * tiny.ROWS + (m * layout.data + built.mesh.data.rank) * layout.micro_batch_size
-        lora.seed_dropout(seed, first)
-        yield batch
+        yield batch._replace(dropout_seed=(seed, first))
 
 
 def llama(path, **changes):
@@ -205,12 +205,12 @@ def peft_steps(wrapped, num_steps: int, recipe):
     for step in range(num_steps):
         adam.zero_grad()
         batches = list(tiny.batches(step, layout, 0))
-        targets = sum(b["loss_mask"].sum() for b in batches)
+        targets = sum(b.loss_mask.sum() for b in batches)
         total = 0.0
         for b in batches:
-            logits = wrapped(b["tokens"]).logits
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), b["labels"].flatten(), reduction="none")
-            loss = (losses * b["loss_mask"].flatten()).sum() / targets
+            logits = wrapped(b.tokens).logits
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="none")
+            loss = (losses * b.loss_mask.flatten()).sum() / targets
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(params, training.gradient_clip)

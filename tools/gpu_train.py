@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parent / "bench"))
 from igla_mega.checkpoint import store
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import build_mesh, init_process_groups
 from igla_mega.engine.build import build_engine
@@ -141,15 +142,15 @@ def _steps(recipe: Recipe, layout: Layout, device: torch.device, base: Path | No
     assert recipe.model is not None
     size, length, vocabulary = layout.micro_batch_size, layout.sequence_length, recipe.model.vocab_size
 
-    def batches() -> Iterator[dict]:
+    def batches() -> Iterator[MicroBatch]:
         for _ in range(layout.num_microbatches):
             tokens = torch.randint(0, vocabulary, (size, length + 1), device=device)
-            yield {
-                "tokens": tokens[:, :-1].contiguous(),
-                "labels": tokens[:, 1:].contiguous(),
-                "loss_mask": torch.ones(size, length, device=device),
-                "position_ids": torch.arange(length, device=device).expand(size, length),
-            }
+            yield MicroBatch(
+                tokens=tokens[:, :-1].contiguous(),
+                labels=tokens[:, 1:].contiguous(),
+                loss_mask=torch.ones(size, length, device=device),
+                position_ids=torch.arange(length, device=device).expand(size, length),
+            )
 
     return timed(lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=1e-4), device)
 

@@ -21,7 +21,7 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple
 
     Of adapters, with their base, which is coded in 4 bits where it was in training.
 
-    Joins process groups of this process alone unless they were joined before; `parallel.stop` leaves them.
+    Joins process groups of this process alone unless they were joined before; `destroy_process_groups` leaves them.
 
     Args:
         dtype: of the weights as the modules see them.

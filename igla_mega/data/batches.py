@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from igla_mega.data.blend import Blend, changing_blend
 from igla_mega.data.document_packing import PackedRows
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.loader import open_loader
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.data.windows import Windows
 
-Batch = dict[str, Any]
 Borders = tuple[np.ndarray, int]
 """Where documents begin within a row, behind its first token, and the number of its inputs."""
 
@@ -64,12 +64,12 @@ class Dataset(Protocol):
     def notes(self) -> list[str]:
         """What to say at the start."""
 
-    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]: ...
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]: ...
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]: ...
     def windows_per_epoch(self) -> dict[str, int]: ...
     def validation_names(self) -> list[str]: ...
     def num_validation_samples(self, name: str) -> int: ...
-    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]: ...
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]: ...
     def fingerprint(self) -> str: ...
 
 
@@ -173,7 +173,7 @@ class Corpus:
             starts[here] = windows.starts(indices[here])
         return [(self.blend.names[source], int(start)) for source, start in zip(sources, starts, strict=True)]
 
-    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
         """The micro-batches of one rank at one step (counted from 0), in order.
 
         Yields:
@@ -185,7 +185,7 @@ class Corpus:
         """
         return self._loader.step(step, share)
 
-    def _micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
+    def _micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
         for microbatch in range(share.num_microbatches):
             samples = step * share.global_batch + share.rows(microbatch)
             if self._packed:
@@ -194,7 +194,7 @@ class Corpus:
             borders = [self._borders(*place) for place in self._places(samples)] if self.document_mask else None
             yield self._batch(self.rows(samples), borders=borders)
 
-    def _packed_batch(self, samples: np.ndarray) -> Batch:
+    def _packed_batch(self, samples: np.ndarray) -> MicroBatch:
         """Rows of whole documents; padding is a document of its own, and no target."""
         shape = (len(samples), self.sequence_length)
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -225,13 +225,7 @@ class Corpus:
                 positions[row, borders[-1] :] -= borders[-1]
                 borders.append(self.sequence_length)
             documents.append(borders)
-        arrays: dict[str, np.ndarray] = {
-            "tokens": tokens,
-            "labels": labels,
-            "loss_mask": mask,
-            "position_ids": positions,
-        }
-        return {**{key: as_tensor(array) for key, array in arrays.items()}, "documents": documents}
+        return MicroBatch(as_tensor(tokens), as_tensor(labels), as_tensor(mask), as_tensor(positions), documents)
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
         """What one step consumes, ready for JSON: by source, `samples` [first, end) and `epochs` [first, last].
@@ -276,7 +270,7 @@ class Corpus:
         first, end = self._validation[name]
         return max((end - first - 1) // self.sequence_length, 1)
 
-    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]:
         """Validation samples of one source, in the order of the file, the same at every call.
 
         Every rank gets equally many micro-batches: what goes beyond the split is filled with rows of loss_mask 0, and
@@ -322,7 +316,7 @@ class Corpus:
 
     def _batch(
         self, rows: np.ndarray, loss_mask: np.ndarray | None = None, borders: list[Borders] | None = None
-    ) -> Batch:
+    ) -> MicroBatch:
         shape = (len(rows), self.sequence_length)
         mask = np.ones(shape, np.float32) if loss_mask is None else loss_mask
         positions = np.tile(np.arange(self.sequence_length), (len(rows), 1))
@@ -332,13 +326,8 @@ class Corpus:
             documents.append([0, *starts[starts < num_inputs].tolist(), num_inputs])
             for first, stop in itertools.pairwise(documents[-1]):
                 positions[row, first:stop] -= first
-        batch = {
-            "tokens": as_tensor(rows[:, :-1]),
-            "labels": as_tensor(rows[:, 1:]),
-            "loss_mask": as_tensor(mask),
-            "position_ids": as_tensor(positions),
-        }
-        return batch if borders is None else {**batch, "documents": documents}
+        tokens, labels = as_tensor(rows[:, :-1]), as_tensor(rows[:, 1:])
+        return MicroBatch(tokens, labels, as_tensor(mask), as_tensor(positions), documents if borders else None)
 
 
 def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
@@ -363,16 +352,16 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     return tensor
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
     """The batches' tensors where the model is."""
     if device.type == "cpu":
         return batches
 
-    def moved(value):
-        # Page-locked: from other memory the host would wait for the copy.
-        return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        # Page-locked: from pageable memory the host would wait for the copy.
+        return tensor.pin_memory().to(device, non_blocking=True)
 
-    return ({name: moved(value) for name, value in batch.items()} for batch in batches)
+    return (batch.map_tensors(moved) for batch in batches)
 
 
 def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Batch, BatchShard, as_tensor, fingerprint_of
+from igla_mega.data.batches import BatchShard, as_tensor, fingerprint_of
 from igla_mega.data.chat import Sample
 from igla_mega.data.indexed import IndexedReader
+from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
 from igla_mega.data.packing import Packing, Row, fill_row
 from igla_mega.data.pairs import Pair, rows_of
 from igla_mega.data.prepared import TARGETS
@@ -121,8 +122,8 @@ class Conversations(_Samples):
         first, stop = (int(self._starts[name][i]) for i in (index, index + 1))
         return Sample(self._tokens(name, index), self._targets[name].tokens(first, stop).astype(bool))
 
-    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
-        """The micro-batches of one rank at one step, as `objective.language.Batch`."""
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
+        """The micro-batches of one rank at one step."""
         for microbatch in range(share.num_microbatches):
             rows = step * share.global_batch + share.rows(microbatch)
             yield self._batch([self._row(self._packing, self._train, int(row)) for row in rows])
@@ -130,9 +131,9 @@ class Conversations(_Samples):
     def _row(self, packing: Packing, samples: Sequence[tuple[str, int]], row: int) -> Row:
         return fill_row([self._sample(*samples[i]) for i in packing.samples(row)], self.sequence_length, 0)
 
-    def _batch(self, rows: Sequence[Row]) -> Batch:
+    def _batch(self, rows: Sequence[Row]) -> MicroBatch:
         batch = batch_of(rows)
-        return {**batch, "documents": [row.documents for row in rows]} if self.pack else batch
+        return batch._replace(documents=[row.documents for row in rows]) if self.pack else batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
         """Rows that one step consumes, counted from the start of training."""
@@ -145,7 +146,7 @@ class Conversations(_Samples):
     def num_validation_samples(self, name: str) -> int:
         return self._validation[name].num_rows
 
-    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]:
         """Rows held out of a source, the same at every call; filled up with rows of no target."""
         packing = self._validation[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
@@ -167,7 +168,7 @@ class Pairs(_Samples):
         """Pairs of a source, those held out among them."""
         return self.readers[name].num_documents // self.documents_each
 
-    def all_pairs(self, name: str, share: BatchShard) -> Iterator[Batch]:
+    def all_pairs(self, name: str, share: BatchShard) -> Iterator[MicroBatch]:
         """Micro-batches of every pair of a source in the order of the file, filled up with its first."""
         count = self.num_pairs(name)
         for first in range(0, count, share.global_batch):
@@ -175,8 +176,8 @@ class Pairs(_Samples):
                 numbers = first + share.rows(microbatch)
                 yield self._batch([(name, int(n) if n < count else 0) for n in numbers])
 
-    def micro_batches(self, step: int, share: BatchShard) -> Iterator[Batch]:
-        """The micro-batches of one rank at one step, as `objective.dpo.Batch`."""
+    def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
+        """The micro-batches of one rank at one step."""
         size = len(self._train)
         for microbatch in range(share.num_microbatches):
             drawn = []
@@ -189,10 +190,11 @@ class Pairs(_Samples):
     def _pair(self, name: str, index: int) -> Pair:
         return Pair(*(self._tokens(name, 3 * index + part) for part in range(3)))
 
-    def _batch(self, drawn: Sequence[tuple[str, int]]) -> Batch:
+    def _batch(self, drawn: Sequence[tuple[str, int]]) -> MicroBatch:
         batch = batch_of(rows_of([self._pair(*one) for one in drawn], self.sequence_length, 0))
         if self.reference is not None:
-            batch["reference"] = as_tensor(np.concatenate([self.reference[name][i] for name, i in drawn]))
+            reference = np.concatenate([self.reference[name][i] for name, i in drawn])
+            batch = batch._replace(reference=as_tensor(reference))
         return batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
@@ -206,7 +208,7 @@ class Pairs(_Samples):
     def num_validation_samples(self, name: str) -> int:
         return len(self._held_out[name])
 
-    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[Batch]:
+    def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]:
         """Pairs held out of a source, the same at every call; the last batch begins anew where they do not fill it."""
         held = self._held_out[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
@@ -214,7 +216,9 @@ class Pairs(_Samples):
             yield self._batch([held[int(n) % len(held)] for n in numbers])
 
 
-def batch_of(rows: Sequence[Row]) -> Batch:
+def batch_of(rows: Sequence[Row]) -> MicroBatch:
     """Rows as tensors."""
-    names = ("tokens", "labels", "loss_mask", "position_ids")
-    return {name: as_tensor(np.stack([getattr(row, name) for row in rows])) for name in names}
+    tokens, labels, loss_mask, positions = (
+        as_tensor(np.stack([getattr(row, name) for row in rows])) for name in SEQUENCES
+    )
+    return MicroBatch(tokens, labels, loss_mask, positions)

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
 from igla_mega.data.prefetch import Make, steps_from
-
-_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class Dali:
@@ -32,29 +31,30 @@ class Dali:
         self._make, self._depth = make, max(depth, 1)
         self._next: tuple[int, Hashable] | None = None
         self._pipeline: Any = None
-        self._source: Iterator[tuple[dict[str, Any], bool]] = iter(())
-        self._said: deque[tuple[dict[str, Any], bool]] = deque()
-        """Of each batch under way what is no tensor, and whether it is its step's last."""
+        self._source: Iterator[tuple[MicroBatch, bool]] = iter(())
+        self._under_way: deque[tuple[MicroBatch, bool]] = deque()
+        """Batches inside the pipeline, and whether each is the last of its step."""
 
-    def step(self, step: int, share: Any) -> Iterator[dict[str, Any]]:
+    def step(self, step: int, share: Any) -> Iterator[MicroBatch]:
         """The micro-batches of a step, in order."""
         if self._next != (step, share):
             self._source = steps_from(self._make, step, share)
-            self._said.clear()
+            self._under_way.clear()
             self._pipeline = self._built()
         self._next = None
         is_last = False
         while not is_last:
-            outputs = self._pipeline.run()
-            said, is_last = self._said.popleft()
+            tensors = [_tensor(output) for output in self._pipeline.run()]
+            batch, is_last = self._under_way.popleft()
             if is_last:
                 self._next = step + 1, share
-            yield {**{name: _tensor(value) for name, value in zip(_TENSORS, outputs, strict=True)}, **said}
+            changed: dict[str, Any] = dict(zip(SEQUENCES, tensors, strict=True))
+            yield batch._replace(**changed)
 
     def _feed(self) -> tuple[np.ndarray, ...]:
         batch, is_last = next(self._source)
-        self._said.append(({name: value for name, value in batch.items() if name not in _TENSORS}, is_last))
-        return tuple(batch[name].numpy() for name in _TENSORS)
+        self._under_way.append((batch, is_last))
+        return tuple(getattr(batch, name).numpy() for name in SEQUENCES)
 
     def _built(self) -> Any:
         cuda = torch.cuda.is_available()
@@ -65,7 +65,7 @@ class Dali:
             prefetch_queue_depth=self._depth,
         )
         with pipeline:
-            outputs = self._dali.fn.external_source(source=self._feed, num_outputs=len(_TENSORS), batch=True)
+            outputs = self._dali.fn.external_source(source=self._feed, num_outputs=len(SEQUENCES), batch=True)
             pipeline.set_outputs(*[output.gpu() if cuda else output for output in outputs])
         pipeline.build()
         return pipeline

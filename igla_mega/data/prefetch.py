@@ -1,18 +1,19 @@
 """Micro-batches put together ahead of their step: the one interface of both loaders."""
 
-import queue
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
-Make = Callable[[int, Any], Iterator[dict[str, Any]]]
+from igla_mega.data.ahead import ahead
+from igla_mega.data.micro_batch import MicroBatch
+
+Make = Callable[[int, Any], Iterator[MicroBatch]]
 """Of a step and a rank's share, its micro-batches."""
 
 
 class Loader(Protocol):
     """Gives the micro-batches of one step after another; any other order costs what was put together ahead."""
 
-    def step(self, step: int, share: Any) -> Iterator[dict[str, Any]]: ...
+    def step(self, step: int, share: Any) -> Iterator[MicroBatch]: ...
 
 
 class Prefetch:
@@ -25,9 +26,9 @@ class Prefetch:
         """
         self._make, self._depth = make, depth
         self._next: tuple[int, Hashable] | None = None
-        self._stream: Iterator[tuple[dict[str, Any], bool]] = iter(())
+        self._stream: Iterator[tuple[MicroBatch, bool]] = iter(())
 
-    def step(self, step: int, share: Any) -> Iterator[dict[str, Any]]:
+    def step(self, step: int, share: Any) -> Iterator[MicroBatch]:
         """The micro-batches of a step, in order."""
         if self._depth == 0:
             yield from self._make(step, share)
@@ -50,10 +51,10 @@ class Prefetch:
             close()
 
 
-def steps_from(make: Make, step: int, share: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+def steps_from(make: Make, step: int, share: Any) -> Iterator[tuple[MicroBatch, bool]]:
     """The micro-batches of this step and all that follow, each with whether it is its step's last."""
     while True:
-        held: dict[str, Any] | None = None
+        held: MicroBatch | None = None
         failure: Exception | None = None
         batches = make(step, share)
         while failure is None:
@@ -69,39 +70,3 @@ def steps_from(make: Make, step: int, share: Any) -> Iterator[tuple[dict[str, An
         if failure is not None:
             raise failure
         step += 1
-
-
-def ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """The same items, made by a thread of their own, at most `depth` ahead."""
-    waiting: queue.Queue = queue.Queue(depth)
-    ended = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not ended.is_set():
-            try:
-                waiting.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:  # raised where the items are used
-            put((None, error))
-
-    threading.Thread(target=work, daemon=True, name="read ahead").start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        ended.set()

@@ -18,6 +18,7 @@ from igla_mega.engine import ddp, fsdp
 from igla_mega.engine.step import Engine
 from igla_mega.layout.layout import Layout
 from igla_mega.model import build, lora
+from igla_mega.model.output import Output, SummedLoss, TokenLogProbs
 from igla_mega.model.shards import Shards, local_runs, named_shards, shards_of
 from igla_mega.model.spec import DTYPES, fp8_settings, graph_settings, use_transformer_engine
 
@@ -60,7 +61,7 @@ def build_engine(
         chunks,
         config,
         distributed_optimizer=layout.distributed_optimizer and mesh.data_context.size > 1,
-        overlap=recipe.distributed.overlap_communication and device.type == "cuda",
+        overlap=_overlaps(recipe, device),
     )
     adam = ddp.MegatronAdamW(wrapped, shards, mesh, config, recipe.training, recipe.optimizer)
     if dtype != torch.float32 and (initialize or recipe.lora is not None):
@@ -98,18 +99,37 @@ def _chunks(
         moe=recipe.moe,
         capacity_factor=recipe.training.expert_capacity_factor,
     )
+    output = _output(recipe, overlap=_overlaps(recipe, device))
     chunks = build.build_chunks(
-        config, model, transformer_engine=transformer_engine, moe=recipe.moe, fused=where.fused_layers
+        config,
+        model,
+        transformer_engine=transformer_engine,
+        moe=recipe.moe,
+        output=output,
+        fused=where.fused_layers,
     )
     switch = None
     if recipe.lora is not None:
         quantized = recipe.quantization
         switch = frozen_base.attach(chunks, recipe.lora, quantized, base, mesh, model.vocab_size, config.params_dtype)
-    for chunk in chunks:
-        chunk.log_probs = recipe.dpo is not None
-        chunk.loss_chunk = None if where.loss_chunk == "auto" else where.loss_chunk
-        chunk.sparse_loss_mask = recipe.form == "instructions"
     return chunks, shards_of(chunks, mesh, model.vocab_size), config, switch
+
+
+def _overlaps(recipe: Recipe, device: torch.device) -> bool:
+    """Return True if data parallelism reduces gradients while the backward pass runs."""
+    return recipe.distributed.overlap_communication and device.type == "cuda"
+
+
+def _output(recipe: Recipe, *, overlap: bool) -> Output:
+    """Choose what the last stage returns: log-probabilities for preference pairs, else the summed loss."""
+    if recipe.dpo is not None:
+        return TokenLogProbs()
+    chunk = recipe.distributed.loss_chunk
+    return SummedLoss(
+        chunk=None if chunk == "auto" else chunk,
+        sparse_loss_mask=recipe.form == "instructions",
+        into_main_grad=not overlap,
+    )
 
 
 def frozen_chunks(

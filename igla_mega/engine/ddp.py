@@ -47,9 +47,7 @@ def wrap(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed_optimizer,
     )
-    for chunk in chunks:
-        chunk.overlaps_reduction = overlap  # type: ignore[assignment]
-    # Buckets let a chunk's reduction start before its backward pass ends. Only the first chunk needs them: it comes last
+    # Buckets let a chunk's reduction start before its backward pass ends. Only the first chunk needs them: it is last
     # in the backward pass, and the reductions of the other chunks already overlap the compute of those before them.
     return [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)

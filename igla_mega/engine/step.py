@@ -10,19 +10,19 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from igla_mega.data.micro_batch import SEQUENCES, MicroBatch, Routing
 from igla_mega.distributed.mesh import Axis, Mesh
 from igla_mega.engine.heartbeat import Heartbeat
 from igla_mega.engine.optimizer import BadStep, Optimizer
 from igla_mega.layout.layout import Layout
-from igla_mega.model.lora import Switch, seed_dropout
-from igla_mega.model.router import Load, MicroBatch, bias_states, collect, move_biases, shared_of
+from igla_mega.model.lora import Switch
+from igla_mega.model.router import Load, bias_states, collect, move_biases, router_context
 from igla_mega.model.shards import ParameterState
 from igla_mega.objective import language
 from igla_mega.objective.ewc import Ewc, Pull
-from igla_mega.objective.language import Batch
 from igla_mega.ops.zigzag import zigzag_shard
 
-ForwardStep = Callable[[Iterator[Batch], nn.Module], Any]
+ForwardStep = Callable[[Iterator[MicroBatch], nn.Module], Any]
 """megatron-core's: runs one micro-batch through a chunk; the report that its loss gives is fp64: the summed loss, the
 number of targets, then sums of an objective's metrics."""
 
@@ -34,7 +34,7 @@ class Objective:
     forward_step: ForwardStep = language.forward_step
     metrics: tuple[str, ...] = ()
     """Names of the means that are reported beside the loss."""
-    completed: Callable[["Engine", Iterator[Batch]], Iterator[Batch]] | None = None
+    completed: Callable[["Engine", Iterator[MicroBatch]], Iterator[MicroBatch]] | None = None
     """Adds to micro-batches what must be known before the step (the reference of preference optimization)."""
 
 
@@ -79,7 +79,7 @@ class StepReport:
 
 def train_step(
     engine: Engine,
-    batches: Iterator[Batch],
+    batches: Iterator[MicroBatch],
     *,
     step: int,
     seed: int,
@@ -122,13 +122,13 @@ def train_step(
     return StepReport(loss, grad_norm, pull, dict(zip(engine.objective.metrics, metrics, strict=True)), load)
 
 
-def evaluate(engine: Engine, batches: Iterator[Batch], num_batches: int) -> float:
+def evaluate(engine: Engine, batches: Iterator[MicroBatch], num_batches: int) -> float:
     """Mean loss over `num_batches` global batches, in nats per target token."""
     return measure(engine, batches, num_batches)["loss"]
 
 
 @torch.no_grad()
-def measure(engine: Engine, batches: Iterator[Batch], num_batches: int) -> dict[str, float]:
+def measure(engine: Engine, batches: Iterator[MicroBatch], num_batches: int) -> dict[str, float]:
     """Mean loss (nats per target token; of preference optimization, per pair) and what else the objective reports."""
     for chunk in engine.chunks:
         chunk.eval()
@@ -147,7 +147,7 @@ def means(sums: Sequence[float]) -> list[float]:
     return [value / max(sums[1], 1.0) for value in (sums[0], *sums[2:])]
 
 
-def forward_backward(engine: Engine, batches: Iterator[Batch], *, forward_only: bool) -> list[float]:
+def forward_backward(engine: Engine, batches: Iterator[MicroBatch], *, forward_only: bool) -> list[float]:
     """Run megatron-core's schedule; return the report's sums over the global batch: loss, targets, metrics."""
     reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=forward_only)
     return _summed(engine, reports)
@@ -164,14 +164,15 @@ def _summed(engine: Engine, reports: list) -> list[float]:
 
 
 def scheduled(
-    engine: Engine, chunks: Sequence[nn.Module], batches: Iterator[Batch], step: ForwardStep, *, forward_only: bool
+    engine: Engine, chunks: Sequence[nn.Module], batches: Iterator[MicroBatch], step: ForwardStep, *, forward_only: bool
 ) -> list:
     """What `step` reports of each micro-batch of a global one on the last pipeline stage; nothing on the others."""
     layout, several = engine.layout, len(chunks) > 1
     # Each interleaved chunk walks over the same micro-batches by itself.
     iterators = _tee(batches, len(chunks), layout.num_microbatches) if several else [batches]
-    told = [_with_router_context(iterator, engine, chunk) for iterator, chunk in zip(iterators, chunks, strict=True)]
-    own = [engine.heartbeat.drawn(_shard_for_context_parallel(iterator, engine.mesh.context)) for iterator in told]
+    routed = router_context(chunks[0]) is not None
+    prepared = [_for_this_rank(iterator, engine, routed=routed) for iterator in iterators]
+    own = [engine.heartbeat.drawn(iterator) for iterator in prepared]
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=own if several else own[0],
@@ -183,49 +184,47 @@ def scheduled(
     )
 
 
-def _with_dropout_seeds(batches: Iterator[Batch], engine: Engine, step: int, seed: int) -> Iterator[Batch]:
-    """Number the rows of each micro-batch: the masks of dropout are drawn by row, the same in every layout."""
+def _with_dropout_seeds(batches: Iterator[MicroBatch], engine: Engine, step: int, seed: int) -> Iterator[MicroBatch]:
+    """Number the rows of each micro-batch: dropout masks are drawn per row, so they are the same in every layout."""
     layout = engine.layout
     for number, batch in enumerate(batches):
         place = (step * layout.num_microbatches + number) * layout.data + engine.mesh.data.rank
-        yield {**batch, "dropout": (seed, place * layout.micro_batch_size * layout.rows_per_sample)}
+        yield batch._replace(dropout_seed=(seed, place * layout.micro_batch_size * layout.rows_per_sample))
 
 
-def _shard_for_context_parallel(batches: Iterator[Batch], context: Axis) -> Iterator[Batch]:
-    """This context-parallel rank's tokens of micro-batches; labels were shifted before, so that none crosses a cut."""
+def _for_this_rank(batches: Iterator[MicroBatch], engine: Engine, *, routed: bool) -> Iterator[MicroBatch]:
+    """Add what routers need, computed from whole sequences, then keep this context-parallel rank's tokens."""
     for batch in batches:
-        if "dropout" in batch:
-            seed_dropout(*batch["dropout"])  # here, where the forward pass asks for the micro-batch
-        if context.size > 1:
-            # What fills up a row at its end counts for nothing (loss_mask 0), and no token before it sees it.
-            tokens = {name: zigzag_shard(batch[name], context.group, 1, pad=True) for name in language.TOKENS}
-            batch = {**batch, **tokens}
-        yield batch
+        if routed:
+            batch = batch._replace(routing=_routing(batch.loss_mask, engine))
+        yield _shard_for_context_parallel(batch, engine.mesh.context)
 
 
-def _with_router_context(batches: Iterator[Batch], engine: Engine, chunk: nn.Module) -> Iterator[Batch]:
-    """Whole micro-batches; the routers of a chunk are told of each where its forward pass asks for it."""
-    routers = shared_of(chunk)
-    for batch in batches:
-        if routers is not None:
-            routers.at_hand = _routed(batch["loss_mask"], engine)
-        yield batch
+def _shard_for_context_parallel(batch: MicroBatch, context: Axis) -> MicroBatch:
+    """Return this context-parallel rank's tokens. Labels were shifted before, so no target crosses a cut."""
+    if context.size == 1:
+        return batch
+    # Padding at the end of a row is no target (loss_mask 0), and causal attention hides it from every token before.
+    shards: dict[str, Any] = {
+        name: zigzag_shard(getattr(batch, name), context.group, 1, pad=True) for name in SEQUENCES
+    }
+    return batch._replace(**shards)
 
 
-def _routed(loss_mask: Tensor, engine: Engine) -> MicroBatch:
-    """What routers need to know of a micro-batch of rows with this mask, fp32 [B, S] of the whole sequences."""
+def _routing(loss_mask: Tensor, engine: Engine) -> Routing:
+    """Compute what routers need to know of a micro-batch from its mask, fp32 [B, S] of the whole sequences."""
     length, mesh, layout = loss_mask.size(1), engine.mesh, engine.layout
-    # A row's last target is its last token but one; all behind are padding.
+    # The last target of a row predicts its last token; every token after that one is padding.
     places = torch.arange(1, length + 1, device=loss_mask.device)
-    ends = (places * (loss_mask > 0)).amax(1, keepdim=True)
-    real = ((places <= ends + 1) & (ends > 0)).to(torch.int8)
-    real = zigzag_shard(real, mesh.context.group, 1, pad=True).bool().t()
+    ends = (places * (loss_mask > 0)).amax(1, keepdim=True)  # [B, 1]
+    real = ((places <= ends + 1) & (ends > 0)).to(torch.int8)  # [B, S]
+    real = zigzag_shard(real, mesh.context.group, 1, pad=True).bool().t()  # [S / context ranks, B]
     if layout.sequence_parallel:
         real = real.chunk(mesh.tensor.size)[mesh.tensor.rank]
     pairs = layout.rows_per_sample == 2
-    return MicroBatch(torch.full_like(loss_mask[:, 0], 0.5) if pairs else loss_mask.sum(1), real)
+    return Routing(torch.full_like(loss_mask[:, 0], 0.5) if pairs else loss_mask.sum(1), real)
 
 
-def _tee(batches: Iterator[Batch], num_chunks: int, num_microbatches: int) -> list[Iterator[Batch]]:
+def _tee(batches: Iterator[MicroBatch], num_chunks: int, num_microbatches: int) -> list[Iterator[MicroBatch]]:
     drawn = [next(batches) for _ in range(num_microbatches)]
     return [iter(drawn) for _ in range(num_chunks)]

@@ -26,6 +26,7 @@ from igla_mega.engine.build import frozen_chunks, open_dataset
 from igla_mega.engine.step import Engine
 from igla_mega.evaluate.tasks import open_harness, run_tasks
 from igla_mega.model.build import CausalLM
+from igla_mega.model.output import TokenLogProbs
 from igla_mega.objective import language
 from igla_mega.plan.choose import choose_layout
 
@@ -183,7 +184,7 @@ def _of_samples(
 ) -> dict[str, tuple[float, float, int]]:
     """The held-out conversations of a source, or both answers of its pairs."""
     model.eval()
-    model.log_probs = True
+    model.output = TokenLogProbs()
     device = next(model.parameters()).device
     pairs = isinstance(samples, Pairs)
     # Alone, a pair fills its batch: none is measured twice.
@@ -194,7 +195,7 @@ def _of_samples(
     sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
     for batch in on_device(samples.validation_batches(name, share, num_batches), device):
         output = language.run(batch, model)
-        rows = torch.stack([-output.sum(0), batch["loss_mask"].sum(1)], 1).double().cpu()
+        rows = torch.stack([-output.sum(0), batch.loss_mask.sum(1)], 1).double().cpu()
         sums += rows.view(-1, len(kinds), 2).sum(0)
         progress.advance(task)
     return {

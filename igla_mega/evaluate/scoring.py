@@ -17,10 +17,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from igla_mega.data.batches import Batch
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import Engine, scheduled
 from igla_mega.layout.layout import Layout
 from igla_mega.model.build import CausalLM
+from igla_mega.model.output import Output
 from igla_mega.objective import language
 from igla_mega.ops.linear_cross_entropy import project
 
@@ -30,9 +31,6 @@ ALIGNMENT = {"cpu": 1, "cuda": 64}
 """Rows are filled up to a multiple of this many tokens: GPUs' kernels want few different, round shapes."""
 MOST_MICRO_BATCHES = 64
 """Of one pass through the schedule."""
-
-Head = Callable[..., Tensor]
-"""As `CausalLM.head`."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _fp8_state(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _answers(engine: Engine, rows: Sequence[Row], head: Head, width: int) -> np.ndarray:
+def _answers(engine: Engine, rows: Sequence[Row], head: Output, width: int) -> np.ndarray:
     """What a head says of each row's targets, summed over them: fp64 [rows, width], the same on every rank."""
     device = next(engine.chunks[0].parameters()).device
     answers = torch.zeros(len(rows), width, dtype=torch.float64, device=device)
@@ -163,15 +161,14 @@ def _answers(engine: Engine, rows: Sequence[Row], head: Head, width: int) -> np.
 
 
 @contextmanager
-def _asked(engine: Engine, head: Head) -> Iterator[None]:
+def _asked(engine: Engine, head: Output) -> Iterator[None]:
     """The model in evaluation mode, answering by `head`."""
     with ExitStack() as stack:
         for chunk in engine.chunks:
             for module in chunk.modules():
                 stack.callback(setattr, module, "training", module.training)
                 if isinstance(module, CausalLM):
-                    stack.callback(setattr, module, "head", module.head)
-                    module.head = head
+                    stack.enter_context(module.with_output(head))
             chunk.eval()
         yield
 
@@ -216,7 +213,7 @@ def _own(places: Sequence[int], engine: Engine) -> Iterator[list[int]]:
         yield list(places[first : first + layout.micro_batch_size])
 
 
-def _batch(rows: Sequence[Row], own: Sequence[int], layout: Layout, device: torch.device) -> Batch:
+def _batch(rows: Sequence[Row], own: Sequence[int], layout: Layout, device: torch.device) -> MicroBatch:
     """A micro-batch of rows filled up behind their end, which no token before it sees."""
     shape = (layout.micro_batch_size, layout.sequence_length)
     tokens, labels, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
@@ -225,12 +222,11 @@ def _batch(rows: Sequence[Row], own: Sequence[int], layout: Layout, device: torc
         ids = np.asarray(row.tokens, np.int64)
         tokens[line, :length], labels[line, :length] = ids[:-1], ids[1:]
         mask[line, length - row.num_targets : length] = 1.0
-    arrays = {"tokens": tokens, "labels": labels, "loss_mask": mask}
-    batch: Batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return {**batch, "position_ids": torch.arange(shape[1], device=device).expand(shape).contiguous()}
+    inputs, targets, targets_mask = (torch.from_numpy(array).to(device) for array in (tokens, labels, mask))
+    return MicroBatch(inputs, targets, targets_mask, torch.arange(shape[1], device=device).expand(shape).contiguous())
 
 
-def _step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
+def _step(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable]:
     """megatron-core's forward step; the report is fp64 [B, width]."""
     return language.run(next(batches), model), _report
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,38 +19,62 @@ from torch.nn import functional as F
 
 from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model
+from igla_mega.data.micro_batch import Routing
 from igla_mega.distributed.mesh import pipeline_ends
 from igla_mega.layout.layout import Layout
 from igla_mega.model.experts import connect
+from igla_mega.model.lora import seed_dropout
+from igla_mega.model.output import Output, SummedLoss
+from igla_mega.model.router import router_context
 from igla_mega.model.shards import Shard
 from igla_mega.model.spec import block_spec, use_fused_positions
-from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
-from igla_mega.ops.linear_log_probs import linear_log_probs
 
 NEAR_RADIANS = 256.0
 """Rotary angles below this are rounded to fp32 as they are; those beyond lose their whole turns first."""
 
 
 class CausalLM(GPTModel):
-    """GPTModel with rotary angles of any positions, whose last stage, given labels, returns the summed loss without
-    ever holding all logits."""
+    """GPTModel with rotary angles for any positions, and an output that never holds the logits of all tokens."""
 
     true_vocab_size: int
     rotary_frequencies: tuple[Tensor, Tensor]
-    """As `inverse_frequencies` gives them, in fp32 and in fp64."""
-    draws_labels = False
-    """Labels are drawn from the model itself; those given are the keys of the draws (`ops.categorical.token_keys`)."""
-    sparse_loss_mask = False
-    """Most tokens are no target: the loss passes those over. Finding them waits for the device."""
-    loss_chunk: int | None = None
-    """Tokens whose logits exist at once; None: as many as suit the device."""
-    overlaps_reduction = False
-    """Gradients are summed over ranks as soon as autograd hands them over."""
-    log_probs = False
-    """Given labels, the last stage returns the log-probability of each, [S, B] (0 where `loss_mask` is), not a loss."""
-    head: Callable[..., Tensor] | None = None
-    """Given labels, the last stage returns what this makes of its hidden states [S, B, H], the output weight, the
-    labels and their mask [B, S], not a loss."""
+    """Result of `inverse_frequencies` in fp32 and in fp64."""
+    output: Output
+    """What the last stage returns when labels are given."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: None,
+        *,
+        dropout_seed: tuple[int, int] | None = None,
+        routing: Routing | None = None,
+        **rest: Any,
+    ) -> Tensor:
+        """Run this chunk on one micro-batch; the first two tensors are [B, S].
+
+        Args:
+            dropout_seed: see `MicroBatch.dropout_seed`.
+            routing: what the routers of this chunk need to know of the micro-batch.
+            rest: keyword arguments of GPTModel.forward.
+        """
+        # Set here and not where the batch is made: with interleaved stages micro-batches overlap, and each forward
+        # pass must see its own.
+        if dropout_seed is not None:
+            seed_dropout(*dropout_seed)
+        if routing is not None and (context := router_context(self)) is not None:
+            context.routing = routing
+        return super().forward(input_ids, position_ids, attention_mask, **rest)
+
+    @contextmanager
+    def with_output(self, output: Output) -> Iterator[None]:
+        """Return another output while the context is open."""
+        before, self.output = self.output, output
+        try:
+            yield
+        finally:
+            self.output = before
 
     def _preprocess(self, input_ids, position_ids, inference_context=None, packed_seq_params=None, **rest):
         hidden, _, *others = super()._preprocess(input_ids, position_ids, inference_context=inference_context, **rest)
@@ -76,32 +101,7 @@ class CausalLM(GPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
         group = self.tp_group if self.tp_group.size() > 1 else None
-        if self.head is not None:
-            return self.head(hidden, weight, labels, loss_mask, group=group, vocab_size=self.true_vocab_size)
-        flat, labels, loss_mask = hidden.flatten(0, 1), labels.t().reshape(-1), loss_mask.t().reshape(-1)
-        if self.log_probs:
-            chosen = linear_log_probs(flat, weight, labels, loss_mask, vocab_size=self.true_vocab_size, group=group)
-            return chosen.view(hidden.shape[:2])
-        if self.sparse_loss_mask:
-            targets = loss_mask.nonzero().squeeze(1)
-            flat, labels, loss_mask = (part.index_select(0, targets) for part in (flat, labels, loss_mask))
-        return linear_cross_entropy(
-            flat,
-            weight,
-            labels,
-            loss_mask,
-            vocab_size=self.true_vocab_size,
-            group=group,
-            draw=self.draws_labels,
-            chunk=self.loss_chunk,
-            into=self._gradient_sum(weight),
-        )
-
-    def _gradient_sum(self, weight: Tensor) -> Tensor | None:
-        """Data parallelism's running sum of a weight's gradients, where nothing waits for autograd to hand one over."""
-        if weight.device.type != "cpu" or not weight.requires_grad or self.overlaps_reduction:
-            return None
-        return getattr(weight, "main_grad", None)
+        return self.output(hidden, weight, labels, loss_mask, group=group, vocab_size=self.true_vocab_size)
 
 
 def transformer_config(
@@ -209,9 +209,15 @@ def build_chunks(
     *,
     transformer_engine: bool = False,
     moe: Moe | None = None,
+    output: Output | None = None,
     fused: bool = True,
 ) -> list[CausalLM]:
-    """Build this rank's pipeline chunks, as a rule without allocating their weights (torch's meta device)."""
+    """Build this rank's pipeline chunks, as a rule without allocating their weights (torch's meta device).
+
+    Args:
+        output: what the last stage returns when labels are given; None: the summed loss.
+        fused: as for `transformer_config`: one kernel each for norms and SwiGLU of local layers.
+    """
     padded_vocab = math.ceil(model.vocab_size / config.tensor_model_parallel_size) * config.tensor_model_parallel_size
     num_stages = config.virtual_pipeline_model_parallel_size
     # Tied embeddings on two stages are compared while they are built, so they need memory then.
@@ -231,7 +237,7 @@ def build_chunks(
                 position_embedding_type="none",  # ours, in `_preprocess`
                 vp_stage=stage,
             )
-        chunk.true_vocab_size = model.vocab_size
+        chunk.true_vocab_size, chunk.output = model.vocab_size, output or SummedLoss()
         chunk.rotary_frequencies = inverse_frequencies(model), inverse_frequencies(model, torch.float64)
         connect(chunk)
         chunks.append(chunk)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
-from igla_mega.model.router import Router, Shared, routers_of
+from igla_mega.model.router import Router, RouterContext, routers_of
 
 
 class GroupedExperts(SequentialMLP):
@@ -64,8 +64,8 @@ def use_experts(layer: Any, moe: Moe, *, grouped: bool) -> None:
 
 
 def connect(chunk: nn.Module) -> None:
-    """Share one state between all routers of a model chunk, and pad expert inputs to capacity only in training."""
-    shared = Shared()
+    """Share one context between all routers of a model chunk, and pad expert inputs to capacity only in training."""
+    shared = RouterContext()
     for router in routers_of([chunk]):
         router.shared = shared
     for module in chunk.modules():

@@ -19,36 +19,28 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from igla_mega.config.features import Moe
+from igla_mega.data.micro_batch import Routing
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.model.shards import ParameterState, Shard
 from igla_mega.ops.zigzag import zigzag_join, zigzag_split
 
 
-@dataclass
-class MicroBatch:
-    """What the routers of a chunk know of the micro-batch that goes through it."""
-
-    weights: Tensor | None = None
-    """[B], what each row counts for in the whole batch: its targets (half a pair, of pairs), wherever they lie."""
-    real: Tensor | None = None
-    """[S, B] bool, this rank's tokens that are no padding; None: all of them."""
-
-
-class Shared:
-    """What the routers of one chunk share: the micro-batch at hand."""
+class RouterContext:
+    """State that the routers of one chunk share."""
 
     def __init__(self) -> None:
-        self.at_hand = MicroBatch()
+        self.routing = Routing()
+        """Facts about the micro-batch whose forward pass runs now; `CausalLM.forward` sets it."""
         self.counts = True
-        """Off while a Fisher is taken: tokens are then neither counted nor balanced."""
+        """False while a Fisher is estimated: tokens are then neither counted nor balanced."""
 
 
 class Router(MegatronModule):
     """Sends each token to its `num_experts_per_tok` best experts, in fp32 (as Mixtral: Jiang et al. 2024,
     arXiv:2401.04088, section 2.1)."""
 
-    shared: Shared
-    """Given by `model.build`, one to a chunk."""
+    shared: RouterContext
+    """One object for all routers of a chunk, set by `model.experts.connect`."""
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, *, moe: Moe):
         super().__init__(config=config)
@@ -61,7 +53,7 @@ class Router(MegatronModule):
             self.expert_bias = nn.Parameter(torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False)
         self._groups = pg_collection
         self._tally: Tensor | None = None
-        self._to_recompute: deque[MicroBatch] = deque()
+        self._to_recompute: deque[Routing] = deque()
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by mcore: counted from 1 over all pipeline stages."""
@@ -76,74 +68,72 @@ class Router(MegatronModule):
         Returns:
             What each expert's output counts for, [S * B, E] fp32, and whether the token goes there, bool.
         """
-        micro_batch, moe = self._micro_batch(), self.moe
+        routing, moe = self._routing(), self.moe
         length, rows = hidden.shape[:2]
         logits = _Logits.apply(hidden.flatten(0, 1), self.weight)
         probabilities = logits.softmax(-1)
         chosen = self._choose(logits)
         weights = (probabilities.gather(1, chosen)) if moe.pre_softmax else logits.gather(1, chosen).softmax(-1)
         weights = torch.zeros_like(logits).scatter(1, chosen, weights)
-        tokens_per_expert = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-        real = micro_batch.real
+        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+        real = routing.real
         if real is None or not self.training:
             real = torch.ones(length, rows, dtype=torch.bool, device=hidden.device)
-        kept = tokens_per_expert
+        kept = routing_map
         if self.training and self.config.moe_expert_capacity_factor is not None:
-            kept = self._within_capacity(weights.detach(), tokens_per_expert, real)
+            kept = self._within_capacity(weights.detach(), routing_map, real)
         if self.training and torch.is_grad_enabled() and self.shared.counts:
-            balance = self._balance(probabilities, tokens_per_expert, real, micro_batch.weights)
+            balance = self._balance(probabilities, routing_map, real, routing.weights)
             if moe.router_aux_loss_coef > 0:
                 weights = _WithLoss.apply(weights, balance * moe.router_aux_loss_coef)
-            self._count(probabilities.detach(), tokens_per_expert, kept, real, balance.detach())
-        if kept is not tokens_per_expert:
+            self._count(probabilities.detach(), routing_map, kept, real, balance.detach())
+        if kept is not routing_map:
             weights = weights * kept
         return (weights if moe.scaling_factor == 1.0 else weights * moe.scaling_factor), kept
 
-    def _micro_batch(self) -> MicroBatch:
+    def _routing(self) -> Routing:
         """The micro-batch whose tokens these are.
 
         mcore runs a checkpointed layer first without gradients, then again with them, in the same order; by then other
         micro-batches may have gone through the chunk.
         """
         if self.training and not torch.is_grad_enabled():
-            self._to_recompute.append(self.shared.at_hand)
+            self._to_recompute.append(self.shared.routing)
         elif self.training and self._to_recompute:
             return self._to_recompute.popleft()
-        return self.shared.at_hand
+        return self.shared.routing
 
     @torch.no_grad()
     def _choose(self, logits: Tensor) -> Tensor:
         """The experts of each token, [T, k]."""
         moe = self.moe
         if moe.force_balanced:
-            tokens_per_expert = (
-                torch.arange(len(logits) * moe.num_experts_per_tok, device=logits.device) % moe.num_experts
-            )
-            return tokens_per_expert.view(len(logits), moe.num_experts_per_tok)
+            routing_map = torch.arange(len(logits) * moe.num_experts_per_tok, device=logits.device) % moe.num_experts
+            return routing_map.view(len(logits), moe.num_experts_per_tok)
         scores = logits + self.expert_bias if moe.bias_update_rate > 0 else logits
         return scores.topk(moe.num_experts_per_tok, dim=1).indices
 
     @torch.no_grad()
-    def _within_capacity(self, weights: Tensor, tokens_per_expert: Tensor, real: Tensor) -> Tensor:
+    def _within_capacity(self, weights: Tensor, routing_map: Tensor, real: Tensor) -> Tensor:
         """Of the visits [T, E] those that the experts have room for: the most probable ones, padding last."""
         length, rows = real.shape
         # Below every visit lies what is none, which only `pad_to_capacity` can reach.
-        scores = torch.where(tokens_per_expert, weights + real.reshape(-1, 1), weights - 1.0).view(length, rows, -1)
+        scores = torch.where(routing_map, weights + real.reshape(-1, 1), weights - 1.0).view(length, rows, -1)
         over = self.moe.capacity_over
         if over == "sequence":
             scores, wide = self._whole_sequences(scores), self._whole_sequences(real[..., None])
             room = self._capacity(wide.sum(0))  # [B, 1]
-            return (self._own_tokens(_ranks(scores, 0) < room) & tokens_per_expert.view(length, rows, -1)).flatten(0, 1)
+            return (self._own_tokens(_ranks(scores, 0) < room) & routing_map.view(length, rows, -1)).flatten(0, 1)
         if over == "global":
             group = self._groups.tp_dp_cp
             everyones = _gather(scores.flatten(0, 1), group)  # [ranks, T, E]
             num_real = _gather(real.sum().view(1), group).sum()
             ranks = _ranks(everyones.flatten(0, 1), 0).view_as(everyones)[group.rank()]
-            return (ranks < self._capacity(num_real)) & tokens_per_expert
+            return (ranks < self._capacity(num_real)) & routing_map
         ranks = _ranks(scores.flatten(0, 1), 0)
         # As megatron-core counts a rank's tokens, padding included: without it no size would be known before.
         kept = ranks < self._capacity(torch.tensor(length * rows, device=ranks.device))
-        return kept if self.moe.pad_to_capacity else kept & tokens_per_expert
+        return kept if self.moe.pad_to_capacity else kept & routing_map
 
     def _capacity(self, num_tokens: Tensor) -> Tensor:
         """Visits that an expert takes of so many tokens."""
@@ -169,9 +159,7 @@ class Router(MegatronModule):
         """How many tensor- and context-parallel ranks share a sequence's tokens."""
         return self._groups.tp.size() if self.config.sequence_parallel else 1, self._groups.cp.size()
 
-    def _balance(
-        self, probabilities: Tensor, tokens_per_expert: Tensor, real: Tensor, weights: Tensor | None
-    ) -> Tensor:
+    def _balance(self, probabilities: Tensor, routing_map: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
         """This rank's addend of the balancing loss: E * sum over experts of share of visits * mean probability.
 
         The share is a number to the gradient, of all tokens that are balanced together; the sum of the addends over
@@ -181,7 +169,7 @@ class Router(MegatronModule):
         moe = self.moe
         groups = real.size(1) if moe.balance_over == "sequence" else 1
         place = real.reshape(-1, groups, 1)
-        counted = torch.cat([tokens_per_expert.view(-1, groups, moe.num_experts) & place, place], -1).sum(0)
+        counted = torch.cat([routing_map.view(-1, groups, moe.num_experts) & place, place], -1).sum(0)
         counted = counted.to(torch.float32)  # [groups, E + 1]
         if math.prod(self._sequence_ranks()) > 1:
             dist.all_reduce(counted, group=self._groups.tp_cp)
@@ -194,12 +182,10 @@ class Router(MegatronModule):
         return (losses * (weights if moe.balance_over == "sequence" else weights.sum())).sum()
 
     @torch.no_grad()
-    def _count(
-        self, probabilities: Tensor, tokens_per_expert: Tensor, kept: Tensor, real: Tensor, balance: Tensor
-    ) -> None:
+    def _count(self, probabilities: Tensor, routing_map: Tensor, kept: Tensor, real: Tensor, balance: Tensor) -> None:
         rows = real.reshape(-1, 1)
         entropy = -(torch.xlogy(probabilities, probabilities).sum(-1) * rows[:, 0]).sum(dtype=torch.float64)
-        sums = [(tokens_per_expert & rows).sum(0), (kept & tokens_per_expert & rows).sum(0), rows.sum().view(1)]
+        sums = [(routing_map & rows).sum(0), (kept & routing_map & rows).sum(0), rows.sum().view(1)]
         tally = torch.cat([*(values.double() for values in sums), entropy.view(1), balance.double().view(1)])
         self._tally = tally if self._tally is None else self._tally + tally
 
@@ -257,7 +243,7 @@ def bias_states(chunks: Iterable[nn.Module], mesh: Mesh) -> Iterator[ParameterSt
             yield ParameterState(shard, 0, {"master": router.expert_bias.detach()}, replicated=True)
 
 
-def shared_of(chunk: nn.Module) -> Shared | None:
+def router_context(chunk: nn.Module) -> RouterContext | None:
     """What the routers of a model chunk share; None for a dense one."""
     return next((router.shared for router in routers_of([chunk])), None)
 
@@ -266,7 +252,7 @@ def collect(chunks: Sequence[nn.Module], weight: float) -> Load | None:
     """Sum what this rank's routers and all others have counted since the last call. Every rank calls it.
 
     Args:
-        weight: of all micro-batches together (`MicroBatch.weights`).
+        weight: of all micro-batches together (`Routing.weights`).
 
     Returns:
         None for a dense model.

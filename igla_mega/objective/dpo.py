@@ -7,7 +7,6 @@ adapters off, or by a frozen second model), or once for the whole data set; all 
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from igla_mega.config.features import Dpo
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.distributed.mesh import Axis
 from igla_mega.objective import language
-
-Batch = dict[str, Any]
-"""Batch of `objective.language` with 2B rows, and `reference`: fp32 [2B], log-probability of each answer in nats."""
 
 METRICS = (
     "dpo_reward_chosen",
@@ -39,8 +36,8 @@ divergence on the answers of the data, not on answers of the model. Preferred is
 answer has the higher log-probability under the model, regardless of the reference."""
 
 
-def forward_step(batches: Iterator[Batch], model: nn.Module, *, dpo: Dpo, context: Axis) -> tuple[Tensor, partial]:
-    """Run one micro-batch of pairs through this rank's chunk (which has `log_probs` set).
+def forward_step(batches: Iterator[MicroBatch], model: nn.Module, *, dpo: Dpo, context: Axis) -> tuple[Tensor, partial]:
+    """Run one micro-batch of pairs through this rank's chunk (whose output is `TokenLogProbs`).
 
     Args:
         batches: iterator of micro-batches; one is drawn.
@@ -56,18 +53,18 @@ def forward_step(batches: Iterator[Batch], model: nn.Module, *, dpo: Dpo, contex
     return language.run(batch, model), partial(_loss, batch, dpo, context)
 
 
-def reference_step(batches: Iterator[Batch], model: nn.Module, *, context: Axis) -> tuple[Tensor, partial]:
+def reference_step(batches: Iterator[MicroBatch], model: nn.Module, *, context: Axis) -> tuple[Tensor, partial]:
     """Run one micro-batch for its log-probabilities only, which are the report, fp32 [2B]."""
     return language.run(next(batches), model), partial(_reference, context)
 
 
-def with_reference(batches: Iterable[Batch], reports: Sequence[Tensor]) -> Iterator[Batch]:
+def with_reference(batches: Iterable[MicroBatch], reports: Sequence[Tensor]) -> Iterator[MicroBatch]:
     """Yield the micro-batches of a step with the reports of `reference_step` added.
 
     Only the last pipeline stage has reports; on other stages the batches are passed through.
     """
     for index, batch in enumerate(batches):
-        yield {**batch, "reference": reports[index]} if reports else batch
+        yield batch._replace(reference=reports[index]) if reports else batch
 
 
 def answer_log_probs(log_probs: Tensor, context: Axis) -> Tensor:
@@ -87,11 +84,15 @@ def _reference(context: Axis, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor
     return sums.sum(), torch.zeros((), dtype=torch.int, device=sums.device), sums.float()
 
 
-def _loss(batch: Batch, dpo: Dpo, context: Axis, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: MicroBatch, dpo: Dpo, context: Axis, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss, the number of pairs and the report, given log-probabilities of tokens [S, 2B]."""
     sums = answer_log_probs(log_probs, context)
-    reference = torch.zeros_like(sums) if dpo.reference_free else batch["reference"].double()
-    lengths = batch["loss_mask"].double().sum(1)
+    if dpo.reference_free:
+        reference = torch.zeros_like(sums)
+    else:
+        assert batch.reference is not None, "the reference pass or the data set provides it"
+        reference = batch.reference.double()
+    lengths = batch.loss_mask.double().sum(1)
     if context.size > 1:
         lengths = reduce_from_tensor_model_parallel_region(lengths, group=context.group)
     losses, metrics = pair_losses(sums, reference, lengths, dpo)

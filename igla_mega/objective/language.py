@@ -2,22 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.model.spec import Documents
 
-Batch = dict[str, Any]
-"""One micro-batch: tokens, labels, position_ids [B, S] int64; loss_mask [B, S] fp32. If rows are packed documents, also
-`documents`: for each row, the first token of each document in the whole sequence and the end of the last one."""
 
-TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
-"""Entries of a batch with a sequence dimension, which context parallelism splits."""
-
-
-def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, partial]:
+def forward_step(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, partial]:
     """Run one micro-batch through this rank's chunk.
 
     Returns:
@@ -25,18 +18,20 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, pa
         that megatron-core calls with it on the last stage: (summed loss, number of targets, fp64 [2] of both).
     """
     batch = next(batches)
-    return run(batch, model), partial(_report, batch["loss_mask"])
+    return run(batch, model), partial(_report, batch.loss_mask)
 
 
-def run(batch: Batch, model: nn.Module) -> Tensor:
+def run(batch: MicroBatch, model: nn.Module) -> Tensor:
     """Return the output of this rank's chunk for a micro-batch."""
     return model(
-        batch["tokens"],
-        batch["position_ids"],
+        batch.tokens,
+        batch.position_ids,
         None,  # no mask: attention is always causal
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=Documents(rows=batch["documents"]) if "documents" in batch else None,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        packed_seq_params=Documents(rows=batch.documents) if batch.documents is not None else None,
+        dropout_seed=batch.dropout_seed,
+        routing=batch.routing,
     )
 
 

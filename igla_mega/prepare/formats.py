@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.prefetch import ahead
+from igla_mega.data.ahead import ahead
 from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, SUFFIXES, TEXT
 
 fast_loads: Callable[[Any], Any]

@@ -18,9 +18,9 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
 from igla_mega.data.batches import BatchShard, on_device
 from igla_mega.data.conversations import Pairs
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import Engine, Objective, scheduled
 from igla_mega.objective import dpo
-from igla_mega.objective.language import Batch
 from igla_mega.train.console import Display, Silent
 
 
@@ -44,14 +44,14 @@ def objective(section: Dpo, mode: str, engine: Engine, frozen: Sequence[nn.Modul
     return Objective(step, dpo.METRICS, partial(_completed, frozen))
 
 
-def _completed(frozen: Sequence[nn.Module], engine: Engine, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _completed(frozen: Sequence[nn.Module], engine: Engine, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     """The micro-batches of a step, with the reference's log-probabilities."""
     micro_batches = list(itertools.islice(batches, engine.layout.num_microbatches))
     return dpo.with_reference(micro_batches, _reference(engine, frozen, micro_batches))
 
 
 @torch.no_grad()
-def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
     step = partial(dpo.reference_step, context=engine.mesh.context)
     if frozen:
         return scheduled(engine, frozen, iter(micro_batches), step, forward_only=True)

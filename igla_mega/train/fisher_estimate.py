@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import Batch, BatchShard, Corpus
+from igla_mega.data.batches import BatchShard, Corpus
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import Engine, forward_backward
 from igla_mega.model.build import CausalLM
-from igla_mega.model.router import shared_of
+from igla_mega.model.output import SummedLoss
+from igla_mega.model.router import router_context
 from igla_mega.objective.ewc import PER_TOKEN, FisherAnchor, FisherMetadata, damped, weights_digest
 from igla_mega.ops.categorical import token_keys
 
@@ -74,7 +76,7 @@ def take(
 
 def accumulate(
     engine: Engine,
-    samples: Iterator[Batch],
+    samples: Iterator[MicroBatch],
     num_samples: int,
     sums: list[Tensor],
     advance: Callable[[int], None],
@@ -100,7 +102,7 @@ def accumulate(
         turns = range(width if engine.optimizer.one_sample else 1)
         for first in range(0, num_samples, width):
             sample = next(samples)
-            blank = {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+            blank = sample._replace(loss_mask=torch.zeros_like(sample.loss_mask))
             for turn in turns:
                 engine.optimizer.zero_grad()
                 own = sample if turn == engine.mesh.data.rank or len(turns) == 1 else blank
@@ -114,7 +116,7 @@ def accumulate(
     return round(num_tokens)
 
 
-def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[Batch]:
+def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[MicroBatch]:
     """This rank's samples, the data's first in its shuffled order; a blank one where the last round has none for it."""
     data, device = engine.mesh.data, next(engine.chunks[0].parameters()).device
     share = BatchShard(data.size, 1, data.size, data.rank)
@@ -122,11 +124,12 @@ def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[Batch]:
         batch = next(corpus.micro_batches(step, share))
         number = step * data.size + data.rank
         if number >= how.samples:
-            batch["loss_mask"].zero_()
+            batch.loss_mask.zero_()
         if how.labels == "model":
             # By the place in the row, not by `position_ids`: these begin anew in each document.
-            batch["labels"] = token_keys(how.seed, number, torch.arange(corpus.sequence_length).unsqueeze(0))
-        yield {name: values.to(device) if isinstance(values, Tensor) else values for name, values in batch.items()}
+            keys = token_keys(how.seed, number, torch.arange(corpus.sequence_length).unsqueeze(0))
+            batch = batch._replace(labels=keys)
+        yield batch.map_tensors(lambda tensor: tensor.to(device))
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def _as_estimated(chunks, draw: bool) -> Iterator[None]:
     drawn where asked."""
     with ExitStack() as stack:
         for chunk in chunks:
-            if (routers := shared_of(chunk)) is not None:
+            if (routers := router_context(chunk)) is not None:
                 routers.counts = False
                 stack.callback(setattr, routers, "counts", True)
             for module in chunk.modules():
@@ -143,8 +146,8 @@ def _as_estimated(chunks, draw: bool) -> Iterator[None]:
                     stack.callback(module.train, module.training)
                     module.eval()
                 if isinstance(module, CausalLM):
-                    module.draws_labels = draw
-                    stack.callback(setattr, module, "draws_labels", False)
+                    assert isinstance(module.output, SummedLoss), "the Fisher is that of a language model's loss"
+                    stack.enter_context(module.with_output(replace(module.output, draws_labels=draw)))
         yield
 
 

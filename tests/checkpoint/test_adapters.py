@@ -13,6 +13,7 @@ from igla_mega.checkpoint import adapters, hugging_face, load_model
 from igla_mega.checkpoint.base import digest_of
 from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.config.errors import ConfigError
+from igla_mega.distributed.mesh import single_process_mesh
 from igla_mega.model import lora, nf4
 from igla_mega.model.shards import local_runs, named_shards, shards_of
 
@@ -42,7 +43,7 @@ def our_logits(base, section, matrices, dtype=torch.float32):
     """Of this engine's model with adapters."""
     model, recipe = load_model.load_model(base, dtype=dtype)
     lora.attach([model], section)
-    mesh = tuned.parallel.alone(tuned.choose_layout(recipe, 1, "cpu"), torch.device("cpu"), 1)
+    mesh = single_process_mesh(tuned.choose_layout(recipe, 1, "cpu"), torch.device("cpu"), 1)
     with torch.no_grad():
         adapters.place(matrices, named_shards([model], shards_of([model], mesh, recipe.model.vocab_size)))
         positions = torch.arange(tiny.SEQUENCE).expand(2, -1)
@@ -132,7 +133,7 @@ def quantized_logits(base, section, matrices, dtype):
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
     nf4.quantize_chunks([model], lambda name: weights[name], compute_dtype=dtype)
     lora.attach([model], section)
-    mesh = tuned.parallel.alone(tuned.choose_layout(recipe, 1, "cpu"), torch.device("cpu"), 1)
+    mesh = single_process_mesh(tuned.choose_layout(recipe, 1, "cpu"), torch.device("cpu"), 1)
     with torch.no_grad():
         adapters.place(matrices, named_shards([model], shards_of([model], mesh, recipe.model.vocab_size)))
         return model.eval()(tokens(), torch.arange(tiny.SEQUENCE).expand(2, -1), None)

@@ -8,6 +8,7 @@ import torch
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.batches import BatchShard, Corpus, split_point
 from igla_mega.data.indexed import IndexedReader
+from igla_mega.data.micro_batch import SEQUENCES
 
 LENGTH = 16
 
@@ -29,31 +30,32 @@ def corpus(prefixes, **changes) -> Corpus:
 
 def test_labels_are_the_next_tokens_of_one_stretch_of_the_stream(prefixes):
     batch = next(corpus(prefixes).micro_batches(0, BatchShard(8, 8)))
-    assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
-        "tokens": ((8, LENGTH), torch.int64),
-        "labels": ((8, LENGTH), torch.int64),
-        "loss_mask": ((8, LENGTH), torch.float32),
-        "position_ids": ((8, LENGTH), torch.int64),
-    }
-    assert all(tensor.is_contiguous() for tensor in batch.values())
-    assert torch.equal(batch["labels"], batch["tokens"] + 1)
-    assert torch.equal(batch["tokens"][:, 1:], batch["tokens"][:, :-1] + 1)
-    assert batch["loss_mask"].eq(1).all()
-    assert torch.equal(batch["position_ids"], torch.arange(LENGTH).expand(8, LENGTH))
+    tensors = {name: getattr(batch, name) for name in SEQUENCES}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == dict(
+        tokens=((8, LENGTH), torch.int64),
+        labels=((8, LENGTH), torch.int64),
+        loss_mask=((8, LENGTH), torch.float32),
+        position_ids=((8, LENGTH), torch.int64),
+    )
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert torch.equal(batch.labels, batch.tokens + 1)
+    assert torch.equal(batch.tokens[:, 1:], batch.tokens[:, :-1] + 1)
+    assert batch.loss_mask.eq(1).all()
+    assert torch.equal(batch.position_ids, torch.arange(LENGTH).expand(8, LENGTH))
 
 
 @pytest.mark.parametrize(("data_parallel", "micro_batch_size"), [(1, 1), (1, 24), (2, 3), (3, 2), (4, 6), (8, 1)])
 def test_data_parallel_ranks_share_out_the_same_global_batch(prefixes, data_parallel, micro_batch_size):
     data = corpus(prefixes)
     for step in (0, 5):
-        whole = next(data.micro_batches(step, BatchShard(24, 24)))["tokens"]
+        whole = next(data.micro_batches(step, BatchShard(24, 24))).tokens
         rows = torch.full_like(whole, -1)
         for rank in range(data_parallel):
             share = BatchShard(24, micro_batch_size, data_parallel, rank)
             batches = list(data.micro_batches(step, share))
             assert len(batches) == share.num_microbatches
             for m, batch in enumerate(batches):
-                rows[share.rows(m)] = batch["tokens"]
+                rows[share.rows(m)] = batch.tokens
         assert torch.equal(rows, whole)
 
 
@@ -61,18 +63,18 @@ def test_a_step_is_the_same_in_a_corpus_opened_anew(prefixes):
     first, again = corpus(prefixes), corpus(prefixes)
     list(first.micro_batches(3, BatchShard(8, 4)))
     for a, b in zip(first.micro_batches(9, BatchShard(8, 4)), again.micro_batches(9, BatchShard(8, 4)), strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in SEQUENCES)
 
 
 def test_training_never_sees_a_validation_document(prefixes):
     data = corpus(prefixes)
     seen = {
-        int(t) for step in range(40) for b in data.micro_batches(step, BatchShard(8, 8)) for t in b["labels"].flatten()
+        int(t) for step in range(40) for b in data.micro_batches(step, BatchShard(8, 8)) for t in b.labels.flatten()
     }
     held_out = set(range(1800, 2000)) | set(range(5800, 6000))
     assert not seen & held_out
     validation = [b for name in data.validation_names() for b in data.validation_batches(name, BatchShard(4, 4), 100)]
-    assert {int(t) for batch in validation for t in batch["labels"][batch["loss_mask"] > 0]} <= held_out
+    assert {int(t) for batch in validation for t in batch.labels[batch.loss_mask > 0]} <= held_out
 
 
 def test_the_split_is_by_document(prefixes):
@@ -111,7 +113,7 @@ def test_validation_covers_each_window_once_for_every_layout(prefixes, data_para
     for rank in range(data_parallel):
         batches = list(data.validation_batches("code", BatchShard(6, micro_batch_size, data_parallel, rank), 100))
         lengths.add(len(batches))
-        counts += [int(t) for batch in batches for t in batch["tokens"][batch["loss_mask"] > 0]]
+        counts += [int(t) for batch in batches for t in batch.tokens[batch.loss_mask > 0]]
     assert sorted(counts) == list(range(5800, 5800 + 12 * LENGTH))
     assert len(lengths) == 1
 
@@ -123,14 +125,14 @@ def test_validation_is_limited_to_so_many_global_batches(prefixes):
 def test_rows_beyond_the_validation_split_count_nothing(prefixes):
     data = corpus(prefixes)
     *_, last = data.validation_batches("web", BatchShard(8, 8), 100)
-    assert last["loss_mask"].sum(dim=1).tolist() == [LENGTH] * 4 + [0] * 4
+    assert last.loss_mask.sum(dim=1).tolist() == [LENGTH] * 4 + [0] * 4
 
 
 def test_a_validation_split_shorter_than_a_window_is_one_masked_row(prefixes):
     data = corpus(prefixes, sequence_length=100, validation_fraction=0.01)
     (batch,) = data.validation_batches("web", BatchShard(1, 1), 10)
-    assert batch["loss_mask"].sum() == 49
-    assert batch["labels"][0, :49].tolist() == list(range(1951, 2000))
+    assert batch.loss_mask.sum() == 49
+    assert batch.labels[0, :49].tolist() == list(range(1951, 2000))
 
 
 def test_without_a_validation_share_no_source_is_evaluated(prefixes):
@@ -190,21 +192,21 @@ def test_with_a_document_mask_positions_start_anew_and_no_document_predicts_the_
     data = corpus(prefixes, document_mask=True, sequence_length=64)
     plain = corpus(prefixes, sequence_length=64)
     batch, unmasked = (next(c.micro_batches(3, BatchShard(8, 8))) for c in (data, plain))
-    assert torch.equal(batch["tokens"], unmasked["tokens"]) and torch.equal(batch["labels"], unmasked["labels"])
-    assert {len(row) for row in batch["documents"]} <= {2, 3, 4}  # documents of 50 tokens
-    for row, offsets in enumerate(batch["documents"]):
+    assert torch.equal(batch.tokens, unmasked.tokens) and torch.equal(batch.labels, unmasked.labels)
+    assert {len(row) for row in batch.documents} <= {2, 3, 4}  # documents of 50 tokens
+    for row, offsets in enumerate(batch.documents):
         assert offsets[0] == 0 and offsets[-1] == 64
-        number = (batch["tokens"][row] % 4000) // 50
-        next_number = (batch["labels"][row] % 4000) // 50
+        number = (batch.tokens[row] % 4000) // 50
+        next_number = (batch.labels[row] % 4000) // 50
         starts = [0, *(i for i in range(1, 64) if number[i] != number[i - 1])]
         assert offsets[:-1] == starts
-        assert torch.equal(batch["loss_mask"][row], (number == next_number).float())
+        assert torch.equal(batch.loss_mask[row], (number == next_number).float())
         expected = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(offsets)])
-        assert torch.equal(batch["position_ids"][row], expected)
+        assert torch.equal(batch.position_ids[row], expected)
 
 
 def test_a_document_mask_leaves_what_fills_up_a_validation_row_outside_every_document(prefixes):
     data = corpus(prefixes, document_mask=True, sequence_length=512)
     for batch in data.validation_batches("web", BatchShard(2, 2), 1):
-        assert batch["documents"][0][-1] == 199 and batch["documents"][1] == [0, 512]
-        assert batch["loss_mask"][0, 199:].sum() == 0 and batch["loss_mask"][1].sum() == 0
+        assert batch.documents[0][-1] == 199 and batch.documents[1] == [0, 512]
+        assert batch.loss_mask[0, 199:].sum() == 0 and batch.loss_mask[1].sum() == 0

@@ -75,12 +75,12 @@ def test_an_epoch_holds_every_token_once_and_every_target_once(prefix):
     inputs, targets = [], []
     for step in range(corpus.windows_per_epoch()["a"]):
         (batch,) = corpus.micro_batches(step, share)
-        tokens, labels, mask = (batch[key][0].numpy() for key in ("tokens", "labels", "loss_mask"))
-        (borders,) = batch["documents"]
+        tokens, labels, mask = (getattr(batch, key)[0].numpy() for key in ("tokens", "labels", "loss_mask"))
+        (borders,) = batch.documents
         assert borders[0] == 0 and borders[-1] == 32 and sorted(set(borders)) == borders
         for first, stop in itertools.pairwise(borders):
             row = tokens[first:stop]
-            assert batch["position_ids"][0, first:stop].tolist() == list(range(stop - first))
+            assert batch.position_ids[0, first:stop].tolist() == list(range(stop - first))
             if row.any():
                 assert len({(t - 1000) // 100 for t in row.tolist()}) == 1
                 inputs += row.tolist()
@@ -97,9 +97,9 @@ def test_an_epoch_holds_every_token_once_and_every_target_once(prefix):
 def test_a_last_document_that_fills_its_row_has_no_label_behind_it(tmp_path, write_dataset):
     corpus = packed_corpus(write_dataset(tmp_path / "a", [[1], list(range(2, 34))]))
     batches = [batch for step in range(2) for batch in corpus.micro_batches(step, BatchShard(1, 1))]
-    full = next(batch for batch in batches if batch["tokens"].min() >= 2)
-    assert full["loss_mask"][0].tolist() == [1.0] * 31 + [0.0]
-    assert full["labels"][0].tolist() == [*range(3, 34), 0]
+    full = next(batch for batch in batches if batch.tokens.min() >= 2)
+    assert full.loss_mask[0].tolist() == [1.0] * 31 + [0.0]
+    assert full.labels[0].tolist() == [*range(3, 34), 0]
 
 
 def test_the_plan_is_made_once_and_the_order_changes_with_the_epoch(prefix):

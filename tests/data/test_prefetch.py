@@ -25,7 +25,8 @@ def corpus(prefix, **options) -> Corpus:
 
 def plain(batches) -> list:
     return [
-        {name: value if name == "documents" else value.tolist() for name, value in batch.items()} for batch in batches
+        {name: value.tolist() if hasattr(value, "tolist") else value for name, value in batch._asdict().items()}
+        for batch in batches
     ]
 
 

@@ -9,9 +9,11 @@ import torch
 import tuned
 
 from igla_mega.data import chat
+from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
 from igla_mega.data.packing import Packing, fill_row
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
 from igla_mega.engine.step import evaluate
+from igla_mega.model.output import TokenLogProbs
 from igla_mega.model.spec import Documents
 
 TEXTS = [
@@ -37,9 +39,8 @@ def samples(folder):
 
 
 def batch_of(rows):
-    names = ("tokens", "labels", "loss_mask", "position_ids")
-    tensors = {name: torch.tensor(np.stack([getattr(row, name) for row in rows])) for name in names}
-    return {**tensors, "documents": [row.documents for row in rows]}
+    tensors = [torch.tensor(np.stack([getattr(row, name) for row in rows])) for name in SEQUENCES]
+    return MicroBatch(*tensors, documents=[row.documents for row in rows])
 
 
 def packed(folder):
@@ -98,7 +99,7 @@ def neighbours(folder):
     tuned.llama(folder / "hf", vocab_size=300, max_position_embeddings=SEQUENCE)
     built = engine(folder)
     chunk = built.chunks[0].module
-    chunk.log_probs = True
+    chunk.output = TokenLogProbs()
     kept = samples(folder)[2]
     found = []
     for seed in (1, 2):
@@ -108,12 +109,12 @@ def neighbours(folder):
         batch = batch_of([row])
         with torch.no_grad():
             log_probs = chunk(
-                batch["tokens"],
-                batch["position_ids"],
+                batch.tokens,
+                batch.position_ids,
                 None,
-                labels=batch["labels"],
-                loss_mask=batch["loss_mask"],
-                packed_seq_params=Documents(rows=batch["documents"]),
+                labels=batch.labels,
+                loss_mask=batch.loss_mask,
+                packed_seq_params=Documents(rows=batch.documents),
             )
         found.append(log_probs[row.documents[1] : row.documents[2], 0].tolist())
     return found

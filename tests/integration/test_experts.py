@@ -241,10 +241,10 @@ def uneven(built):
     """Rows of different lengths with padding behind them; in each some tokens are no targets."""
     layout, mesh = built.layout, built.mesh
     for m, batch in enumerate(tiny.batches(0, layout, mesh.data.rank)):
-        mask = batch["loss_mask"].clone()
+        mask = batch.loss_mask.clone()
         for row in range(len(mask)):
             mask[row, 31 - 3 * ((m * layout.data + mesh.data.rank) * layout.micro_batch_size + row) :] = 0
-        yield {**batch, "loss_mask": mask}
+        yield batch._replace(loss_mask=mask)
 
 
 def first_step(wanted, folder: str = "") -> dict:
@@ -300,22 +300,22 @@ def written_out(folder: Path, micro_batches: list[dict], wanted) -> dict:
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(routed)
-    num_targets = sum(b["loss_mask"].sum() for b in micro_batches)
+    num_targets = sum(b.loss_mask.sum() for b in micro_batches)
     total, losses, num_real = torch.zeros((), dtype=torch.float64), 0.0, 0
     sums: dict[int, dict] = {}
     for batch in micro_batches:
-        ends = [int((row > 0).nonzero().max()) + 2 for row in batch["loss_mask"]]
+        ends = [int((row > 0).nonzero().max()) + 2 for row in batch.loss_mask]
         real = torch.arange(32)[None] < torch.tensor(ends)[:, None]
         num_real += int(real.sum())
         seen.clear()
-        logits = model(batch["tokens"]).logits
-        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-        task = (nats * batch["loss_mask"].flatten()).sum()
+        logits = model(batch.tokens).logits
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+        task = (nats * batch.loss_mask.flatten()).sum()
         total, losses = total + task, losses + float(task.detach())
         for layer, found in enumerate(seen):
             own = sums.setdefault(layer, {"balance": 0.0, "visits": [0] * experts, "dropped": 0, "entropy": 0.0})
             for together, balance in found["balances"]:
-                weight = float(batch["loss_mask"][together].sum())
+                weight = float(batch.loss_mask[together].sum())
                 total = total + moe.router_aux_loss_coef * weight * balance
                 own["balance"] += weight * float(balance)
             own["visits"] = [a + b for a, b in zip(own["visits"], found["visits"], strict=True)]

@@ -19,6 +19,7 @@ from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump
 from igla_mega.config.schema import Recipe
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.distributed.mesh import build_mesh
 from igla_mega.engine.build import build_engine
 from igla_mega.ops.categorical import token_keys
@@ -128,12 +129,12 @@ def samples(layout, data_rank: int):
     positions = torch.arange(tiny.SEQUENCE).unsqueeze(0)
     for first in range(0, SAMPLES, layout.data):
         number = first + data_rank
-        yield {
-            "tokens": rows[min(number, SAMPLES - 1)].unsqueeze(0)[:, :-1].contiguous(),
-            "labels": token_keys(3, number, positions),
-            "loss_mask": torch.full((1, tiny.SEQUENCE), float(number < SAMPLES)),
-            "position_ids": positions,
-        }
+        yield MicroBatch(
+            tokens=rows[min(number, SAMPLES - 1)].unsqueeze(0)[:, :-1].contiguous(),
+            labels=token_keys(3, number, positions),
+            loss_mask=torch.full((1, tiny.SEQUENCE), float(number < SAMPLES)),
+            position_ids=positions,
+        )
 
 
 def fisher_of(wanted):

@@ -10,6 +10,7 @@ import ranks
 import tiny
 import torch
 
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import evaluate
 from igla_mega.objective.ewc import PER_TOKEN, Ewc, FisherAnchor, FisherMetadata
 from igla_mega.ops.categorical import token_keys
@@ -41,12 +42,12 @@ def rows(task: int, seed: int, number: int, count: int = tiny.ROWS):
         tokens.append(torch.multinomial(matrix[tokens[-1][:, 0]], 1, generator=generator))
     stream = torch.cat(tokens, 1)
     positions = torch.arange(LENGTH).expand(count, LENGTH)
-    return {
-        "tokens": stream[:, :-1].contiguous(),
-        "labels": stream[:, 1:].contiguous(),
-        "loss_mask": torch.ones(count, LENGTH),
-        "position_ids": positions,
-    }
+    return MicroBatch(
+        tokens=stream[:, :-1].contiguous(),
+        labels=stream[:, 1:].contiguous(),
+        loss_mask=torch.ones(count, LENGTH),
+        position_ids=positions,
+    )
 
 
 def loss_on(built, task: int, seed: int) -> float:
@@ -71,7 +72,7 @@ def remember(built, seed: int) -> tuple[list[FisherAnchor], float]:
     def samples():
         for number in range(SAMPLES):
             row = rows(0, seed, 7000 + number, 1)
-            yield {**row, "labels": token_keys(seed, number, row["position_ids"])}
+            yield row._replace(labels=token_keys(seed, number, row.position_ids))
 
     num_tokens = fisher_estimate.accumulate(built, samples(), SAMPLES, sums, lambda count: None, draw=True)
     anchors = [

@@ -7,6 +7,7 @@ import ranks
 import tiny
 import torch
 
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import train_step
 from igla_mega.plan.choose import choose_layout
 
@@ -41,12 +42,12 @@ def long_steps(recipe, num_steps: int):
         row = torch.randint(0, tiny.VOCAB, (1, length + 1), generator=torch.Generator().manual_seed(step))
         # Half of the row repeats the other half: what is far away is worth attending to.
         row[:, length // 2 : 2 * (length // 2)] = row[:, : length // 2]
-        batch = {
-            "tokens": row[:, :-1],
-            "labels": row[:, 1:],
-            "loss_mask": torch.ones(1, length),
-            "position_ids": torch.arange(length).unsqueeze(0),
-        }
+        batch = MicroBatch(
+            tokens=row[:, :-1],
+            labels=row[:, 1:],
+            loss_mask=torch.ones(1, length),
+            position_ids=torch.arange(length).unsqueeze(0),
+        )
         report = train_step(engine, iter([batch]), step=step, seed=1, learning_rate=1e-3)
         reports.append((report.loss, report.grad_norm))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

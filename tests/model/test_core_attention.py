@@ -6,6 +6,7 @@ import tiny
 import torch
 from test_layouts import label, largest_differences
 
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import train_step
 from igla_mega.ops import ring_attention as ring
 
@@ -97,12 +98,12 @@ def one_to_a_row(layout):
         length = tokens.numel() - 1
         row = torch.zeros(1, tiny.SEQUENCE + 1, dtype=torch.int64)
         row[0, : length + 1] = tokens
-        yield {
-            "tokens": row[:, :-1],
-            "labels": row[:, 1:],
-            "loss_mask": (torch.arange(tiny.SEQUENCE) < length).float()[None],
-            "position_ids": torch.arange(tiny.SEQUENCE)[None],
-        }
+        yield MicroBatch(
+            tokens=row[:, :-1],
+            labels=row[:, 1:],
+            loss_mask=(torch.arange(tiny.SEQUENCE) < length).float()[None],
+            position_ids=torch.arange(tiny.SEQUENCE)[None],
+        )
 
 
 def all_in_one_row(layout):
@@ -116,13 +117,7 @@ def all_in_one_row(layout):
         mask[start:stop] = 1
         borders.append(start := stop)
     tokens, labels, positions = (row[None] for row in rows)
-    yield {
-        "tokens": tokens,
-        "labels": labels,
-        "loss_mask": mask[None],
-        "position_ids": positions,
-        "documents": [borders],
-    }
+    yield MicroBatch(tokens=tokens, labels=labels, loss_mask=mask[None], position_ids=positions, documents=[borders])
 
 
 def documents() -> list[torch.Tensor]:

@@ -29,8 +29,8 @@ def routed(moe: dict, factor: float | None, logits: torch.Tensor) -> tuple[torch
     with torch.no_grad():
         router.weight.zero_()[:, :4] = torch.eye(4)
     hidden = torch.cat([logits, torch.zeros_like(logits)], -1)
-    weights, tokens_per_expert = router(hidden)
-    return weights.detach(), tokens_per_expert
+    weights, routing_map = router(hidden)
+    return weights.detach(), routing_map
 
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 0.0], [1.0, 2.0, 0.5, 0.0], [0.0, 4.0, 0.0, 1.0]])[
@@ -39,42 +39,36 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 0.0], [1.0, 2.0, 0
 
 
 def test_weights_are_the_softmax_over_the_chosen_or_over_all():
-    after, tokens_per_expert = ranks.run(1, routed, {}, None, LOGITS)[0]
+    after, routing_map = ranks.run(1, routed, {}, None, LOGITS)[0]
     before, _ = ranks.run(1, routed, {"pre_softmax": True}, None, LOGITS)[0]
-    assert tokens_per_expert.sum(1).tolist() == [2, 2, 2, 2] and tokens_per_expert[0].tolist() == [
+    assert routing_map.sum(1).tolist() == [2, 2, 2, 2] and routing_map[0].tolist() == [
         True,
         True,
         False,
         False,
     ]
     assert after[0].tolist()[:2] == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
-    assert torch.allclose(before, LOGITS[:, 0].softmax(-1) * tokens_per_expert)
+    assert torch.allclose(before, LOGITS[:, 0].softmax(-1) * routing_map)
 
 
 def test_an_expert_keeps_its_most_probable_tokens():
     # All four want expert 1; a fair share is 4 * 2 / 4 = 2.
-    weights, tokens_per_expert = ranks.run(1, routed, {}, 1.0, LOGITS)[0]
+    weights, routing_map = ranks.run(1, routed, {}, 1.0, LOGITS)[0]
     full, _ = ranks.run(1, routed, {}, None, LOGITS)[0]
     kept = full[:, 1].argsort(descending=True)[:2].sort().values
-    assert tokens_per_expert[:, 1].nonzero().flatten().tolist() == kept.tolist()
-    assert torch.equal(weights, full * tokens_per_expert), "what is left is not weighed anew"
+    assert routing_map[:, 1].nonzero().flatten().tolist() == kept.tolist()
+    assert torch.equal(weights, full * routing_map), "what is left is not weighed anew"
 
 
 def test_filling_up_makes_every_expert_equally_long():
-    weights, tokens_per_expert = ranks.run(1, routed, {"capacity_over": "rank", "pad_to_capacity": True}, 1.0, LOGITS)[
-        0
-    ]
+    weights, routing_map = ranks.run(1, routed, {"capacity_over": "rank", "pad_to_capacity": True}, 1.0, LOGITS)[0]
     plain, kept = ranks.run(1, routed, {"capacity_over": "rank"}, 1.0, LOGITS)[0]
-    assert (
-        tokens_per_expert.sum(0).tolist() == [2, 2, 2, 2]
-        and (tokens_per_expert | ~kept).all()
-        and torch.equal(weights, plain)
-    )
+    assert routing_map.sum(0).tolist() == [2, 2, 2, 2] and (routing_map | ~kept).all() and torch.equal(weights, plain)
 
 
 def test_forced_balance_sends_tokens_in_turn():
-    _, tokens_per_expert = ranks.run(1, routed, {"force_balanced": True}, None, LOGITS)[0]
-    assert tokens_per_expert.sum(0).tolist() == [2, 2, 2, 2]
+    _, routing_map = ranks.run(1, routed, {"force_balanced": True}, None, LOGITS)[0]
+    assert routing_map.sum(0).tolist() == [2, 2, 2, 2]
 
 
 def lose(wanted, grouped: bool) -> tuple[list, list]:

@@ -12,8 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from igla_mega.checkpoint.hf_names import weights_of
 from igla_mega.config.features import Dpo
+from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
 from igla_mega.data.pairs import Pair, rows_of
 from igla_mega.engine.step import _shard_for_context_parallel
+from igla_mega.model.output import TokenLogProbs
 from igla_mega.model.shards import named_shards
 from igla_mega.objective import dpo
 
@@ -34,15 +36,14 @@ def batches(layout, data_rank: int, reference=None):
     for m in range(PAIRS // (layout.micro_batch_size * layout.data)):
         at = (m * layout.data + data_rank) * size
         own = rows[at : at + size]
-        names = ("tokens", "labels", "loss_mask", "position_ids")
-        batch = {name: torch.tensor(np.stack([getattr(row, name) for row in own])) for name in names}
-        yield batch if reference is None else {**batch, "reference": reference[at : at + size]}
+        batch = MicroBatch(*(torch.tensor(np.stack([getattr(row, name) for row in own])) for name in SEQUENCES))
+        yield batch if reference is None else batch._replace(reference=reference[at : at + size])
 
 
 def passed(built, micro_batches, step, *, forward_only: bool, chunks=None):
     """Run a forward step over micro-batches of pairs; what the last stage reports."""
     layout, chunks = built.layout, chunks or built.chunks
-    own = list(_shard_for_context_parallel(iter(micro_batches), built.mesh.context))
+    own = [_shard_for_context_parallel(batch, built.mesh.context) for batch in micro_batches]
     return get_forward_backward_func()(
         forward_step_func=partial(step, context=built.mesh.context),
         data_iterator=iter(own),
@@ -81,7 +82,7 @@ def objective(built, section, reference=None, chunks=None):
 def engine(recipe, base=None, section=None, mesh=None):
     built, shards, switch = tuned.engine(recipe, section, base=base, mesh=mesh)
     for chunk in bare(built):
-        chunk.log_probs = True
+        chunk.output = TokenLogProbs()
     return built, shards, switch
 
 

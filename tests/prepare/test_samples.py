@@ -59,12 +59,12 @@ def test_each_conversation_is_learned_once_an_epoch_and_none_that_is_held_out(fo
     data = conversations(folder)
     rows = data.windows_per_epoch()["conversations"]
     share = BatchShard(1, 1)
-    targets = sum(float(next(data.micro_batches(step, share))["loss_mask"].sum()) for step in range(rows))
-    again = sum(float(next(data.micro_batches(rows + step, share))["loss_mask"].sum()) for step in range(rows))
+    targets = sum(float(next(data.micro_batches(step, share)).loss_mask.sum()) for step in range(rows))
+    again = sum(float(next(data.micro_batches(rows + step, share)).loss_mask.sum()) for step in range(rows))
     alone = conversations(folder, validation_fraction=0.0)
     number = alone.windows_per_epoch()["conversations"]
-    everything = sum(float(next(alone.micro_batches(step, share))["loss_mask"].sum()) for step in range(number))
-    held = sum(float(b["loss_mask"].sum()) for b in data.validation_batches("own", share, 8))
+    everything = sum(float(next(alone.micro_batches(step, share)).loss_mask.sum()) for step in range(number))
+    held = sum(float(b.loss_mask.sum()) for b in data.validation_batches("own", share, 8))
     assert targets == again and targets + held == everything
     assert data.notes == ["16 conversations to learn from, 4 held out"]
 
@@ -92,7 +92,7 @@ def test_pairs_come_in_another_order_each_epoch_and_carry_their_reference(folder
 def test_the_pass_over_all_pairs_meets_each_in_the_order_of_the_file(folder):
     data = pairs(folder)
     batches = list(data.all_pairs("own", BatchShard(8, 4)))
-    assert len(batches) == 6 and len({tuple(row.tolist()) for b in batches for row in b["tokens"][0::2]}) == 20
+    assert len(batches) == 6 and len({tuple(row.tolist()) for b in batches for row in b.tokens[0::2]}) == 20
 
 
 def test_what_is_up_to_date_is_not_prepared_again_and_another_limit_prepares_it(folder, capsys):

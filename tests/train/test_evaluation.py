@@ -22,6 +22,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump, load_recipe
 from igla_mega.config.schema import Needle, Tasks
 from igla_mega.data.indexed import IndexedReader, IndexedWriter
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
 from igla_mega.distributed.mesh import single_process_mesh
 from igla_mega.engine.step import train_step
@@ -242,7 +243,7 @@ def searched(corpus: Path, trained_steps: int):
         mask = torch.zeros(16, ids.size(1) - 1)
         mask[:, -needle.VALUE_TOKENS :] = 1
         positions = torch.arange(ids.size(1) - 1).expand(16, -1)
-        batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask, "position_ids": positions}
+        batch = MicroBatch(tokens=ids[:, :-1], labels=ids[:, 1:], loss_mask=mask, position_ids=positions)
         batch = {name: values.contiguous() for name, values in batch.items()}
         train_step(engine, iter([batch]), step=step, seed=1, learning_rate=4e-3)
     return needle.measure(engine, haystack(corpus))

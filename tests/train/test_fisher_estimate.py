@@ -10,6 +10,7 @@ import torch
 from states import pieces, whole
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
+from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine import ddp, fsdp
 from igla_mega.engine.step import forward_backward
 from igla_mega.ops.categorical import token_keys
@@ -33,12 +34,12 @@ def samples(layout, data_rank: int, draw: bool):
         number = first + data_rank
         row = rows[min(number, SAMPLES - 1)].unsqueeze(0)
         positions = torch.arange(tiny.SEQUENCE).unsqueeze(0)
-        yield {
-            "tokens": row[:, :-1].contiguous(),
-            "labels": token_keys(3, number, positions) if draw else row[:, 1:].contiguous(),
-            "loss_mask": torch.full((1, tiny.SEQUENCE), float(number < SAMPLES)),
-            "position_ids": positions,
-        }
+        yield MicroBatch(
+            tokens=row[:, :-1].contiguous(),
+            labels=token_keys(3, number, positions) if draw else row[:, 1:].contiguous(),
+            loss_mask=torch.full((1, tiny.SEQUENCE), float(number < SAMPLES)),
+            position_ids=positions,
+        )
 
 
 def taken(recipe, draw: bool = True):

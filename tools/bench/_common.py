@@ -154,6 +154,7 @@ def engine_and_step(
     import torch.distributed as dist
 
     from igla_mega.config.schema import Recipe
+    from igla_mega.data.micro_batch import MicroBatch
     from igla_mega.distributed import host
     from igla_mega.distributed.mesh import build_mesh, init_process_groups
     from igla_mega.engine.build import build_engine
@@ -200,18 +201,18 @@ def engine_and_step(
         mode = dpo_reference.mode_of(recipe.dpo, adapters=recipe.lora is not None)
         engine = replace(engine, objective=dpo_reference.objective(recipe.dpo, mode, engine))
 
-    def batches() -> Iterator[dict]:
+    def batches() -> Iterator[MicroBatch]:
         rows = layout.micro_batch_size * rows_per_sample
         for tokens in random_tokens(num_rows, sequence + 1, vocab_size).split(rows)[mesh.data.rank :: layout.data]:
             positions = torch.arange(sequence).expand(rows, sequence)
-            batch = {
-                "tokens": tokens[:, :-1].contiguous(),
-                "labels": tokens[:, 1:].contiguous(),
-                "loss_mask": (positions >= round((1 - target_share) * sequence)).float(),
-                "position_ids": positions,
-            }
+            batch = MicroBatch(
+                tokens=tokens[:, :-1].contiguous(),
+                labels=tokens[:, 1:].contiguous(),
+                loss_mask=(positions >= round((1 - target_share) * sequence)).float(),
+                position_ids=positions,
+            )
             cached = recipe.dpo is not None and recipe.lora is None
-            yield {**batch, "reference": torch.zeros(rows)} if cached else batch
+            yield batch._replace(reference=torch.zeros(rows)) if cached else batch
 
     return engine, lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=3e-4).loss
 

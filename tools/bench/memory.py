@@ -197,16 +197,18 @@ def measure(case: Case) -> dict:
         engine = replace(engine, ewc=ewc)
     length, rows = recipe.model.max_position, layout.micro_batch_size * layout.rows_per_sample
 
-    def batches() -> Iterator[dict]:
+    from igla_mega.data.micro_batch import MicroBatch
+
+    def batches() -> Iterator[MicroBatch]:
         for _ in range(layout.num_microbatches):
             tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1))  # type: ignore[union-attr]
-            yield {
-                "tokens": tokens[:, :-1].contiguous(),
-                "labels": tokens[:, 1:].contiguous(),
-                "loss_mask": torch.ones(rows, length),
-                "position_ids": torch.arange(length).expand(rows, length),
-                **({"reference": torch.zeros(rows)} if recipe.dpo is not None else {}),
-            }
+            yield MicroBatch(
+                tokens[:, :-1].contiguous(),
+                tokens[:, 1:].contiguous(),
+                torch.ones(rows, length),
+                torch.arange(length).expand(rows, length),
+                reference=torch.zeros(rows) if recipe.dpo is not None else None,
+            )
 
     def step() -> float:
         return train_step(engine, batches(), step=0, seed=1, learning_rate=1e-3).loss

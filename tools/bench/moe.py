@@ -61,6 +61,7 @@ def on_gpu(rounds: int) -> dict[str, dict]:
     import torch
 
     from igla_mega.config.load import load_recipe
+    from igla_mega.data.micro_batch import MicroBatch
     from igla_mega.distributed import host
     from igla_mega.distributed.mesh import build_mesh, init_process_groups
     from igla_mega.engine.build import build_engine
@@ -88,12 +89,12 @@ def on_gpu(rounds: int) -> dict[str, dict]:
     flops = (6 * recipe.model.matmul_parameters(recipe.moe) + attention) * num_rows * sequence
     peak = dense_peak_flops(torch.cuda.get_device_name(device), "bfloat16")
     tokens = random_tokens(num_rows, sequence + 1).to(device)
-    batch = {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(num_rows, sequence, device=device),
-        "position_ids": torch.arange(sequence, device=device).expand(num_rows, sequence),
-    }
+    batch = MicroBatch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=torch.ones(num_rows, sequence, device=device),
+        position_ids=torch.arange(sequence, device=device).expand(num_rows, sequence),
+    )
     table = {}
     for name, forced in (("real routing", False), ("forced balanced", True)):
         moe = recipe.moe.model_copy(update={"force_balanced": forced})

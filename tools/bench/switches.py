@@ -78,6 +78,7 @@ def engine(device_name: str, precision: str, changed: dict) -> Callable[[], floa
     import torch.distributed as dist
 
     from igla_mega.config.schema import Recipe
+    from igla_mega.data.micro_batch import MicroBatch
     from igla_mega.distributed import host
     from igla_mega.distributed.mesh import build_mesh, init_process_groups
     from igla_mega.engine.build import build_engine
@@ -118,15 +119,15 @@ def engine(device_name: str, precision: str, changed: dict) -> Callable[[], floa
     tokens = random_tokens(rows, length + 1).split(size)[mesh.data.rank :: layout.data]
     positions = torch.arange(length).expand(size, length)
 
-    def batches() -> Iterator[dict]:
+    def batches() -> Iterator[MicroBatch]:
         for own in tokens:
-            batch = {
-                "tokens": own[:, :-1].contiguous(),
-                "labels": own[:, 1:].contiguous(),
-                "loss_mask": torch.ones(size, length),
-                "position_ids": positions,
-            }
-            yield {name: values.to(device) for name, values in batch.items()}
+            batch = MicroBatch(
+                tokens=own[:, :-1].contiguous(),
+                labels=own[:, 1:].contiguous(),
+                loss_mask=torch.ones(size, length),
+                position_ids=positions,
+            )
+            yield batch.map_tensors(lambda tensor: tensor.to(device))
 
     return lambda: train_step(built, batches(), step=0, seed=1, learning_rate=1e-4).loss
 

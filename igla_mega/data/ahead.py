@@ -1,0 +1,42 @@
+"""Run an iterator in a thread, a bounded number of items ahead of its consumer."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+def ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
+    """The same items, made by a thread of their own, at most `depth` ahead."""
+    waiting: queue.Queue = queue.Queue(depth)
+    ended = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not ended.is_set():
+            try:
+                waiting.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # raised where the items are used
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="read ahead").start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        ended.set()
