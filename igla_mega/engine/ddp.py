@@ -194,6 +194,7 @@ class MegatronAdamW:
         saved = config.finalize_model_grads_func, config.no_sync_func
 
         def add(sums: list[Tensor]) -> None:
+            """Add the squared gradient of the last backward pass to `sums`."""
             if single_sample:
                 fisher_accumulate_(sums, self._gradients(), 1.0)
             else:

@@ -153,6 +153,7 @@ class ShardedAdamW:
         """
 
         def add(sums: list[Tensor]) -> None:
+            """Add the squared gradient of the last backward pass to `sums`."""
             # Context-parallel ranks hold the same sample, and each of them has added its square.
             torch._foreach_add_(sums, self._gradients(), alpha=1.0 / self.mesh.context.size)
 
@@ -180,6 +181,7 @@ class ShardedAdamW:
         hooked: set[int] = set()
 
         def add_hooks(module: nn.Module, *_) -> None:
+            """Forward hook: add the reduction to each gathered weight of the module, once per weight."""
             for name in names[module]:
                 weight = getattr(module, name)  # gathered by now
                 if id(weight) not in hooked:
@@ -214,6 +216,7 @@ class _SquareAndReduceScatter(DefaultReduceScatter):
     """Reduce-scatter for `fully_shard` that squares the gradient of a data-parallel rank's sample before summing."""
 
     def __init__(self, context: Axis):
+        """Take the axis of the ranks that share a sample."""
         self.context = context
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs):

@@ -165,34 +165,14 @@ def followed(heartbeat: Heartbeat) -> Iterator[None]:
             if name not in _ONE_SIDED:
                 number = heartbeat.issued[key] = heartbeat.issued.get(key, 0) + 1
             heartbeat.collective = (name, key, number)
-            return timed(call, group, *args, **kwargs)
+            return _timed(heartbeat, call, group, *args, **kwargs)
 
         return enter
-
-    def timed(call: Callable, *args, **kwargs):
-        """Call a function and add its duration, by the host's clock or by events on the device."""
-        heartbeat.ticks += 1
-        heartbeat.waiting = True
-        events = heartbeat.events
-        if events is not None:
-            begin = torch.cuda.Event(enable_timing=True)
-            begin.record()
-        start = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            heartbeat.waited += time.perf_counter() - start
-            heartbeat.waiting = False
-            heartbeat.ticks += 1
-            if events is not None:
-                end = torch.cuda.Event(enable_timing=True)
-                end.record()
-                events.append((begin, end))
 
     def tracked_wait(call: Callable) -> Callable:
         """Wrap `Work.wait`, in which an asynchronous collective spends its time."""
         return lambda work, *args, **kwargs: (
-            call(work, *args, **kwargs) if in_background() else timed(call, work, *args, **kwargs)
+            call(work, *args, **kwargs) if in_background() else _timed(heartbeat, call, work, *args, **kwargs)
         )
 
     with ExitStack() as undo:
@@ -205,6 +185,27 @@ def followed(heartbeat: Heartbeat) -> Iterator[None]:
         undo.callback(setattr, dist.Work, "wait", vars(dist.Work)["wait"])
         dist.Work.wait = tracked_wait(dist.Work.wait)  # type: ignore[method-assign]
         yield
+
+
+def _timed(heartbeat: Heartbeat, call: Callable, *args, **kwargs):
+    """Call a function and record its duration: on the host's clock, and by events while a step is timed."""
+    heartbeat.ticks += 1
+    heartbeat.waiting = True
+    events = heartbeat.events
+    if events is not None:
+        before = torch.cuda.Event(enable_timing=True)
+        before.record()
+    start = time.perf_counter()
+    try:
+        return call(*args, **kwargs)
+    finally:
+        heartbeat.waited += time.perf_counter() - start
+        heartbeat.waiting = False
+        heartbeat.ticks += 1
+        if events is not None:
+            after = torch.cuda.Event(enable_timing=True)
+            after.record()
+            events.append((before, after))
 
 
 def follow_layers(heartbeat: Heartbeat, chunks: Iterable[nn.Module]) -> None:

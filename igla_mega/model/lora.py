@@ -61,6 +61,7 @@ class Adapter(nn.Module):
     """Norm of each row of the adapted weight (DoRA), [outputs]; None without DoRA."""
 
     def __init__(self, inputs: int, outputs: int, lora: Lora, *, dtype: torch.dtype, device: torch.device):
+        """Allocate the matrices without values; `inputs` and `outputs` are this rank's dimensions."""
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(lora.rank, inputs, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(outputs, lora.rank, dtype=dtype, device=device))
@@ -194,6 +195,7 @@ class _AddProjections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, out, hidden, groups, rows, *matrices):
+        """Return `out`, modified in place; it is not saved, since its own gradient passes through."""
         ctx.save_for_backward(hidden, *matrices)
         ctx.groups, ctx.rows = groups, rows
         ctx.mark_dirty(out)
@@ -208,6 +210,7 @@ class _AddProjections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of out, hidden and each lora_B."""
         hidden, *matrices = ctx.saved_tensors
         stacked = grad.reshape(-1, ctx.groups, grad.size(-1) // ctx.groups)
         grad_parts, grad_matrices = [], []

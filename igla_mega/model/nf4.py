@@ -149,6 +149,7 @@ class StackedNf4(nn.Module):
     requires_grad = False
 
     def __init__(self, stack: Stack, projections: dict[str, Nf4], dtype: torch.dtype):
+        """Combine the codes of a stack's projections; `dtype` is the type of the products."""
         super().__init__()
         self.stack, self.dtype = stack, dtype
         self.projections = nn.ModuleDict(projections)

@@ -57,6 +57,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [..., H] over its last dimension."""
         if not self.fused:
             return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
@@ -102,6 +103,15 @@ class CoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **_,
     ):
+        """Read the settings; megatron-core passes these arguments to every core attention.
+
+        Args:
+            config: head size, attention backend and recomputation.
+            layer_number, attn_mask_type, attention_type: ignored.
+            softmax_scale: factor of the scores; 1 / sqrt(head size) by default.
+            cp_comm_type: schedule of ring attention; "auto" by default.
+            pg_collection: process groups, of which the context-parallel one is used.
+        """
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.group = pg_collection.cp if pg_collection is not None else None

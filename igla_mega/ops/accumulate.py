@@ -7,7 +7,7 @@ from torch import Tensor
 
 from igla_mega.ops.checks import check_device, check_lengths, check_not_expanded, check_rows, check_shape, check_type
 
-# The kernels join dimensions to rows and iterate over at most three row dimensions.
+# The kernels treat the last dimension as a row and iterate over at most three further ones.
 _MAX_DIMENSIONS = 4
 
 
@@ -26,6 +26,7 @@ def _check(sums: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
 
 
 def _check_dimensions(name: str, tensor: Tensor) -> None:
+    """Check that the kernels can iterate over the tensor's dimensions."""
     torch._check(
         1 <= tensor.dim() <= _MAX_DIMENSIONS,
         lambda: f"{name} must have 1 to {_MAX_DIMENSIONS} dimensions, got {tensor.dim()}",

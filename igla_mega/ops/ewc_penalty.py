@@ -56,6 +56,7 @@ def _ewc_pull_fake_(
     fisher: Sequence[Tensor],
     ewc_lambda: float,
 ) -> Tensor:
+    """Check the arguments and return an empty result, for tracing without data."""
     _check(grads, weights, anchors, fisher)
     return torch.empty(3, dtype=torch.float64, device=weights[0].device if weights else None)
 

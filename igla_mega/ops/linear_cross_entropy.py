@@ -30,6 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, loss_mask, vocab_size, group, draw, chunk, into):
+        """Return the summed loss, and save both gradients for a loss gradient of 1."""
         needs_grad = any(ctx.needs_input_grad[:2])
         num_ranks = 1 if group is None else group.size()
         vocab_start = 0 if group is None else group.rank() * weight.size(0)
@@ -72,6 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        """Return the saved gradients times that of the loss."""
         grad_hidden, grad_weight = ctx.saved_tensors
         # Reading the value is free on CPU and saves a pass over the largest gradient of the model; on CUDA it would
         # wait for the device.
@@ -79,8 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.added:
                 raise RuntimeError(f"the loss is scaled by {grad_output.item():g}, but its gradient was added unscaled")
             grad_hidden, grad_weight = grad_hidden * grad_output, grad_weight * grad_output
-        whole = ctx.needs_input_grad[1] and not ctx.added
-        return grad_hidden, grad_weight if whole else None, None, None, None, None, None, None, None
+        returns_weight = ctx.needs_input_grad[1] and not ctx.added
+        return grad_hidden, grad_weight if returns_weight else None, None, None, None, None, None, None, None
 
 
 def linear_cross_entropy(

@@ -18,6 +18,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, tokens, vocab_size, group):
+        """Return log-probabilities [N] fp32, 0 for tokens not in `tokens`."""
         vocab_start = 0 if group is None else group.rank() * weight.size(0)
         log_probs = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         lses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
@@ -39,6 +40,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Compute each chunk's logits again and multiply their gradient into both factors."""
         hidden, weight, labels, tokens, lses = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         needs_weight = ctx.needs_input_grad[1]

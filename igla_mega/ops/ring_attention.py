@@ -167,6 +167,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, task, kept):
+        """Return out [S, B, H, D] and lse; with a2a lse is [B, H / A, S * A], this rank's heads of all its tokens."""
         if task.inner is not None:
             q, k, v = (_to_heads(t, task.inner) for t in (q, k, v))  # [S * A, B, H / A, D], A ranks of `inner`
         if kept.out is None:
@@ -180,6 +181,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
+        """Return dq, dk and dv of this rank's tokens."""
         task: _Task = ctx.task
         q, k, v, out, lse = ctx.saved_tensors
         if task.inner is not None:
@@ -310,6 +312,7 @@ class _Rows:
     """Inputs of the backward pass that belong to the queries and are the same for every block of keys."""
 
     def __init__(self, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor):
+        """Convert half types to fp32 where the kernel needs it."""
         # For half types, aten's CPU kernel sums dk and dv over the query heads of a key head in that type, and the
         # rounding errors of several blocks would add up: compute in fp32.
         wide = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
@@ -325,6 +328,7 @@ class _Sums:
     """Running gradient sums in fp32 (fp64 for fp64); those of keys and values share one tensor, one message per hop."""
 
     def __init__(self, q: Tensor, k: Tensor):
+        """Start from zeros in the shapes of q and of k and v."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.q = torch.zeros(q.shape, dtype=dtype, device=q.device)
         self.kv = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
@@ -339,6 +343,7 @@ class _Partials:
     """Partial outputs of blocks, merged every `MERGE_GROUP` ring steps into a running sum in fp32."""
 
     def __init__(self, q: Tensor, rows: list[slice]):
+        """Start without partials; `rows` are the groups of batch rows that share their blocks."""
         self._q = q
         self._rows = rows
         self._dtype = torch.promote_types(q.dtype, torch.float32)
