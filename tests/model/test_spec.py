@@ -1,4 +1,4 @@
-"""The modules of a layer, each against a plain formula in float64."""
+"""Tests of the modules of a layer, each against a plain formula in float64."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from igla_mega.model.spec import CoreAttention, RMSNorm, fp8_settings, use_trans
 
 
 def dense_attention(query, key, value):
-    """Softmax over a full score matrix, in the type of the inputs; [S, B, H, D] in, [S, B, H * D] out."""
+    """Attend with a softmax over a full score matrix, in the type of the inputs; [S, B, H, D] in, [S, B, H * D] out."""
     groups = query.shape[2] // key.shape[2]
     key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query, key) / query.shape[3] ** 0.5
@@ -89,14 +89,14 @@ def test_the_norms_weight_starts_at_one_and_is_marked_under_sequence_parallelism
     assert not norm(torch.float32).weight.sequence_parallel
 
 
-def test_transformer_engine_asked_for_by_name_and_absent_is_an_error():
+def test_transformer_engine_requested_by_name_and_absent_is_an_error():
     with pytest.raises(ConfigError, match="kernels: te needs Transformer Engine") as raised:
         use_transformer_engine("te", torch.device("cpu"))
     assert "kernels=local" in str(raised.value)
     assert not any(use_transformer_engine(word, torch.device("cpu")) for word in ("auto", "local", "require"))
 
 
-def test_fp8_without_transformer_engine_says_the_way_out():
+def test_fp8_without_transformer_engine_is_an_error_with_a_remedy():
     with pytest.raises(ConfigError, match="FP8 needs Transformer Engine") as raised:
         fp8_settings("tensorwise", torch.device("cpu"), transformer_engine=False)
     assert "precision=BF16" in str(raised.value)
