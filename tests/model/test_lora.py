@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def against_peft(tmp_path):
-    """Return for each variant the largest differences of loss, gradient norm and adapters, and the adapters' movement."""
+    """Return the largest differences of loss, gradient norm and adapters per variant, and the adapters' movement."""
     recipe, differences = tiny.recipe(training={"learning_rate": 5e-4}), {}
     mesh = None
     for name, changes in VARIANTS.items():
