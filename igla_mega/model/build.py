@@ -210,11 +210,13 @@ def build_chunks(
     transformer_engine: bool = False,
     moe: Moe | None = None,
     output: Output | None = None,
+    fused: bool = True,
 ) -> list[CausalLM]:
     """Build this rank's pipeline chunks, as a rule without allocating their weights (torch's meta device).
 
     Args:
         output: what the last stage returns when labels are given; None: the summed loss.
+        fused: as for `transformer_config`: one kernel each for norms and SwiGLU of local layers.
     """
     padded_vocab = math.ceil(model.vocab_size / config.tensor_model_parallel_size) * config.tensor_model_parallel_size
     num_stages = config.virtual_pipeline_model_parallel_size
@@ -226,7 +228,7 @@ def build_chunks(
         with torch.device(where):
             chunk = CausalLM(
                 config,
-                block_spec(config, stage, transformer_engine, moe),
+                block_spec(config, stage, transformer_engine, moe, fused=fused),
                 vocab_size=padded_vocab,
                 max_sequence_length=model.max_position,
                 pre_process=first,
