@@ -35,13 +35,8 @@ def engine(recipe, section: Lora | None, *, base=None, start=None, quantized=Non
     layout = choose_layout(recipe, dist.get_world_size(), "cpu")
     mesh = mesh or build_mesh(layout, recipe.training.seed)
     sharded, dtype = layout.strategy == "FSDP", DTYPES[recipe.distributed.precision]
-    config = build.transformer_config(
-        recipe.model,
-        layout,
-        dtype=torch.float32 if sharded else dtype,
-        device=torch.device("cpu"),
-        recompute=layout.recompute,
-    )
+    how = build.Execution(torch.float32 if sharded else dtype, torch.device("cpu"), layout.recompute)
+    config = build.transformer_config(recipe.model, layout, how)
     chunks = build.build_chunks(config, recipe.model)
     bare = shards_of(chunks, mesh, recipe.model.vocab_size)
     if quantized is not None:

@@ -12,7 +12,7 @@ from igla_mega.config.schema import Model, Recipe
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import single_process_mesh
 from igla_mega.layout.layout import Layout
-from igla_mega.model.build import CausalLM, build_chunks, materialize, transformer_config
+from igla_mega.model.build import CausalLM, Execution, build_chunks, materialize, transformer_config
 from igla_mega.model.shards import named_shards, shards_of
 from igla_mega.model.spec import DTYPES
 
@@ -38,7 +38,7 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple
     device = host.prepare()
     layout = single_process_layout(model)
     mesh = single_process_mesh(layout, device, recipe.training.seed)
-    config = transformer_config(model, layout, dtype=dtype, device=device, moe=recipe.moe)
+    config = transformer_config(model, layout, Execution(dtype, device), recipe.moe)
     chunks = build_chunks(config, model, moe=recipe.moe)
     if recipe.lora is None:
         materialize(chunks, device)

@@ -86,19 +86,18 @@ def _chunks(
     more: dict = fp8_settings(where.fp8_recipe, device, transformer_engine) if where.precision == "FP8" else {}
     if where.cuda_graphs and device.type == "cuda":
         more |= graph_settings(recipe.training.seed, layout.recompute)
-    config = build.transformer_config(
-        model,
-        layout,
+    how = build.Execution(
+        # FSDP keeps the parameters in fp32, as they are the masters, and casts them when it gathers them.
         dtype=torch.float32 if layout.strategy == "FSDP" else dtype,
         device=device,
         recompute=layout.recompute,
         transformer_engine=transformer_engine,
         fused=where.fused_layers,
         attention=where.attention,
-        more=more,
-        moe=recipe.moe,
         capacity_factor=recipe.training.expert_capacity_factor,
+        more=more,
     )
+    config = build.transformer_config(model, layout, how, recipe.moe)
     output = _output(recipe, overlap=_overlaps(recipe, device))
     chunks = build.build_chunks(
         config,

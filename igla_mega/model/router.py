@@ -1,8 +1,10 @@
-"""Which experts a token visits, how much each counts, and what keeps them equally busy.
+"""Router of a mixture of experts: choice and weights of the experts of each token, capacity, and load balancing.
 
-Everything here is taken over the tokens that a setting names (a sequence, a micro-batch), wherever the ranks hold them:
-tensor- and context-parallel ranks add up their counts. Tokens behind a row's last target are padding: they are sent to
-experts like all others, but take nobody's place and count for nothing.
+Capacity and balance refer to the tokens that a setting names (a sequence, a micro-batch), whichever ranks hold them:
+tensor- and context-parallel ranks add up their counts. Tokens after a row's last target are padding: they are sent to
+experts like all others, but take no place from another token and are not counted.
+
+Shapes: S tokens per sequence on this rank, B rows, T = S * B tokens, H hidden size, E experts, k experts per token.
 """
 
 import math
@@ -26,18 +28,20 @@ from igla_mega.ops.zigzag import zigzag_join, zigzag_split
 
 
 class RouterContext:
-    """State that the routers of one chunk share."""
+    """State that all routers of one model chunk share."""
 
     def __init__(self) -> None:
         self.routing = Routing()
-        """Facts about the micro-batch whose forward pass runs now; `CausalLM.forward` sets it."""
+        """Row weights and padding mask of the micro-batch in its forward pass; set by `CausalLM.forward`."""
         self.counts = True
         """False while a Fisher is estimated: tokens are then neither counted nor balanced."""
 
 
 class Router(MegatronModule):
-    """Sends each token to its `num_experts_per_tok` best experts, in fp32 (as Mixtral: Jiang et al. 2024,
-    arXiv:2401.04088, section 2.1)."""
+    """Sends each token to the `num_experts_per_tok` experts with the highest logits, computed in fp32.
+
+    As Mixtral: Jiang et al. 2024, arXiv:2401.04088, section 2.1.
+    """
 
     shared: RouterContext
     """One object for all routers of a chunk, set by `model.experts.connect`."""
@@ -46,17 +50,19 @@ class Router(MegatronModule):
         super().__init__(config=config)
         self.moe, self.layer_number = moe, 0
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size, dtype=config.params_dtype))
-        # Each rank routes its own tokens: mcore sums such gradients over the tensor-parallel ranks.
+        # With sequence parallelism each rank routes only its own tokens, so the gradient is a partial sum: this mark
+        # makes mcore sum it over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if moe.bias_update_rate > 0:
-            # No gradient reaches it: it is moved by what the experts had to do.
+            # fp32 whatever the model's dtype: steps of 1e-3 would be lost in bf16. `move_biases` updates it, no
+            # gradient does.
             self.expert_bias = nn.Parameter(torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False)
         self._groups = pg_collection
         self._tally: Tensor | None = None
         self._to_recompute: deque[Routing] = deque()
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by mcore: counted from 1 over all pipeline stages."""
+        """Store the layer's number, counted from 1 over all pipeline stages; megatron-core calls it."""
         self.layer_number = layer_number
 
     def forward(self, hidden: Tensor, *_) -> tuple[Tensor, Tensor]:
@@ -66,22 +72,26 @@ class Router(MegatronModule):
             hidden: [S, B, H], this rank's tokens.
 
         Returns:
-            What each expert's output counts for, [S * B, E] fp32, and whether the token goes there, bool.
+            Weights of the experts' outputs, [T, E] fp32, 0 for experts not chosen; and the routing map, [T, E] bool,
+            True where a token is sent to an expert.
         """
         routing, moe = self._routing(), self.moe
         length, rows = hidden.shape[:2]
-        logits = _Logits.apply(hidden.flatten(0, 1), self.weight)
+        logits = _Logits.apply(hidden.flatten(0, 1), self.weight)  # [T, E]
         probabilities = logits.softmax(-1)
-        chosen = self._choose(logits)
+        chosen = self._choose(logits)  # [T, k]
         weights = (probabilities.gather(1, chosen)) if moe.pre_softmax else logits.gather(1, chosen).softmax(-1)
-        weights = torch.zeros_like(logits).scatter(1, chosen, weights)
+        # Dense again: the dispatchers of megatron-core take a weight and a mark for every expert.
+        weights = torch.zeros_like(logits).scatter(1, chosen, weights)  # [T, E]
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         real = routing.real
+        # In evaluation the mask may be that of the last training batch, of another shape.
         if real is None or not self.training:
-            real = torch.ones(length, rows, dtype=torch.bool, device=hidden.device)
+            real = torch.ones(length, rows, dtype=torch.bool, device=hidden.device)  # [S, B]
         kept = routing_map
         if self.training and self.config.moe_expert_capacity_factor is not None:
             kept = self._within_capacity(weights.detach(), routing_map, real)
+        # A recomputed layer runs twice, first without gradients: it is counted only once, in the second run.
         if self.training and torch.is_grad_enabled() and self.shared.counts:
             balance = self._balance(probabilities, routing_map, real, routing.weights)
             if moe.router_aux_loss_coef > 0:
@@ -92,10 +102,11 @@ class Router(MegatronModule):
         return (weights if moe.scaling_factor == 1.0 else weights * moe.scaling_factor), kept
 
     def _routing(self) -> Routing:
-        """The micro-batch whose tokens these are.
+        """Return the facts about the micro-batch whose tokens are being routed.
 
-        mcore runs a checkpointed layer first without gradients, then again with them, in the same order; by then other
-        micro-batches may have gone through the chunk.
+        megatron-core runs a checkpointed layer first without gradients, then again with them, in the same order. Other
+        micro-batches may have passed through the chunk in between (pipeline stages), so `shared` then describes a
+        later one: the facts are queued in the first run and taken from the queue in the second.
         """
         if self.training and not torch.is_grad_enabled():
             self._to_recompute.append(self.shared.routing)
@@ -105,23 +116,31 @@ class Router(MegatronModule):
 
     @torch.no_grad()
     def _choose(self, logits: Tensor) -> Tensor:
-        """The experts of each token, [T, k]."""
+        """Return the numbers of each token's experts, [T, k], from logits [T, E]."""
         moe = self.moe
         if moe.force_balanced:
             routing_map = torch.arange(len(logits) * moe.num_experts_per_tok, device=logits.device) % moe.num_experts
             return routing_map.view(len(logits), moe.num_experts_per_tok)
+        # The bias decides on the choice alone, not on the weights: it distorts no output (Wang et al. 2024).
         scores = logits + self.expert_bias if moe.bias_update_rate > 0 else logits
         return scores.topk(moe.num_experts_per_tok, dim=1).indices
 
     @torch.no_grad()
     def _within_capacity(self, weights: Tensor, routing_map: Tensor, real: Tensor) -> Tensor:
-        """Of the visits [T, E] those that the experts have room for: the most probable ones, padding last."""
+        """Return the part of the routing map [T, E] within the experts' capacity: the highest weights, padding last.
+
+        Args:
+            weights: [T, E] fp32, in 0 to 1.
+            real: [S, B], False for padding.
+        """
         length, rows = real.shape
-        # Below every visit lies what is none, which only `pad_to_capacity` can reach.
+        # Weights are at most 1: chosen real tokens get 1 to 2, chosen padding 0 to 1, and what was not chosen less
+        # than 0 (its weight is 0), which only `pad_to_capacity` can reach.
         scores = torch.where(routing_map, weights + real.reshape(-1, 1), weights - 1.0).view(length, rows, -1)
         over = self.moe.capacity_over
         if over == "sequence":
             scores, wide = self._whole_sequences(scores), self._whole_sequences(real[..., None])
+            # scores: [whole S, B, E], wide: [whole S, B, 1]
             room = self._capacity(wide.sum(0))  # [B, 1]
             return (self._own_tokens(_ranks(scores, 0) < room) & routing_map.view(length, rows, -1)).flatten(0, 1)
         if over == "global":
@@ -130,59 +149,74 @@ class Router(MegatronModule):
             num_real = _gather(real.sum().view(1), group).sum()
             ranks = _ranks(everyones.flatten(0, 1), 0).view_as(everyones)[group.rank()]
             return (ranks < self._capacity(num_real)) & routing_map
-        ranks = _ranks(scores.flatten(0, 1), 0)
-        # As megatron-core counts a rank's tokens, padding included: without it no size would be known before.
+        ranks = _ranks(scores.flatten(0, 1), 0)  # [T, E]
+        # Padding counts, as in megatron-core: the size of the experts' batches must not depend on the data.
         kept = ranks < self._capacity(torch.tensor(length * rows, device=ranks.device))
         return kept if self.moe.pad_to_capacity else kept & routing_map
 
     def _capacity(self, num_tokens: Tensor) -> Tensor:
-        """Visits that an expert takes of so many tokens."""
+        """Return how many of `num_tokens` tokens an expert accepts: the fair share times the capacity factor."""
         share = num_tokens.double() * self.moe.num_experts_per_tok / self.moe.num_experts
-        # Whole numbers stay: a product such as 1.1 * 10 may lie a rounding above one.
+        # 1.1 * 50 is 55.00000000000001 in fp64, and must not become 56.
         return (share * self.config.moe_expert_capacity_factor - 1e-9).ceil()
 
     def _whole_sequences(self, own: Tensor) -> Tensor:
-        """[S, B, ...] of the whole sequences, from those of this rank's tokens."""
+        """Gather the values of whole sequences, [whole S, B, ...], from those of each rank's tokens, [S, B, ...]."""
         tensor, context = self._sequence_ranks()
         if tensor * context == 1:
             return own
+        # Ranks of the group are ordered with the tensor axis innermost: [context * tensor, S, B, ...] becomes
+        # [context, tensor * S, B, ...], the zig-zag shards.
         parts = _gather(own, self._groups.tp_cp).unflatten(0, (context, tensor)).flatten(1, 2)
         return zigzag_join(list(parts), 0) if context > 1 else parts[0]
 
     def _own_tokens(self, whole: Tensor) -> Tensor:
-        """This rank's tokens of whole sequences."""
+        """Return this rank's part, [S, B, ...], of values of whole sequences: the inverse of `_whole_sequences`."""
         tensor, context = self._sequence_ranks()
         own = zigzag_split(whole, context, 0)[self._groups.cp.rank()] if context > 1 else whole
         return own.chunk(tensor)[self._groups.tp.rank()] if tensor > 1 else own
 
     def _sequence_ranks(self) -> tuple[int, int]:
-        """How many tensor- and context-parallel ranks share a sequence's tokens."""
+        """Return how many tensor-parallel and how many context-parallel ranks share the tokens of a sequence."""
         return self._groups.tp.size() if self.config.sequence_parallel else 1, self._groups.cp.size()
 
     def _balance(self, probabilities: Tensor, routing_map: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
-        """This rank's addend of the balancing loss: E * sum over experts of share of visits * mean probability.
+        """Return this rank's addend of the balancing loss, E * sum over experts e of f_e * P_e.
 
-        The share is a number to the gradient, of all tokens that are balanced together; the sum of the addends over
-        the ranks that share them is the loss. What is dropped afterwards does not enter. It is multiplied by the
-        weights of the rows, since mcore divides gradients by their sum over the whole batch.
+        f_e is the share of routed tokens that expert e receives, over all tokens that are balanced together, and
+        constant for the gradient; P_e is the mean probability of e, of which each rank contributes its own tokens. The
+        sum of the addends over the ranks is the loss (Fedus et al. 2021, arXiv:2101.03961, eq. 4). Tokens dropped
+        later for lack of capacity count like all others.
+
+        Args:
+            probabilities: [T, E] fp32.
+            real: [S, B], False for padding.
+            weights: [B], number of targets of each row, by which the losses are multiplied, since megatron-core
+                divides all gradients by the number of targets of the global batch; None gives 0.
         """
         moe = self.moe
-        groups = real.size(1) if moe.balance_over == "sequence" else 1
-        place = real.reshape(-1, groups, 1)
+        groups = real.size(1) if moe.balance_over == "sequence" else 1  # G: tokens of one group are balanced together
+        place = real.reshape(-1, groups, 1)  # [T / G, G, 1]
+        # The number of tokens is the last column, so that one all-reduce sums both.
         counted = torch.cat([routing_map.view(-1, groups, moe.num_experts) & place, place], -1).sum(0)
-        counted = counted.to(torch.float32)  # [groups, E + 1]
+        counted = counted.to(torch.float32)  # [G, E + 1]
         if math.prod(self._sequence_ranks()) > 1:
             dist.all_reduce(counted, group=self._groups.tp_cp)
         visited, num_tokens = counted[:, :-1], counted[:, -1:].clamp(min=1)
         share = visited / (num_tokens * moe.num_experts_per_tok)
-        mean = (probabilities.view(-1, groups, moe.num_experts) * place).sum(0) / num_tokens
-        losses = moe.num_experts * (share * mean).sum(1)
+        mean = (probabilities.view(-1, groups, moe.num_experts) * place).sum(0) / num_tokens  # [G, E]
+        losses = moe.num_experts * (share * mean).sum(1)  # [G]
         if weights is None:
             return losses.new_zeros(())
         return (losses * (weights if moe.balance_over == "sequence" else weights.sum())).sum()
 
     @torch.no_grad()
     def _count(self, probabilities: Tensor, routing_map: Tensor, kept: Tensor, real: Tensor, balance: Tensor) -> None:
+        """Add a micro-batch to this router's tally, [2E + 3] fp64.
+
+        Its entries: tokens routed to each expert, those of them within capacity, tokens, summed entropy, summed
+        balancing loss. They stay on the device: a copy per layer and micro-batch would wait for it each time.
+        """
         rows = real.reshape(-1, 1)
         entropy = -(torch.xlogy(probabilities, probabilities).sum(-1) * rows[:, 0]).sum(dtype=torch.float64)
         sums = [(routing_map & rows).sum(0), (kept & routing_map & rows).sum(0), rows.sum().view(1)]
@@ -190,32 +224,34 @@ class Router(MegatronModule):
         self._tally = tally if self._tally is None else self._tally + tally
 
     def take_tally(self) -> Tensor | None:
-        """What was counted since this was called last: [2E + 3] fp64, see `collect`."""
+        """Return and clear what was counted since the last call, [2E + 3] fp64 as in `_count`; None if nothing."""
         tally, self._tally = self._tally, None
         return tally
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the experts of every layer had to do in a step, over the global batch."""
+    """Load of the experts of every layer in a step, over the global batch. Padding is not counted."""
 
     tokens_per_expert: list[list[float]]
-    """For each layer, each expert's share of all visits, before any is dropped. Fair is 1 / E."""
+    """For each layer, each expert's share of all routed tokens, before any is dropped. The fair share is 1 / E."""
     drop_rate: list[float]
-    """For each layer, the share of visits that found no room."""
+    """For each layer, the share of routed tokens that exceeded their expert's capacity."""
     entropy: list[float]
-    """For each layer, of the router's probabilities, mean over tokens, nats. ln E is the most."""
+    """For each layer, entropy of the router's probabilities, mean over tokens, in nats; at most ln E."""
     balance: list[float]
-    """For each layer, the balancing loss before its coefficient, mean over micro-batches by their targets."""
+    """For each layer, the balancing loss before its coefficient, mean over micro-batches weighted by their targets."""
 
     @property
     def max_violation(self) -> list[float]:
-        """For each layer, by how much the busiest expert exceeds its fair share, as a multiple of that (Wang et al.
-        2024, arXiv:2408.15664, eq. 4)."""
+        """For each layer, excess of the busiest expert over its fair share, as a multiple of the fair share.
+
+        Wang et al. 2024, arXiv:2408.15664, eq. 4.
+        """
         return [max(layer) * len(layer) - 1 for layer in self.tokens_per_expert]
 
     def starving(self, bound: float) -> list[tuple[int, int]]:
-        """Layer and expert of those with less than `bound` times their fair share."""
+        """Return layer and number of the experts with less than `bound` times their fair share."""
         shares = (
             (layer, e, share * len(own))
             for layer, own in enumerate(self.tokens_per_expert)
@@ -224,18 +260,18 @@ class Load:
         return [(layer, expert) for layer, expert, share in shares if share < bound]
 
     def dropping(self, bound: float) -> list[int]:
-        """Layers that drop more than `bound` of the visits."""
+        """Return the layers that drop more than the share `bound` of their routed tokens."""
         return [layer for layer, rate in enumerate(self.drop_rate) if rate > bound]
 
 
 def routers_of(chunks: Iterable[nn.Module]) -> Iterator[Router]:
-    """The routers of model chunks, wrapped or not."""
+    """Yield the routers of model chunks, wrapped for data parallelism or not."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, Router))
 
 
 def bias_states(chunks: Iterable[nn.Module], mesh: Mesh) -> Iterator[ParameterState]:
-    """The routers' biases, as a checkpoint keeps them: no optimizer has them."""
+    """Yield the routers' biases as a checkpoint stores them; they get no gradient, so no optimizer holds them."""
     for router in routers_of(chunks):
         if router.moe.bias_update_rate > 0:
             name, shape = f"decoder.layers.{router.layer_number - 1}.mlp.router.expert_bias", (router.moe.num_experts,)
@@ -244,23 +280,24 @@ def bias_states(chunks: Iterable[nn.Module], mesh: Mesh) -> Iterator[ParameterSt
 
 
 def router_context(chunk: nn.Module) -> RouterContext | None:
-    """What the routers of a model chunk share; None for a dense one."""
+    """Return the state shared by the routers of a model chunk; None for a dense model."""
     return next((router.shared for router in routers_of([chunk])), None)
 
 
 def collect(chunks: Sequence[nn.Module], weight: float) -> Load | None:
-    """Sum what this rank's routers and all others have counted since the last call. Every rank calls it.
+    """Sum the routers' tallies since the last call over all ranks. Every rank calls it.
 
     Args:
-        weight: of all micro-batches together (`Routing.weights`).
+        weight: sum of `Routing.weights` over the global batch, that is its number of targets.
 
     Returns:
-        None for a dense model.
+        The load of the experts; None for a dense model.
     """
     routers = list(routers_of(chunks))
     if not routers:
         return None
     experts, num_layers = routers[0].moe.num_experts, routers[0].config.num_layers
+    # Rows for the layers of all pipeline stages: one all-reduce over all ranks then joins stages and data ranks.
     sums = torch.zeros(num_layers, 2 * experts + 3, dtype=torch.float64, device=routers[0].weight.device)
     for router in routers:
         if (tally := router.take_tally()) is not None:
@@ -278,7 +315,10 @@ def collect(chunks: Sequence[nn.Module], weight: float) -> Load | None:
 
 @torch.no_grad()
 def move_biases(chunks: Sequence[nn.Module], load: Load) -> None:
-    """Raise the bias of experts that had too little to do in the last step, and lower the others'."""
+    """Raise the biases of experts with less than their fair share in the last step, and lower those of the others.
+
+    Wang et al. 2024, arXiv:2408.15664, algorithm 1: by a constant step, the sign of the deviation alone.
+    """
     for router in routers_of(chunks):
         if router.moe.bias_update_rate > 0:
             tokens_per_expert = torch.tensor(
@@ -290,7 +330,8 @@ def move_biases(chunks: Sequence[nn.Module], load: Load) -> None:
 
 
 def _ranks(scores: Tensor, dim: int) -> Tensor:
-    """Place of each score along a dim, from 0, the highest first; of equal ones the first first."""
+    """Return the rank of each score along `dim`: 0 for the highest; of equal scores the first one comes first."""
+    # Stable, so that ties, of which padding has many, are broken in the same way on every device.
     order = scores.argsort(dim=dim, descending=True, stable=True)
     shape = [1] * scores.dim()
     shape[dim] = -1
@@ -299,14 +340,17 @@ def _ranks(scores: Tensor, dim: int) -> Tensor:
 
 
 def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...] of every rank's tensor."""
+    """Return every rank's tensor, stacked to [ranks, ...]."""
     parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, own.contiguous(), group=group)
     return torch.stack(parts)
 
 
 class _Logits(torch.autograd.Function):
-    """hidden [T, H] times weight [E, H] transposed, in fp32, keeping hidden in its own type."""
+    """Product of hidden [T, H] and transposed weight [E, H] in fp32, which saves hidden in its own dtype.
+
+    Autograd would save the fp32 copy, twice the memory of bf16, for every layer.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -320,7 +364,10 @@ class _Logits(torch.autograd.Function):
 
 
 class _WithLoss(torch.autograd.Function):
-    """Hand a tensor on, and add a scalar to the loss: its gradient is 1 wherever the tensor's backward pass comes."""
+    """Returns a tensor unchanged, and adds a scalar to the loss: its gradient is 1 when the tensor's backward runs.
+
+    The scalar needs no path to the last pipeline stage, where the loss is computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:

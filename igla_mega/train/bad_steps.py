@@ -1,6 +1,7 @@
-"""A step that went wrong is run again, to see where it goes wrong, and whether it does so again.
+"""Repeat a bad step (a loss or gradient that is not finite, or a spike) to find where it begins and what causes it.
 
-The same bits again: the data, the weights or the code. Sound at the second time: the machine.
+If the repetition gives the same bits, the cause is in the data, the weights or the code. If it gives a good result, the
+cause is the machine.
 """
 
 import hashlib
@@ -28,79 +29,86 @@ from igla_mega.model.router import routers_of
 from igla_mega.train.state import NextStep, Run
 
 SHOWN = 4
-"""Ranks or weights that are named before the rest is counted."""
+"""Maximum number of ranks or weights that a message names; the rest is counted."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where on a rank something that is not finite came up first."""
+    """Place on a rank where a tensor that is not finite appeared first."""
 
     micro_batch: int
-    """Counted from 1."""
+    """Number of the micro-batch, counted from 1."""
     order: int
-    """Modules of the micro-batch that came before."""
+    """Position of the module in the pass of this micro-batch, counted from 1."""
     module: str
+    """Name of the module in the whole model."""
     came_in: bool
-    """Whether what the module was given was not finite already."""
+    """True if the module's input was not finite already."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """What one rank has to say of a bad step."""
+    """Findings of one rank about a bad step."""
 
     rank: int
     stage: int
-    """Of the pipeline."""
+    """Pipeline stage of the rank."""
     first_losses: list[float]
-    """Of its micro-batches in the first run, where it has the last stage."""
+    """Losses of its micro-batches in the first run; empty unless it has the last pipeline stage."""
     gradients: tuple[str, str]
-    """Digests of the first run's gradients, and of the second's."""
+    """Digests of the gradients of the first and of the second run."""
     forward: Place | None = None
     backward: Place | None = None
     weights: list[str] = field(default_factory=list)
-    """Those that are not finite."""
+    """Names of weights that are not finite, at most `SHOWN`."""
     weight_gradients: list[str] = field(default_factory=list)
+    """Names of weights whose gradients are not finite, at most `SHOWN`."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a bad step once it was run again."""
+    """Result of repeating a bad step, the same on every rank."""
 
     report: StepReport | None
-    """Of the second run, where that was sound: the step is taken."""
+    """Report of the second run if it was good, in which case the step is taken; else None."""
     what: str
+    """What was bad: `loss`, `gradient norm` or `spike`."""
     value: float
     verdict: Literal["transient", "deterministic", "not repeatable"]
     ranks: list[int]
+    """Ranks where it began; empty if unknown."""
     place: str
+    """Ranks, micro-batch and module as text; empty if unknown."""
     entry: dict[str, Any]
-    """For `bad_steps.jsonl`."""
+    """Part of the line in bad_steps.jsonl."""
 
     @property
     def words(self) -> str:
-        """What happened, where, and what the second run says of the cause, in two sentences."""
-        named = {"loss": f"the loss is {self.value}", "gradient norm": f"the gradient's norm is {self.value}"}
-        happened = named.get(self.what, f"the loss spikes to {self.value:.4g}")
+        """What happened, where, and the likely cause, as text in two sentences."""
+        named = {"loss": f"the loss is {self.value}", "gradient norm": f"the gradient norm is {self.value}"}
+        happened = named.get(self.what, f"loss spike: {self.value:.4g}")
         return f"{happened}{self.place}.\n  {self._cause()}"
 
     def _cause(self) -> str:
+        """Return the sentence about the cause."""
         if self.verdict == "transient":
-            again = f"{self.report.loss:.4f}" if self.report else "sound"
+            again = f"{self.report.loss:.4f}" if self.report else "good"
             return (
-                f"Run again it is {again}: a fault of a machine, not of data or code. The step is taken with the "
-                "second result. If it comes back, test the node: igla-mega doctor."
+                f"When repeated it is {again}: a hardware fault, not the data or the code. The step is taken with the "
+                "second result. If it recurs, test the node: igla-mega doctor."
             )
         if self.verdict == "deterministic":
-            return "Run again it gives the same bits: the cause is in the data, the weights or the code."
-        return "Run again it is bad too, with other bits: a kernel that adds in any order, or a faulty machine."
+            return "When repeated it gives the same bits: the cause is in the data, the weights or the code."
+        return "When repeated it is bad too, with other bits: a kernel that sums in no fixed order, or faulty hardware."
 
 
 def diagnose(engine: Engine, bad: BadStep, retake: Callable[[], StepReport]) -> Diagnosis:
-    """Take the step again and see. Every rank calls it.
+    """Repeat a bad step with probes, and return what is known then. Every rank calls it.
 
     Args:
-        retake: the step, from the same weights, micro-batches and seed; what `bad` came from.
+        retake: takes the step again from the same weights, micro-batches and seed; the first time it raised `bad`.
     """
+    # Before the second run overwrites the gradients: they are what decides whether the two runs agree bit for bit.
     first = gradient_digest(engine.chunks)
     report, second = None, bad
     _reset_routing_counts(engine)
@@ -131,6 +139,7 @@ def diagnose(engine: Engine, bad: BadStep, retake: Callable[[], StepReport]) -> 
 
 
 def _transient(bad: BadStep, report: StepReport, accounts: Sequence[Account]) -> Diagnosis:
+    """Return the diagnosis of a step that was good when repeated; only the losses of the first run give its place."""
     ranks = [one.rank for one in accounts if not all(math.isfinite(loss) for loss in one.first_losses)]
     batches = {n for one in accounts for n, loss in enumerate(one.first_losses, 1) if not math.isfinite(loss)}
     place = f" ({_ranks(ranks)}, micro-batch {min(batches)})" if ranks else ""
@@ -139,9 +148,14 @@ def _transient(bad: BadStep, report: StepReport, accounts: Sequence[Account]) ->
 
 
 def _origin(bad: BadStep, accounts: Sequence[Account]) -> tuple[list[int], str, dict[str, Any]]:
-    """Which ranks it began on, where, in words and for the record."""
+    """Return the ranks where a step became bad, the place as text, and the place for bad_steps.jsonl.
+
+    The first bad module is the earliest in the first bad micro-batch. A bad input came from another rank, so that rank
+    is not the origin.
+    """
     if bad.what == "gradient norm" and not any(one.forward for one in accounts):
         backward = [(one, one.backward) for one in accounts if one.backward]
+        # The backward pass visits pipeline stages from the last to the first.
         found = _earliest(backward, lambda one, at: (at.micro_batch, -one.stage, at.order))
         direction, gives = "backward", "gradient"
     else:
@@ -152,12 +166,13 @@ def _origin(bad: BadStep, accounts: Sequence[Account]) -> tuple[list[int], str, 
         holders = [one for one in accounts if one.weight_gradients]
         ranks = [one.rank for one in holders]
         if not holders:
-            return [], ": every gradient is finite, and the sum of their squares is not", {"micro_batch": None}
+            return [], ": every gradient is finite, but the sum of their squares is not", {"micro_batch": None}
+        # A weight's own gradient passes through no module's output, so no probe sees it.
         name = holders[0].weight_gradients[0]
-        return ranks, f" ({_ranks(ranks)}): of the gradient of {name}", {"micro_batch": None, "module": name}
+        return ranks, f" ({_ranks(ranks)}): the gradient of {name}", {"micro_batch": None, "module": name}
     ranks, place = [one.rank for one, _ in found], found[0][1]
     broken = sorted({name for one, _ in found for name in one.weights})
-    why = f"; not finite already: the weights {', '.join(broken[:SHOWN])}" if broken else ""
+    why = f"; weights that are not finite: {', '.join(broken[:SHOWN])}" if broken else ""
     words = (
         f" ({_ranks(ranks)}, micro-batch {place.micro_batch}, {direction}): the first module whose {gives} is not "
         f"finite is {place.module}{why}"
@@ -169,23 +184,27 @@ def _origin(bad: BadStep, accounts: Sequence[Account]) -> tuple[list[int], str, 
 def _earliest(
     found: list[tuple[Account, Place]], key: Callable[[Account, Place], tuple]
 ) -> list[tuple[Account, Place]]:
+    """Return the findings with the smallest key; several if ranks share a stage."""
     first = min((key(one, at) for one, at in found), default=None)
     return [(one, at) for one, at in found if key(one, at) == first]
 
 
 def _entry(bad: BadStep, verdict: str, ranks: list[int], more: dict[str, Any]) -> dict[str, Any]:
-    # JSON knows no NaN.
+    """Return the part of a line of bad_steps.jsonl that the diagnosis contributes."""
+    # JSON has no NaN and no infinity.
     value = bad.value if math.isfinite(bad.value) else str(bad.value)
     again = more.get("again")
     return {"what": bad.what, "value": value, "verdict": verdict, "ranks": ranks, **more, "again": again}
 
 
 def _ranks(ranks: Sequence[int]) -> str:
+    """Return ranks as text: `rank 3`, or `ranks 0, 1, 2, 3 and 4 more`."""
     shown = ", ".join(map(str, ranks[:SHOWN])) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
 def _gathered(own: Account, mesh: Mesh) -> list[Account]:
+    """Return the findings of all ranks. Every rank calls it."""
     everyones: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(everyones, asdict(own), group=mesh.host_group)
     accounts = []
@@ -196,13 +215,16 @@ def _gathered(own: Account, mesh: Mesh) -> list[Account]:
 
 
 def _reset_routing_counts(engine: Engine) -> None:
-    """What routers have counted in a step that was not taken."""
+    """Discard what routers have counted in a step that was not taken."""
     for router in routers_of(engine.chunks):
         router.take_tally()
 
 
 def gradient_digest(chunks: Iterable[nn.Module]) -> str:
-    """A digest of this rank's gradients, bit for bit."""
+    """Return a digest of this rank's gradients that changes with any bit of a single value.
+
+    Per tensor it is the integer sum of the bit patterns, computed on the device, so no gradient is copied to the host.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for chunk in chunks:
         for name, param in _named(chunk):
@@ -214,18 +236,21 @@ def gradient_digest(chunks: Iterable[nn.Module]) -> str:
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:
+    """Return this rank's part of a gradient: megatron-core's fp32 `main_grad`, or `grad` with FSDP."""
     gradient = getattr(param, "main_grad", None)
     gradient = param.grad if gradient is None else gradient
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _finite(tensor: Tensor | None) -> bool:
+    """Return True if this rank's part of a tensor is finite; integers and None are."""
     if tensor is None or not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(tensor.to_local() if isinstance(tensor, DTensor) else tensor).all())
 
 
 def _named(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a chunk with their names in the whole model."""
     names = {module: name for name, module in _modules(chunk)}
     for module in chunk.modules():
         for own, param in module.named_parameters(recurse=False):
@@ -233,7 +258,8 @@ def _named(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a chunk by their names in the whole model, whatever wraps it and whichever stage it is."""
+    """Yield the modules of a chunk with their names in the whole model, for any wrapper and pipeline stage."""
+    # A chunk counts its layers from 0; the number of its first layer in the model is known to the layers only.
     layers = {}
     for name, module in chunk.named_modules():
         name = name.removeprefix("module").removeprefix(".")
@@ -246,35 +272,41 @@ def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass
 class _Probe:
-    """Notes the first module of this rank, in either direction, whose tensors are not finite."""
+    """Records the first module of this rank whose tensors are not finite, in the forward and in the backward pass."""
 
     heartbeat: Heartbeat
     forward: Place | None = None
     backward: Place | None = None
     _counts: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Number of modules that have run, by pass and micro-batch."""
 
     def after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Check the output of a module; a forward hook."""
         batch = self.heartbeat.micro_batch
         order = self._count("forward", batch)
         tensors = list(_tensors(output))
         if self.forward is None and not all(map(_finite, tensors)):
             came_in = not all(map(_finite, _tensors(inputs)))
             self.forward = Place(batch, order, name or "the model", came_in)
+        # Hooks of tensors, not of modules: they hold for views too, and cost nothing when there is no backward pass.
         for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self.before, name, batch))
 
     def before(self, name: str, batch: int, gradient: Tensor) -> None:
+        """Check the gradient with respect to a module's output; a hook of the output tensor."""
         order = self._count("backward", batch)
         if self.backward is None and not _finite(gradient):
             self.backward = Place(batch, order, name or "the model", False)
 
     def _count(self, direction: str, batch: int) -> int:
+        """Count one more module of a pass of a micro-batch, and return the number."""
         self._counts[direction, batch] = order = self._counts.get((direction, batch), 0) + 1
         return order
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, tuple | list):
@@ -286,6 +318,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _probed(chunks: Iterable[nn.Module], heartbeat: Heartbeat) -> Iterator[_Probe]:
+    """Attach a probe to all modules while the context is open."""
     probe = _Probe(heartbeat)
     with ExitStack() as hooks:
         for chunk in chunks:
@@ -295,10 +328,11 @@ def _probed(chunks: Iterable[nn.Module], heartbeat: Heartbeat) -> Iterator[_Prob
 
 
 def highest_loss(losses: Sequence[float], window: int, deviations: float) -> float:
-    """The loss beyond which a step is a spike, nats; infinite until half a window of losses is known.
+    """Return the loss above which a step is a spike, in nats; infinite until half a window of losses is known.
 
-    The median of the last losses and `deviations` times their spread: 1.4826 times the median distance from it, which
-    is the standard deviation of normal noise and which a few spikes do not move; at least 1 % of the median.
+    It is the median of the last losses plus `deviations` times their spread. The spread is 1.4826 times the median
+    absolute deviation, which equals the standard deviation for normal noise and is robust against a few spikes; it is
+    at least 1 % of the median.
     """
     if 2 * len(losses) < window:
         return math.inf
@@ -318,14 +352,15 @@ def answer(run: Run, found: Diagnosis, step: NextStep, progress: Progress) -> St
     """Do what the recipe asks about a bad step: stop, or leave its samples out, at once or after a rewind.
 
     Returns:
-        The second run's report where that was sound and the step is taken; None otherwise.
+        The report of the second run if that was good and the step is taken, else None.
 
     Raises:
-        FloatingPointError: the recipe asks to stop, or too many steps in a row were bad.
+        FloatingPointError: the recipe requests a stop, or too many consecutive steps were bad.
     """
     training, session = run.recipe.training, run.session
     key = "on_spike" if found.what == "spike" else "on_nonfinite"
     action = "taken" if found.report else getattr(training, key)
+    # Number of bad steps immediately before this one.
     row = 0
     while step.number - 1 - row in progress.bad_steps:
         row += 1
@@ -349,7 +384,11 @@ def answer(run: Run, found: Diagnosis, step: NextStep, progress: Progress) -> St
 
 
 def _refusal(step: int, key: str, row: int) -> str:
-    """Return the error of a run that stops at a bad step, `row` bad ones before it being too many."""
+    """Return the error of a run that stops at a bad step.
+
+    Args:
+        row: number of consecutive bad steps before it if they are too many, else 0.
+    """
     why = f"; so were the {row} before it, training.bad_steps_in_a_row {row}" if row else ""
     way_out = (
         "The samples are not the cause: delete the newest checkpoints to resume further back, and lower "
@@ -364,10 +403,10 @@ def _refusal(step: int, key: str, row: int) -> str:
 
 
 def _rewind(run: Run, step: int, progress: Progress, skipped: set[int]) -> set[int]:
-    """Go back to the stage's last checkpoint; return the steps that are left out from there."""
+    """Go back to the last checkpoint of the stage, and return the steps that are to be left out after it."""
     session = run.session
     if not run.rewind(progress):
-        session.log_event("rewound", step, "this stage has no checkpoint to go back to; only the step is left out")
+        session.log_event("rewound", step, "this stage has no checkpoint to go back to; only this step is left out")
         return skipped
     if run.recipe.training.rewind_skips == "since_checkpoint":
         skipped = skipped | set(range(progress.step + 1, step + 1))
@@ -379,7 +418,7 @@ def _rewind(run: Run, step: int, progress: Progress, skipped: set[int]) -> set[i
 
 
 def _ranges(steps: Sequence[int]) -> str:
-    """`step 5`, or `steps 5 to 8`; they are one after another but for rare ones."""
+    """Return sorted steps as text: `step 5`, `steps 5 to 8` if consecutive, else all of them."""
     if len(steps) == 1:
         return f"step {steps[0]}"
     whole = steps[-1] - steps[0] + 1 == len(steps)

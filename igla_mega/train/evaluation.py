@@ -1,7 +1,7 @@
-"""What is measured between steps and changes none of them: held-out loss, needle, tasks, sampled text.
+"""Evaluate a run between its steps, without changing them: held-out loss, needle, tasks and sampled text.
 
-Every rank takes part in every forward pass, and requests are spread over the data-parallel ranks. Each kind has an
-interval of its own and a bound on what it asks; data and requests are opened before the first step.
+Every rank takes part in every forward pass, and requests are distributed over the data-parallel ranks. Each kind has
+its own interval and a maximum size. Data and requests are opened before the first step, so that errors show early.
 """
 
 import math
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 def prepare(stages: Sequence[Stage], corpora: Sequence[Dataset], base: Path | None, mesh: Mesh) -> list[Prepared]:
-    """Open what the stages' evaluations read, the tasks on the main rank alone. Every rank calls it.
+    """Open what the evaluations of the stages need, the tasks on the main rank only. Every rank calls it.
 
     Args:
-        base: checkpoint of the base model, whose tokenizer serves where the recipe names none.
+        base: checkpoint of the base model, whose tokenizer is used if the recipe names none.
 
     Raises:
-        ConfigError: a tokenizer, a task or its data is missing, or a needle does not fit; on every rank alike.
+        ConfigError: a tokenizer, a task or its data is missing, or a needle does not fit; raised on every rank.
     """
     harnesses: dict[Tasks, Harness | None] = {}
     prepared, error = [], None
@@ -47,7 +47,7 @@ def prepare(stages: Sequence[Stage], corpora: Sequence[Dataset], base: Path | No
     except ConfigError as refusal:
         error = refusal
     if any(stage.recipe.evaluation.tasks for stage in stages):
-        # Only the main rank has opened the tasks.
+        # Only the main rank opens the tasks; without its error the others would wait for it in a collective.
         refusals: list[ConfigError | None] = [error]
         dist.broadcast_object_list(refusals, src=0, group=mesh.host_group)
         error = error or refusals[0]
@@ -59,66 +59,76 @@ def prepare(stages: Sequence[Stage], corpora: Sequence[Dataset], base: Path | No
 def _prepare(
     stage: Stage, corpus: Dataset, base: Path | None, mesh: Mesh, harnesses: "dict[Tasks, Harness | None]"
 ) -> Prepared:
-    recipe, asked = stage.recipe, stage.recipe.evaluation
-    if not (asked.needle or asked.tasks or asked.prompts):
+    """Open what one stage needs; tasks that several stages share are opened once, in `harnesses`."""
+    recipe, section = stage.recipe, stage.recipe.evaluation
+    if not (section.needle or section.tasks or section.prompts):
         return NOTHING
     tokenizer = _tokenizer(recipe, base)
     haystack = None
-    if asked.needle is not None:
+    if section.needle is not None:
         assert isinstance(corpus, Corpus), "rules refuse a needle in anything but text"
-        haystack = needle.prepare(asked.needle, corpus, tokenizer, stage.layout.sequence_length, recipe.training.seed)
-    for prompt in asked.prompts:
+        haystack = needle.prepare(section.needle, corpus, tokenizer, stage.layout.sequence_length, recipe.training.seed)
+    for prompt in section.prompts:
         if not tokenizer.encode(prompt):
-            raise ConfigError(f"evaluation.prompts: the tokenizer {tokenizer.path} makes no token of {prompt!r}.")
-    if asked.tasks is not None and mesh.is_main and asked.tasks not in harnesses:
-        harnesses[asked.tasks] = open_harness(asked.tasks, tokenizer, _longest(recipe))
-    return Prepared(tokenizer, haystack, harnesses.get(asked.tasks) if asked.tasks else None)
+            raise ConfigError(
+                f"evaluation.prompts: the tokenizer {tokenizer.path} gives no token for {prompt!r}. Use another text."
+            )
+    if section.tasks is not None and mesh.is_main and section.tasks not in harnesses:
+        harnesses[section.tasks] = open_harness(section.tasks, tokenizer, _longest(recipe))
+    return Prepared(tokenizer, haystack, harnesses.get(section.tasks) if section.tasks else None)
 
 
 def _tokenizer(recipe: Recipe, base: Path | None) -> Tokenizer:
+    """Return the tokenizer of the prepared data, or that of the base model.
+
+    Raises:
+        ConfigError: there is neither, or it has more ids than the model's vocabulary.
+    """
     model, path = recipe.model, recipe.data.tokenizer
     assert model is not None, "a run has a model by now"
-    if path is None and base is not None and (beside := tokenizer_of(base, recipe)) is not None:
-        path = str(beside)
+    if path is None and base is not None and (of_base := tokenizer_of(base, recipe)) is not None:
+        path = str(of_base)
     if path is None:
         keys = [f"evaluation.{key}" for key in ("needle", "tasks", "prompts") if getattr(recipe.evaluation, key)]
         raise ConfigError(
-            f"data.tokenizer: not given, and {' and '.join(keys)} make tokens of text.\n"
-            "  Name the tokenizer of the prepared data, or leave them out."
+            f"data.tokenizer: not given, but required by {' and '.join(keys)}.\n"
+            "  Set it to the tokenizer of the prepared data, or remove these keys."
         )
     return load_tokenizer(path, model.vocab_size)
 
 
 def _longest(recipe: Recipe) -> int:
+    """Return the maximum number of tokens that the model can take."""
     assert recipe.model is not None, "a run has a model by now"
     return recipe.model.max_position
 
 
 def at_intervals(run: Run, data_step: int, progress: Progress) -> bool:
-    """Measure what is due after this step, or at the end. Every rank calls it.
+    """Run the evaluations that are due after this step; at the last step, all of them. Every rank calls it.
 
     Args:
-        data_step: the stage's next step.
+        data_step: next step of the stage's data.
 
     Returns:
-        Whether anything was measured.
+        True if anything was measured.
     """
-    asked, step = run.recipe.evaluation, progress.step
+    section, step = run.recipe.evaluation, progress.step
     last = step == run.last_step
-    # The end of a phase has an evaluation of the loss of its own, of every domain so far.
+    # `phases` measures the loss on every domain at the end of a phase.
     phase_ends = bool(run.stage.domain) and step == run.stage.last_step
     kinds: list[tuple[int, Callable[[], None]]] = []
     if not phase_ends:
-        kinds.append((asked.every_steps, partial(_losses, run, data_step, progress)))
-    if asked.needle is not None:
-        kinds.append((asked.needle.every_steps, partial(_needle, run, step)))
-    if asked.tasks is not None:
-        kinds.append((asked.tasks.every_steps, partial(_tasks, run, step)))
-    if asked.prompts:
-        kinds.append((asked.prompts_every_steps, partial(_samples, run, step)))
+        kinds.append((section.every_steps, partial(_losses, run, data_step, progress)))
+    if section.needle is not None:
+        kinds.append((section.needle.every_steps, partial(_needle, run, step)))
+    if section.tasks is not None:
+        kinds.append((section.tasks.every_steps, partial(_tasks, run, step)))
+    if section.prompts:
+        kinds.append((section.prompts_every_steps, partial(_samples, run, step)))
     due = [evaluate for every, evaluate in kinds if last or (every > 0 and step % every == 0)]
     for number, evaluate in enumerate(due):
-        if number and run.session.stop.requested():  # who asks for a stop does not wait for the rest
+        # A scheduler grants limited time after its signal: the remaining evaluations give way to the checkpoint.
+        if number and run.session.stop.requested():
             break
         with scoring.undisturbed(run.engine):
             evaluate()
@@ -126,6 +136,7 @@ def at_intervals(run: Run, data_step: int, progress: Progress) -> bool:
 
 
 def _losses(run: Run, data_step: int, progress: Progress) -> None:
+    """Measure and log the loss on held-out data, and how far each source was read."""
     measured = validate(run)
     log_validation(measured, run, progress)
     log_reading(run, data_step, progress)
@@ -134,6 +145,7 @@ def _losses(run: Run, data_step: int, progress: Progress) -> None:
 
 
 def _needle(run: Run, step: int) -> None:
+    """Measure and log how well the model finds a fact in a long context."""
     assert run.prepared.haystack is not None, "prepared before the first step"
     began = time.perf_counter()
     chosen, exact = needle.measure(run.engine, run.prepared.haystack)
@@ -142,10 +154,11 @@ def _needle(run: Run, step: int) -> None:
 
 
 def _tasks(run: Run, step: int) -> None:
+    """Run and log the tasks of lm-evaluation-harness."""
     began = time.perf_counter()
     values = run_tasks(run.engine, run.prepared.harness, run.recipe.training.seed)
     if isinstance(values, str):
-        run.session.say(f"step {step}: evaluation.tasks: {values}; training goes on")
+        run.session.say(f"step {step}: evaluation.tasks: {values}; training continues")
         return
     if values:
         run.session.trackers.metrics({"step": step, "stage": run.recipe.name, "tasks": values})
@@ -154,18 +167,20 @@ def _tasks(run: Run, step: int) -> None:
 
 
 def _samples(run: Run, step: int) -> None:
-    began, asked, tokenizer = time.perf_counter(), run.recipe.evaluation, run.prepared.tokenizer
+    """Continue the prompts of the recipe, and log the texts."""
+    began, section, tokenizer = time.perf_counter(), run.recipe.evaluation, run.prepared.tokenizer
     assert tokenizer is not None, "prepared before the first step"
-    prompts = [tokenizer.encode(prompt) for prompt in asked.prompts]
+    prompts = [tokenizer.encode(prompt) for prompt in section.prompts]
     drawn = scoring.draw(
-        partial(scoring.next_tokens, run.engine, temperature=asked.prompts_temperature),
+        partial(scoring.next_tokens, run.engine, temperature=section.prompts_temperature),
         prompts,
-        max_new_tokens=[asked.prompts_tokens] * len(prompts),
+        max_new_tokens=[section.prompts_tokens] * len(prompts),
         seed=run.recipe.training.seed,
         longest=_longest(run.recipe),
         ended=lambda _, new: new[-1] == tokenizer.eod_id,
     )
-    for prompt, ids, new in zip(asked.prompts, prompts, drawn, strict=True):
+    for prompt, ids, new in zip(section.prompts, prompts, drawn, strict=True):
+        # New tokens are decoded together with the prompt: alone, a first space or half a character would be lost.
         known = tokenizer.decode(ids, skip_special_tokens=True)
         text = tokenizer.decode([*ids, *new], skip_special_tokens=True)[len(known) :]
         run.session.trackers.sample({"step": step, "stage": run.recipe.name, "prompt": prompt, "text": text})
@@ -181,7 +196,7 @@ def log_validation(
     run: Run,
     progress: Progress,
 ) -> None:
-    """Write down and show what was measured on held-out data."""
+    """Write losses and metrics on held-out data to the trackers, and show the losses."""
     if not measured:
         return
     losses = {name: values["loss"] for name, values in measured.items()}
@@ -194,7 +209,7 @@ def log_validation(
 
 
 def log_reading(run: Run, data_step: int, progress: Progress) -> None:
-    """Write down and show how far each source of text has been read."""
+    """Write and show how many tokens and epochs of each source of text have been read."""
     if not isinstance(run.corpus, Corpus):
         return
     read = run.corpus.read_until(data_step, run.share.global_batch)
@@ -210,27 +225,27 @@ def log_reading(run: Run, data_step: int, progress: Progress) -> None:
 
 
 def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], form: str) -> str:
-    """What the stage has changed on held-out data, in a line for each source."""
+    """Return what the stage has changed on held-out data, one line per source."""
     lines = []
     for name, values in after.items():
         if (old := before.get(name)) is None:
             continue
         if form == "preference_pairs":
             lines.append(
-                f"{name}: the chosen answer is the likelier one in {old['dpo_preferred']:.1%} of held-out pairs "
-                f"before, in {values['dpo_preferred']:.1%} after; margin of the rewards {values['dpo_margin']:+.3f}"
+                f"{name}: the chosen answer is more likely in {old['dpo_preferred']:.1%} of held-out pairs before, in "
+                f"{values['dpo_preferred']:.1%} after; reward margin {values['dpo_margin']:+.3f}"
             )
         else:
             what = "held-out answers" if form == "instructions" else "held-out text"
             lines.append(
-                f"{name}: {what} cost {old['loss']:.3f} nats/token before, {values['loss']:.3f} after "
+                f"{name}: loss on {what} {old['loss']:.3f} nats/token before, {values['loss']:.3f} after "
                 f"(perplexity {math.exp(old['loss']):.1f} before, {math.exp(values['loss']):.1f} after)"
             )
     return "\n".join(lines)
 
 
 def validate(run: Run) -> dict[str, dict[str, float]]:
-    """Loss (nats per target token, or per pair) and the objective's metrics on the held-out part of each source."""
+    """Return loss (nats per target token, or per pair) and the objective's metrics on each source's held-out part."""
     measured = {}
     for name in run.corpus.validation_names():
         num_samples = run.corpus.num_validation_samples(name)

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, the ledger, TensorBoard, Weights & Biases."""
+"""Build the line of metrics.jsonl of a training step, and the warnings that follow from it."""
 
 import time
 from collections.abc import Iterator
@@ -15,20 +15,22 @@ from igla_mega.objective.ewc import Pull
 from igla_mega.train.state import Run
 
 ALARM_STEPS = 50
-"""Steps for which something must have been in order to be reported again."""
+"""Number of steps without an alarm after which the same alarm is shown again."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: of the device's allocator on CUDA, resident on CPU."""
+    """Return the peak memory of this rank: of the device's allocator on CUDA, resident memory of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
 
+    # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measured_peak_flops(dtype: torch.dtype) -> float:
-    """Matrix-product rate of this process on this CPU, FLOP/s: the best of a few products of 768 x 768."""
+    """Measure the matrix-product rate of this process on this CPU, in FLOP/s: the best of six products."""
+    # Large enough to reach the peak rate, small enough to take milliseconds.
     size = 768
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
@@ -40,13 +42,17 @@ def measured_peak_flops(dtype: torch.dtype) -> float:
 
 
 def throttled(report: StepReport, gradient_clip: float) -> str | None:
-    """What to say when clipping bites and leaves most of its norm to the pull."""
+    """Return a warning if the gradient is clipped and the EWC pull is the larger part of it, else None.
+
+    Clipping scales both parts by the same factor, so a large pull shrinks the gradient of the task.
+    """
     pull = report.pull
     if pull is None or not 0 < gradient_clip < report.grad_norm or pull.grad_norm <= pull.task_grad_norm:
         return None
     return (
-        f"the pull's gradient {pull.grad_norm:.3g} is above the task's {pull.task_grad_norm:.3g}, and clipping shrinks "
-        "both: learning is throttled. Lower ewc_lambda, or set coupling to decoupled or proximal."
+        f"the gradient norm of the EWC pull, {pull.grad_norm:.3g}, exceeds the task's, {pull.task_grad_norm:.3g}, and "
+        "clipping scales both down: the task is learned slowly. Lower continual.ewc_lambda, or set continual.coupling "
+        "to decoupled or proximal."
     )
 
 
@@ -55,12 +61,13 @@ def step_entry(run: Run, progress: Progress, report: StepReport, rate: float, st
 
     Args:
         rate: learning rate of the step.
-        step_seconds: wall time since the step before.
+        step_seconds: wall time since the previous step.
     """
     tokens_per_second = run.tokens_per_step / step_seconds
     model = run.recipe.model
     assert model is not None, "a run has a model by now"
-    # Recompute is not counted; half of the attention's square is masked.
+    # FLOPs of the model, not of the hardware: recomputation is not counted, so that it lowers the MFU. A parameter
+    # costs 2 forward and 4 backward per token; attention 12 * S * heads * head size, of which causality masks half.
     flops_per_token = (
         6 * model.matmul_parameters(run.recipe.moe)
         + 6 * model.num_layers * model.num_heads * model.head_size * run.engine.layout.sequence_length
@@ -85,11 +92,12 @@ def step_entry(run: Run, progress: Progress, report: StepReport, rate: float, st
 
 
 def _pull_metrics(pull: Pull) -> dict[str, float]:
+    """Return the metrics of EWC: penalty in nats, and L2 norms of its gradient and of the task's."""
     return {"ewc_nats": pull.nats, "ewc_grad_norm": pull.grad_norm, "task_grad_norm": pull.task_grad_norm}
 
 
 def _load_metrics(load: Load, moe: Moe) -> dict:
-    """What is written of the experts: means over layers (the most, of the violation), and each layer's."""
+    """Return the metrics of the experts: means over layers (the maximum, for the violation), and values per layer."""
     alarms = {
         "starving": [f"{layer}.{expert}" for layer, expert in load.starving(moe.alarm_load)],
         "dropping": load.dropping(moe.alarm_drop_rate),
@@ -112,37 +120,39 @@ def _load_metrics(load: Load, moe: Moe) -> dict:
 
 @dataclass
 class Alarm:
-    """Says when experts starve or drop too much; of what goes on, or comes back soon, it says nothing again."""
+    """Reports experts with too few tokens and layers that drop too many; `ALARM_STEPS` keeps it from repeating."""
 
     moe: Moe
     _last: dict[object, int] = field(default_factory=dict)
+    """Last step of each alarm; the key is (layer, expert) for a starving expert, a layer's number for drops."""
 
     def lines(self, step: int, load: Load) -> Iterator[str]:
-        """What is new in this step."""
+        """Yield a line for each kind of alarm that is new in this step."""
         moe, fair = self.moe, 1 / self.moe.num_experts
         if starving := self._new(step, load.starving(moe.alarm_load)):
             who = ", ".join(f"{e} of layer {n} ({load.tokens_per_expert[n][e]:.2%})" for n, e in starving[:4])
             more = f" and {len(starving) - 4} more" if len(starving) > 4 else ""
             yield (
-                f"{'experts starve' if len(starving) > 1 else 'an expert starves'}: {who}{more}; fair is {fair:.1%} of "
-                f"the visits, moe.alarm_load {moe.alarm_load:g}. If it lasts, raise moe.router_aux_loss_coef or set "
-                "moe.bias_update_rate=1e-3."
+                f"{'experts get' if len(starving) > 1 else 'an expert gets'} too few tokens: {who}{more}; the fair "
+                f"share is {fair:.1%}, moe.alarm_load {moe.alarm_load:g}. If it lasts, raise moe.router_aux_loss_coef "
+                "or set moe.bias_update_rate=1e-3."
             )
         if dropping := self._new(step, load.dropping(moe.alarm_drop_rate)):
             who = ", ".join(f"layer {layer} {load.drop_rate[layer]:.1%}" for layer in dropping[:8])
             yield (
-                f"visits are dropped: {who}; moe.alarm_drop_rate {moe.alarm_drop_rate:g}. If it lasts, raise "
+                f"routed tokens are dropped: {who}; moe.alarm_drop_rate {moe.alarm_drop_rate:g}. If it lasts, raise "
                 "training.expert_capacity_factor or moe.router_aux_loss_coef."
             )
 
     def _new(self, step: int, found: list) -> list:
+        """Return the alarms that were not raised in the last `ALARM_STEPS` steps, and remember all of them."""
         new = [one for one in found if step - self._last.get(one, -ALARM_STEPS) >= ALARM_STEPS]
         self._last.update(dict.fromkeys(found, step))
         return new
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of one device, FLOP/s: from the data sheet for a known GPU, measured for a CPU."""
+    """Return the dense peak of one device, in FLOP/s: from the data sheet for a known GPU, measured for a CPU."""
     if device.type == "cpu":
         return measured_peak_flops(dtype)
     from igla_mega.layout.hardware import dense_peak_flops

@@ -1,4 +1,4 @@
-"""How well each domain is known after each phase (the forgetting matrix), and what is held from there on."""
+"""Measure the loss on each domain after each phase (the forgetting matrix), and anchor what was learned with EWC."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from igla_mega.train.session import Session
 
 @dataclass(frozen=True)
 class Domain:
-    """What a phase is to teach, and how its loss is measured."""
+    """Data that a phase trains on, and how the loss on it is measured."""
 
     name: str
     weights: Mapping[str, float]
@@ -31,11 +31,12 @@ class Domain:
 
 
 def domain_losses(engine: Engine, domains: Sequence[Domain], num_batches: int) -> dict[str, float]:
-    """Loss on the held-out part of each domain, in nats per target token, at the domain's own sequence length."""
+    """Return the loss on the held-out part of each domain, in nats per target token, at its own sequence length."""
     return {domain.name: _loss(engine, domain, num_batches) for domain in domains}
 
 
 def _loss(engine: Engine, domain: Domain, num_batches: int) -> float:
+    """Return the loss on a domain: the weighted mean over its sources, of at most `num_batches` batches each."""
     corpus, share = domain.corpus, domain.share
     layout = replace(
         engine.layout,
@@ -55,11 +56,12 @@ def _loss(engine: Engine, domain: Domain, num_batches: int) -> float:
 
 
 def matrix_entry(names: Sequence[str], phases: Sequence[str], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The matrix as it is logged: a row after each of `phases`, a column a domain, nats per token.
+    """Return the forgetting matrix as it is logged: a row for each of `phases`, a column per domain, nats per token.
 
-    `backward_transfer` (Lopez-Paz and Ranzato 2017, arXiv:1706.08840, on losses): the mean over earlier domains of the
-    loss when each was just learned, minus the loss now. Below 0 is forgetting.
+    `backward_transfer` (Lopez-Paz and Ranzato 2017, arXiv:1706.08840, with losses in place of accuracies) is the mean
+    over earlier domains of the loss right after the domain was learned, minus the last loss. Below 0 is forgetting.
     """
+    # A domain's first loss is that after its own phase: it is not measured before.
     learned: dict[str, float] = {}
     for row in rows:
         for name, loss in row.items():
@@ -75,7 +77,7 @@ def matrix_entry(names: Sequence[str], phases: Sequence[str], rows: Sequence[Map
 
 
 def matrix_table(entry: Mapping[str, Any]) -> str:
-    """The matrix for a console; beside a loss, how far it has risen since the domain was learned."""
+    """Return the matrix as text for a console; each loss with its rise since the domain was learned in brackets."""
     table = Table("after")
     for name in entry["domains"]:
         table.add_column(name, justify="right")
@@ -98,59 +100,63 @@ def matrix_table(entry: Mapping[str, Any]) -> str:
 
 
 def next_stage(stages: Sequence[Stage], progress: Progress) -> int:
-    """Where a run goes on: the stage of its next step, or the one before that was trained and not yet finished."""
+    """Return the stage at which a run resumes: that of its next step, or the one before if its end is still due."""
     unfinished = next((i for i, stage in enumerate(stages) if progress.step < stage.last_step), len(stages))
     before = unfinished - 1
+    # A run can be killed between the last step of a stage and its measurements and Fisher.
     trained = before == progress.stage and progress.step == stages[before].last_step
     return before if trained and finishes(stages[before]) else unfinished
 
 
 def finishes(stage: Stage) -> bool:
-    """Whether there is more to the end of a stage than its last step."""
-    asked = stage.recipe.memory
-    return bool(stage.domain) or (asked is not None and asked.ewc_lambda > 0)
+    """Return True if a stage ends with more than its last step: a measurement of its domain, or EWC."""
+    memory = stage.recipe.memory
+    return bool(stage.domain) or (memory is not None and memory.ewc_lambda > 0)
 
 
 @dataclass(frozen=True)
 class Learning:
-    """What happens before the first stage and after each: domains are measured, what was learned is held."""
+    """Work before the first stage and after each one: measure the domains, and anchor what was learned."""
 
     recipe: Recipe
     stages: Sequence[Stage]
     corpora: Sequence[Dataset]
     engine: Engine
     open_corpus: Callable[[Mapping[str, float], int], Corpus]
-    """Of given weights and sequence length."""
+    """Opens the data for given weights of sources and a sequence length."""
     from_base: bool
+    """True if the run starts from a base model."""
     session: Session
 
     def begin(self, progress: Progress) -> None:
-        """Hold the base model, as far as it is known what it was trained on."""
-        asked, ewc = self.recipe.memory, self.engine.ewc
+        """Measure and anchor the base model, if the recipe says which data it was trained on."""
+        memory, ewc = self.recipe.memory, self.engine.ewc
         if base := self._base_domain():
             progress.domain_losses.append(domain_losses(self.engine, [base], self.recipe.evaluation.num_batches))
-        if asked is None or ewc is None:
+        if memory is None or ewc is None:
             return
-        name, held = self.recipe.base_model, f"with lambda {ewc.ewc_lambda:g} per token"
+        name, strength = self.recipe.base_model, f"with lambda {ewc.ewc_lambda:g} per token"
         if not self.from_base:
-            self.session.say(f"EWC: no base model, so nothing is held until {self._first_end()}")
-        elif asked.fisher is not None:
-            metadata = hold_file(self.engine, Path(asked.fisher))
-            self.session.say(f"EWC: {name} is held {held}, by the Fisher of {asked.fisher} ({_words(metadata)})")
+            self.session.say(f"EWC: no base model, so nothing is anchored until {self._first_end()}")
+        elif memory.fisher is not None:
+            metadata = hold_file(self.engine, Path(memory.fisher))
+            self.session.say(
+                f"EWC: {name} is anchored {strength}, by the Fisher of {memory.fisher} ({_words(metadata)})"
+            )
         elif (source := self._base_source()) is None:
             self.session.say(
-                f"EWC: continual.base_data does not say what {name} was trained on: it is not held, and "
-                f"{self.stages[0].name} runs free"
+                f"EWC: continual.base_data does not say what {name} was trained on: it is not anchored, and "
+                f"{self.stages[0].name} trains without a pull"
             )
         else:
             metadata = self._consolidate(weights_of(self.recipe, source), self.stages[0], (source,))
-            self.session.say(f"EWC: {name} is held {held}, by its Fisher on {source} ({_words(metadata)})")
+            self.session.say(f"EWC: {name} is anchored {strength}, by its Fisher on {source} ({_words(metadata)})")
 
     def finish(self, index: int, progress: Progress) -> bool:
-        """Measure what stage `index` has learned and forgotten, and hold it.
+        """Measure what the model knows after stage `index`, and anchor it.
 
         Returns:
-            Whether there is something new to save.
+            True if there is something new to save.
         """
         stage = self.stages[index]
         if stage.domain:
@@ -168,35 +174,42 @@ class Learning:
             )
         if self.recipe.memory is not None and self.engine.ewc is not None:
             metadata = self._consolidate(stage.domain or stage.mix, stage, (stage.name,))
-            self.session.say(f"EWC: {stage.name} is held from here on ({_words(metadata)})")
+            self.session.say(f"EWC: {stage.name} is anchored from here on ({_words(metadata)})")
         progress.stage = index + 1
         return finishes(stage)
 
     def _consolidate(self, weights: Mapping[str, float], stage: Stage, sources: tuple[str, ...]) -> FisherMetadata:
-        asked = self.recipe.memory
-        assert asked is not None, "asked for"
-        corpus = self.open_corpus(weights, asked.fisher_seq_length or stage.layout.sequence_length)
-        return consolidate(self.engine, corpus, sources, asked, self.recipe.training.seed, self.session.display)
+        """Take the Fisher of the model on data of these weights, and anchor the model; return where it comes from."""
+        memory = self.recipe.memory
+        assert memory is not None, "only called for a recipe with EWC"
+        corpus = self.open_corpus(weights, memory.fisher_seq_length or stage.layout.sequence_length)
+        return consolidate(self.engine, corpus, sources, memory, self.recipe.training.seed, self.session.display)
 
     def _base_source(self) -> str | None:
-        """What the base model was trained on; for a longer context that is what it goes on with."""
-        asked = self.recipe.memory
-        if asked is None or not self.from_base:
+        """Return the data that the base model was trained on, a source or `mix`; None if unknown.
+
+        A run that only extends the context continues with the data of its base model, so that `data.mix` stands for it.
+        """
+        memory = self.recipe.memory
+        if memory is None or not self.from_base:
             return None
-        return asked.base_data or ("mix" if self.recipe.continual is None and self.recipe.data.mix else None)
+        return memory.base_data or ("mix" if self.recipe.continual is None and self.recipe.data.mix else None)
 
     def _base_domain(self) -> Domain | None:
+        """Return the domain of the base model's data, measured like that of the first stage; None if unknown."""
         if not self.stages[0].domain or (source := self._base_source()) is None:
             return None
         return replace(self._domain(0), name=source, weights=weights_of(self.recipe, source))
 
     def _domain(self, index: int) -> Domain:
+        """Return the domain of a stage."""
         stage, layout = self.stages[index], self.stages[index].layout
         data = self.engine.mesh.data
         share = BatchShard(layout.global_batch, layout.micro_batch_size, data.size, data.rank)
         return Domain(stage.name, stage.domain, self.corpora[index], share)
 
     def _first_end(self) -> str:
+        """Return when the first Fisher is taken, as text."""
         first = self.stages[0]
         if len(self.stages) == 1:
             return "the end, where Fisher and anchor are taken: the model is then ready for continual learning"
@@ -204,4 +217,5 @@ class Learning:
 
 
 def _words(metadata: FisherMetadata) -> str:
+    """Return the size of the sample that a Fisher was taken on, as text."""
     return f"{metadata.samples:,} sequences, {metadata.tokens:,} tokens"

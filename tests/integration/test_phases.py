@@ -121,8 +121,8 @@ def test_a_run_over_phases_says_what_it_does(unbroken):
     for line in (
         "steps 1 to 6: a, 8 x 32 tokens at 0.01 (a 0.57 epochs)",
         "second: 1,400 tokens are rounded up to 11 batches of 128, 1,408 in all.",
-        "EWC: no base model, so nothing is held until step 6, where the Fisher of a is taken",
-        "EWC: second is held from here on (6 sequences, 96 tokens)",
+        "EWC: no base model, so nothing is anchored until step 6, where the Fisher of a is taken",
+        "EWC: second is anchored from here on (6 sequences, 96 tokens)",
         "backward transfer",
     ):
         assert line in said
@@ -222,7 +222,7 @@ def base(unbroken):
 def test_a_base_model_is_held_by_the_fisher_of_its_data(base, recipe_of, tmp_path):
     based = recipe_of("model=null", f"base_model={base}", "continual.base_data=b")
     said = train(based, tmp_path / "run", stop_after=6)
-    assert f"EWC: {base} is held with lambda 100 per token, by its Fisher on b (6 sequences, 192 tokens)" in said
+    assert f"EWC: {base} is anchored with lambda 100 per token, by its Fisher on b (6 sequences, 192 tokens)" in said
     found = matrix(tmp_path / "run")
     assert (found["domains"], found["phases"]) == (["b", "a"], ["base", "a"])
     assert found["forgetting_matrix"][0][1] is None
@@ -238,7 +238,7 @@ def test_a_base_model_is_held_by_the_fisher_of_its_data(base, recipe_of, tmp_pat
 
 def test_a_base_model_of_unknown_data_is_not_held_at_first(base, recipe_of, tmp_path):
     said = train(recipe_of("model=null", f"base_model={base}"), tmp_path, stop_after=2)
-    assert "continual.base_data does not say what" in said and "a runs free" in said
+    assert "continual.base_data does not say what" in said and "a trains without a pull" in said
     assert steps(tmp_path)[1][-1] is None
 
 
@@ -249,7 +249,7 @@ def test_koshey_takes_its_first_fisher_at_the_first_consolidation_or_at_the_end(
     held = "koshey={ewc_enabled: true, ewc_lambda: 100, fisher_samples: 4%s}"
     plain = ("training.total_steps=8",)
     said = train(recipe_of(*plain, held % "", text=KOSHEY), tmp_path / "end")
-    assert "nothing is held until the end, where Fisher and anchor are taken" in said
+    assert "nothing is anchored until the end, where Fisher and anchor are taken" in said
     assert {step[-1] for step in steps(tmp_path / "end")} == {None}
     assert (tmp_path / "end" / "checkpoints" / "step_00000008" / "fisher.json").is_file()
 

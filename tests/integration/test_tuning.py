@@ -143,7 +143,7 @@ def adapted(recipe_of, tmp_path_factory):
 def test_adapters_learn_and_the_run_says_how_much(adapted):
     run_dir, _, said = adapted
     losses = [loss for _, _, loss, *_ in steps(run_dir)]
-    assert losses[-1] < losses[0] and "held-out answers cost" in said
+    assert losses[-1] < losses[0] and "loss on held-out answers" in said
     before, after = (e["validation_loss"]["talk"] for e in entries(run_dir) if "validation_loss" in e)
     assert after < before
 
@@ -279,7 +279,7 @@ def test_preferences_are_learned_and_the_run_says_how_much(preferred):
     run_dir, _, said = preferred
     first, *_, last = [entry for entry in entries(run_dir) if "dpo_margin" in entry]
     assert abs(first["loss"] - math.log(2)) < 1e-6 and last["dpo_margin"] > first["dpo_margin"]
-    assert "the chosen answer is the likelier one in" in said
+    assert "the chosen answer is more likely in" in said
 
 
 @pytest.mark.parametrize("reference", ["model", "cached"])
@@ -333,7 +333,7 @@ def test_stages_follow_each_other_each_from_the_weights_of_the_one_before(pipeli
     found = [entry[:2] for entry in steps(run_dir)]
     assert [step for step, _ in found] == list(range(1, len(found) + 1))
     assert list(dict.fromkeys(stage.split(".")[-1] for _, stage in found)) == ["sft", "dpo"]
-    assert "held-out answers cost" in said and "the chosen answer is the likelier one" in said
+    assert "loss on held-out answers" in said and "the chosen answer is more likely" in said
     first = next(entry for entry in entries(run_dir) if "dpo_margin" in entry)
     assert abs(first["loss"] - math.log(2)) < 1e-5, "its reference is the model it starts from"
     assert read_recipe(resolve_checkpoint(run_dir)).dpo is not None

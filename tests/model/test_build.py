@@ -22,7 +22,7 @@ def built_on_meta(model: Model, moe: Moe | None = None):
     layout = choose_layout(tiny.recipe(), 1, "cpu")
     build_mesh(layout, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = build.transformer_config(model, layout, dtype=torch.bfloat16, device=torch.device("cpu"), moe=moe)
+    config = build.transformer_config(model, layout, build.Execution(torch.bfloat16, torch.device("cpu")), moe)
     [chunk] = build.build_chunks(config, model, moe=moe)
     grown_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     params = dict(chunk.named_parameters())

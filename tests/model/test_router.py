@@ -106,7 +106,7 @@ def test_an_alarm_is_said_once_until_it_has_been_quiet_for_a_while():
     moe = Moe.model_validate({**MOE, "alarm_load": 0.1, "alarm_drop_rate": 0.3})
     calm, alarm = Load([[0.25] * 4] * 2, [0.0] * 2, [1.38] * 2, [1.0] * 2), Alarm(moe)
     starving, dropping = alarm.lines(1, LOAD)
-    assert "experts starve: 1 of layer 0 (1.00%)" in starving and "fair is 25.0%" in starving
+    assert "experts get too few tokens: 1 of layer 0 (1.00%)" in starving and "fair share is 25.0%" in starving
     assert "layer 0 50.0%" in dropping and "alarm_drop_rate 0.3" in dropping
     assert list(alarm.lines(2, LOAD)) == list(alarm.lines(3, calm)) == list(alarm.lines(4, LOAD)) == []
     assert len(list(alarm.lines(4 + ALARM_STEPS, LOAD))) == 2

@@ -60,7 +60,7 @@ def test_a_fault_that_does_not_come_again_is_the_machines_and_the_run_is_as_if_i
     recipe = write_recipe(tmp_path, distributed=distributed)
     small_run.train(num_ranks, recipe, tmp_path / "clean")
     said = small_run.train(num_ranks, recipe, tmp_path / "run", Fault(num_ranks - 1, 5, "final_layernorm", times=1))
-    assert "a fault of a machine" in said[0]
+    assert "a hardware fault" in said[0]
     assert losses(tmp_path / "run") == losses(tmp_path / "clean")
     [entry] = lines(tmp_path / "run", "bad_steps.jsonl")
     assert (entry["verdict"], entry["action"]) == ("transient", "taken")
