@@ -321,7 +321,7 @@ def train(
             _quiet_libraries()
             from igla_mega.distributed.torchrun import torchrun
 
-            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_id=run.name))
+            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run))
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
         _check_data(loaded, int(os.environ["WORLD_SIZE"]))
     _quiet_libraries()

@@ -6,18 +6,19 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed import environment
+from igla_mega.distributed.rendezvous import LoopbackRendezvous, keep_to_loopback, open_rendezvous
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 WRONG, REQUEUE, STUCK = 2, 75, 76
@@ -27,7 +28,12 @@ SAVE_SECONDS = 600
 
 
 def torchrun(
-    nproc: int, *, nodes: tuple[int, int] = (1, 1), rendezvous: str | None = None, restarts: int = 0, run_id: str = ""
+    nproc: int,
+    *,
+    nodes: tuple[int, int] = (1, 1),
+    rendezvous: str | None = None,
+    restarts: int = 0,
+    run_dir: Path | None = None,
 ) -> int:
     """Start this same command as `nproc` ranks on this machine and return their exit code.
 
@@ -35,19 +41,13 @@ def torchrun(
         nodes: minimum and maximum number of machines; the run continues with any number between them.
         rendezvous: HOST:PORT at which several machines meet; the agent on HOST serves it.
         restarts: how often the ranks are started again after a failure.
-        run_id: identifier shared by the machines of one run.
+        run_dir: folder of the run, which several machines share.
 
     Raises:
         ConfigError: the machines did not meet.
     """
     _set_environment(nproc, several_nodes=nodes != (1, 1))
-    # A lost node is noticed after 15 s (5 s, three times); the remaining ones then wait 10 s for others to join.
-    waits = {"last_call_timeout": 10, "keep_alive_interval": 5, "keep_alive_max_attempt": 3}
-    handler = get_rendezvous_handler(
-        RendezvousParameters(
-            "c10d", rendezvous or "localhost:0", run_id or "igla-mega", nodes[0], nodes[1], None, **waits
-        )
-    )
+    handler = _rendezvous(nodes, rendezvous, run_dir)
     spec = WorkerSpec(
         role="igla-mega",
         local_world_size=nproc,
@@ -69,10 +69,7 @@ def torchrun(
     except SignalException as stopped:
         return _code_of_signal(stopped.sigval)
     except RendezvousConnectionError:
-        raise ConfigError(
-            f"--rendezvous: {rendezvous} cannot be reached from {socket.gethostname()}, or its server has ended.\n"
-            "  Give a host and a free port that all nodes can reach; the command must also run on that host."
-        ) from None
+        raise _unreachable(rendezvous) from None
     except RendezvousError as error:
         raise ConfigError(
             f"--rendezvous: the nodes did not meet at {rendezvous or 'this machine'} ({type(error).__name__}).\n"
@@ -80,6 +77,27 @@ def torchrun(
         ) from None
     finally:
         handler.shutdown()
+
+
+def _rendezvous(nodes: tuple[int, int], address: str | None, run_dir: Path | None) -> RendezvousHandler:
+    """Return where the agents of the run meet: behind the loopback interface for one machine."""
+    if nodes == (1, 1):
+        keep_to_loopback()
+        return LoopbackRendezvous(run_dir.name if run_dir else "igla-mega")
+    assert address is not None and run_dir is not None, "the command line asks for both"
+    # A lost node is noticed after 15 s (5 s, three times); the remaining ones then wait 10 s for others to join.
+    waits = {"last_call_timeout": 10, "keep_alive_interval": 5, "keep_alive_max_attempt": 3}
+    try:
+        return open_rendezvous(RendezvousParameters("c10d", address, run_dir.name, *nodes, None, **waits), run_dir)
+    except RendezvousConnectionError:
+        raise _unreachable(address) from None
+
+
+def _unreachable(address: str | None) -> ConfigError:
+    return ConfigError(
+        f"--rendezvous: {address} cannot be reached from {socket.gethostname()}, or its server has ended.\n"
+        "  Give a host and a free port that all nodes can reach; the command must also run on that host."
+    )
 
 
 def _set_environment(nproc: int, *, several_nodes: bool) -> None:
