@@ -70,14 +70,13 @@ def test_another_machine_cannot_reach_a_run_of_one_machine(tmp_path):
             f"try:\n s.connect(({here!r}, {port})); print('open')\n"
             "except OSError as error:\n print(type(error).__name__)"
         )
-        seen = subprocess.run(
-            ["ip", "netns", "exec", name, sys.executable, "-c", probe], capture_output=True, text=True
-        )
+        command = ["ip", "netns", "exec", name, sys.executable, "-c"]
+        seen = subprocess.run([*command, probe], capture_output=True, text=True)
         assert seen.stdout.strip() in ("ConnectionRefusedError", "TimeoutError"), seen
         # The probe itself works: a port on the shared interface is reached.
         with socket.create_server((here, 0)) as server:
             probe = probe.replace(str(port), str(server.getsockname()[1]))
-            assert subprocess.run([*words, probe], capture_output=True, text=True).stdout.strip() == "open"
+            assert subprocess.run([*command, probe], capture_output=True, text=True).stdout.strip() == "open"
     finally:
         subprocess.run(["ip", "netns", "del", name], check=False)
         subprocess.run(["ip", "link", "del", link[0]], check=False, capture_output=True)
