@@ -114,14 +114,14 @@ def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bo
         for number, shard in enumerate(shards):
             if number in checked and digest_of(stream, begin, shard["bytes"]) != shard["sha256"]:
                 breaches.append(
-                    f"{prefix}.bin: damaged, bytes {begin:,} to {begin + shard['bytes']:,} differ from those written"
-                    f" (sha256).\n  {_AGAIN}"
+                    f"{prefix}.bin: bytes {begin:,} to {begin + shard['bytes']:,} differ from those written"
+                    f" (sha256): damaged.\n  {_AGAIN}"
                 )
             begin += shard["bytes"]
     if whole or sizes[".idx"] < 1 << 26:
         with open(f"{prefix}.idx", "rb") as stream:
             if digest_of(stream, 0, sizes[".idx"]) != manifest["index"]["sha256"]:
-                breaches.append(f"{prefix}.idx: damaged, it differs from what was written (sha256).\n  {_AGAIN}")
+                breaches.append(f"{prefix}.idx: differs from what was written (sha256): damaged.\n  {_AGAIN}")
     return breaches
 
 

@@ -68,7 +68,7 @@ def test_what_does_not_belong_together_is_not_joined(jsonl, tokenizer, tmp_path,
     preprocess([jsonl], tmp_path / "b", train_bpe([jsonl], 280, tmp_path / "other"), settings=Settings(progress=False))
     with pytest.raises(ConfigError, match="prepared with another tokenizer"):
         merge(tmp_path / "set", [tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(ConfigError, match="joined into itself"):
+    with pytest.raises(ConfigError, match="is both a part and the result"):
         merge(tmp_path / "a", [tmp_path / "a"])
     (tmp_path / "x.joined.json").write_text(json.dumps({"parts": []}))
     with pytest.raises(ConfigError, match="refers to no dataset"):
