@@ -1,4 +1,4 @@
-"""What the user sees while a run trains: a bar with loss, rate and time left, or a plain line now and then."""
+"""Show the progress of a run: a bar with loss, rate and time left on a terminal, else a plain line at intervals."""
 
 import sys
 import time
@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 10.0
-"""Where there is no terminal, a line about every so often."""
+"""Minimum time between two plain lines, in seconds."""
 
 
 class Display:
-    """On the main rank; other ranks have `Silent`."""
+    """Progress bar of the main rank; the other ranks have `Silent`."""
 
     def __init__(self, total_steps: int, step: int):
         self.console = Console(stderr=True)
@@ -31,7 +31,7 @@ class Display:
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Show a step that has been taken."""
+        """Update the bar after a step, or print a line if it is due."""
         if self._bar is not None:
             text = f"loss {loss:.3f} · {tokens_per_second:,.0f} tok/s"
             self._bar.update(self._task, completed=step, description=text)
@@ -43,7 +43,7 @@ class Display:
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a pass over `total` samples beside the steps; yields what counts them up."""
+        """Show a pass over `total` samples in addition to the steps; yields a function that counts samples up."""
         done, task = 0, None
         if self._bar is not None:
             task = self._bar.add_task(what, total=total)
@@ -71,13 +71,13 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar where it is."""
+        """Stop updating the bar, and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
 
 
 class Silent:
-    """The display of every rank but the main one."""
+    """Display of every rank but the main one: it shows nothing."""
 
     def step(self, *_) -> None: ...
 

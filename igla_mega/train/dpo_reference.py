@@ -1,5 +1,8 @@
-"""The reference of preference optimization: the model with its adapters off, a frozen second model, or one pass over
-all pairs, kept beside the run. All three go through the same code and give the same loss."""
+"""Compute the reference's log-probabilities of preference optimization.
+
+The reference is the model with its adapters off, a frozen second model, or the initial model in one pass over all
+pairs, whose results are kept in the run folder. All three use the same code and give the same loss.
+"""
 
 import hashlib
 import itertools
@@ -24,17 +27,22 @@ from igla_mega.train.session import Session
 
 
 def mode_of(section: Dpo, *, adapters: bool) -> str:
-    """Where the reference comes from: `adapter`, `model`, `cached`, or `none`."""
+    """Return where the reference comes from: `adapter`, `model`, `cached`, or `none`.
+
+    Args:
+        adapters: True if the model trains low-rank adapters; switched off, they make it the reference at no cost.
+    """
     if section.reference_free:
         return "none"
     return section.reference if section.reference != "auto" else "adapter" if adapters else "cached"
 
 
 def objective(section: Dpo, mode: str, engine: Engine, frozen: Sequence[nn.Module] = ()) -> Objective:
-    """Preference optimization as the engine's objective.
+    """Return preference optimization as the engine's objective.
 
     Args:
-        frozen: chunks of the reference, for `model`.
+        mode: result of `mode_of`.
+        frozen: chunks of the reference model, for mode `model`.
     """
     context = engine.mesh.context
     step = partial(dpo.forward_step, dpo=section, context=context)
@@ -44,19 +52,22 @@ def objective(section: Dpo, mode: str, engine: Engine, frozen: Sequence[nn.Modul
 
 
 def _completed(frozen: Sequence[nn.Module], engine: Engine, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """The micro-batches of a step, with the reference's log-probabilities."""
+    """Return the micro-batches of a step with the log-probabilities under the reference."""
     micro_batches = list(itertools.islice(batches, engine.layout.num_microbatches))
     return dpo.with_reference(micro_batches, _reference(engine, frozen, micro_batches))
 
 
 @torch.no_grad()
 def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    """Return the log-probability of each answer, [2B] fp32 per micro-batch, on the last pipeline stage only."""
     step = partial(dpo.reference_step, context=engine.mesh.context)
     if frozen:
         return scheduled(engine, frozen, iter(micro_batches), step, forward_only=True)
     training = [chunk.training for chunk in engine.chunks]
     for chunk in engine.chunks:
-        chunk.eval()  # nothing is kept for a recomputation that will not come
+        # In training mode a checkpointed layer keeps state for its recomputation, which never comes here. Dropout of
+        # the adapters is off as well.
+        chunk.eval()
     try:
         if engine.adapters is None:
             return scheduled(engine, engine.chunks, iter(micro_batches), step, forward_only=True)
@@ -68,16 +79,21 @@ def _reference(engine: Engine, frozen: Sequence[nn.Module], micro_batches: Seque
 
 
 def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, session: Session) -> None:
-    """Have the pairs carry the reference's log-probabilities: those of the model as it stands, adapters off.
+    """Set `pairs.reference` to the log-probabilities under the model at its current weights, with adapters off.
 
-    They are kept in the run folder, by the digests of the model and of the data.
+    They are computed once and kept in the run folder, in a file named by the digests of model and data. Every rank
+    calls it.
 
     Args:
         base: digest of the model's weights.
+
+    Raises:
+        ConfigError: the file cannot be read.
     """
     key = hashlib.blake2b(f"{base}:{pairs.fingerprint()}".encode(), digest_size=8).hexdigest()
     folder, group = session.run_dir, engine.mesh.host_group
     file = folder / f"reference_{key}.npz"
+    # The main rank decides for all: on a network disk some ranks may see the file later, and the pass is collective.
     known: list = [file.is_file()]
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0]:
@@ -85,7 +101,7 @@ def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, session: S
             with np.load(file, allow_pickle=False) as kept:
                 pairs.reference = {name: kept[name] for name in kept.files}
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ConfigError(f"{file}: cannot be read ({error}).\n  Remove it: it is made again.") from None
+            raise ConfigError(f"{file}: cannot be read ({error}).\n  Remove it: it is computed again.") from None
         return
     names = list(pairs.readers)
     found = {}
@@ -103,17 +119,17 @@ def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, session: S
 
 
 def _pass(engine: Engine, pairs: Pairs, name: str, share: BatchShard, advance) -> np.ndarray:
-    """The reference's log-probability of each answer of a source, fp32 [pairs, 2], on every rank."""
+    """Return the reference's log-probability of each answer of a source, fp32 [pairs, 2], on every rank."""
     mesh, count = engine.mesh, pairs.num_pairs(name)
     device = next(engine.chunks[0].parameters()).device
     batches = on_device(pairs.all_pairs(name, share), device)
     result = torch.zeros(count, 2)
     for first in range(0, count, share.global_batch):
         reports = _reference(engine, (), list(itertools.islice(batches, share.num_microbatches)))
-        # Tensor and context peers hold the same sums; one of them counts.
+        # Tensor- and context-parallel peers hold the same sums: only one may enter the all-reduce below.
         for number, report in enumerate(reports if mesh.tensor.rank == 0 and mesh.context.rank == 0 else []):
             rows = first + share.rows(number)
-            kept = rows < count
+            kept = rows < count  # the last batch is filled up with the first pair
             result[rows[kept]] = report.cpu().view(-1, 2)[kept]
         advance(min(share.global_batch, count - first))
     dist.all_reduce(result, group=mesh.host_group)

@@ -1,10 +1,10 @@
-"""The diagonal Fisher information of a model, per token, estimated on the shards that the optimizer keeps.
+"""Estimate the diagonal Fisher information of a model, per token, on the shards that the optimizer keeps.
 
-One sequence is one squared gradient: its sums (over its tokens' ranks, tied weights) are completed first, then it is
-squared, and only squares are summed over samples. An expert's gradient is that of the tokens routed to it, and is
-divided by the number of all tokens, as every parameter's: a rarely visited expert has a small Fisher. Labels drawn from
-the model make it the Fisher information; labels of the data make it the empirical one, which differs wherever the model
-does not predict its data (Kunstner et al. 2019, arXiv:1905.12558).
+Each sequence gives one squared gradient: the gradient is first summed over the ranks that share the sequence's tokens,
+and over tied weights, then squared, and only squares are summed over samples. An expert's gradient is that of the
+tokens routed to it, and like every parameter's it is divided by the number of all tokens, so an expert that gets few
+tokens has a small Fisher. Labels drawn from the model give the Fisher information; labels of the data give the
+empirical Fisher, which differs as far as the model does not predict its data (Kunstner et al. 2019, arXiv:1905.12558).
 """
 
 import math
@@ -29,31 +29,34 @@ from igla_mega.ops.categorical import token_keys
 
 @dataclass(frozen=True)
 class Estimate:
-    """How a Fisher is to be taken."""
+    """Settings of an estimate."""
 
     samples: int
-    """Sequences, each of which gives one squared gradient."""
+    """Number of sequences, each of which gives one squared gradient."""
     labels: Literal["model", "data"]
+    """Labels are drawn from the model, or taken from the data."""
     damping: float
-    """Share of the mean Fisher that is added everywhere."""
+    """Share of the mean Fisher that is added to every element."""
     seed: int
+    """Seed of the labels that are drawn."""
 
 
 def take(
     engine: Engine, corpus: Corpus, sources: tuple[str, ...], how: Estimate, advance: Callable[[int], None]
 ) -> tuple[list[FisherAnchor], FisherMetadata]:
-    """Estimate the Fisher of the model as it stands, and copy its weights as the anchor.
+    """Estimate the Fisher of the model at its current weights, and copy the weights as the anchor.
 
     Args:
-        corpus: of the data that the model was trained on; its sequence length is the samples'.
-        sources: their names, for the record.
+        corpus: data that the model was trained on; the samples have its sequence length.
+        sources: names of the data's sources, for the metadata.
         advance: called with the number of samples just done.
 
     Returns:
-        For each state of the optimizer, and where it comes from.
+        Fisher and anchor for each state of the optimizer, and the metadata.
 
     Raises:
-        ConfigError: more samples than the data has, or a Fisher that is not finite.
+        ConfigError: more samples are configured than the data has, or the Fisher is not finite.
+        FloatingPointError: the loss of a sample is not finite.
     """
     _refuse_too_few(corpus, how.samples)
     engine = replace(engine, layout=replace(engine.layout, sequence_length=corpus.sequence_length))
@@ -86,19 +89,23 @@ def accumulate(
     """Add the squared gradient of each sample's summed loss to `sums`.
 
     Args:
-        samples: micro-batches of one row, one a round: sample round * data-parallel size + data-parallel rank.
-        sums: of the optimizer's states, 1-D fp32.
-        draw: labels are drawn from the model; those of `samples` are the keys.
+        samples: micro-batches of one row. In each round every data-parallel rank takes one: the sample of number
+            round * data-parallel size + data-parallel rank.
+        sums: one tensor per state of the optimizer, 1-D fp32.
+        draw: True to draw labels from the model; the labels of `samples` are then keys of the draws.
 
     Returns:
-        Target tokens of all samples together.
+        Number of target tokens of all samples together.
     """
     width = engine.mesh.data.size
     num_tokens = 0.0
-    # Interleaved stages want a micro-batch a rank of the pipeline: the others' rows count for nothing.
+    # Interleaved stages require a multiple of the pipeline size as number of micro-batches: the others are blank rows,
+    # whose loss mask, and so whose gradient, is 0.
     rows = engine.layout.pipeline if len(engine.chunks) > 1 else 1
     engine = replace(engine, layout=replace(engine.layout, micro_batch_size=1, num_microbatches=rows))
     with _as_estimated(engine.chunks, draw), engine.optimizer.per_sample() as add_squares:
+        # Distributed experts see tokens of several ranks, and their gradient would mix the samples before it is
+        # squared: the data-parallel ranks then take turns, the others with a blank sample.
         turns = range(width if engine.optimizer.one_sample else 1)
         for first in range(0, num_samples, width):
             sample = next(samples)
@@ -117,7 +124,7 @@ def accumulate(
 
 
 def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[MicroBatch]:
-    """This rank's samples, the data's first in its shuffled order; a blank one where the last round has none for it."""
+    """Yield this rank's samples, the first ones of the shuffled data; a blank one if the last round has none left."""
     data, device = engine.mesh.data, next(engine.chunks[0].parameters()).device
     share = BatchShard(data.size, 1, data.size, data.rank)
     for step in range(-(-how.samples // data.size)):
@@ -126,7 +133,7 @@ def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[MicroBat
         if number >= how.samples:
             batch.loss_mask.zero_()
         if how.labels == "model":
-            # By the place in the row, not by `position_ids`: these begin anew in each document.
+            # By the place in the row, not by `position_ids`, which restart in each document: keys must differ.
             keys = token_keys(how.seed, number, torch.arange(corpus.sequence_length).unsqueeze(0))
             batch = batch._replace(labels=keys)
         yield batch.map_tensors(lambda tensor: tensor.to(device))
@@ -134,8 +141,10 @@ def _samples(engine: Engine, corpus: Corpus, how: Estimate) -> Iterator[MicroBat
 
 @contextmanager
 def _as_estimated(chunks, draw: bool) -> Iterator[None]:
-    """Without dropout and balancing of experts, and only that: `eval()` would turn off recomputation too. With labels
-    drawn where asked."""
+    """Disable dropout and the balancing of experts while the context is open, and draw labels if `draw`.
+
+    `chunk.eval()` would also disable recomputation, and the activations would not fit.
+    """
     with ExitStack() as stack:
         for chunk in chunks:
             if (routers := router_context(chunk)) is not None:
@@ -146,19 +155,20 @@ def _as_estimated(chunks, draw: bool) -> Iterator[None]:
                     stack.callback(module.train, module.training)
                     module.eval()
                 if isinstance(module, CausalLM):
-                    assert isinstance(module.output, SummedLoss), "the Fisher is that of a language model's loss"
+                    assert isinstance(module.output, SummedLoss), "a Fisher is defined for the loss of a language model"
                     stack.enter_context(module.with_output(replace(module.output, draws_labels=draw)))
         yield
 
 
 def _refuse_too_few(corpus: Corpus, samples: int) -> None:
+    """Refuse more samples than one epoch of each source: a repeated sample adds no information."""
     drawn = corpus.blend.consumed(samples)
     short = {name: (drawn[name], has) for name, has in corpus.windows_per_epoch().items() if drawn[name] > has}
     if short:
         raise ConfigError(
             *[
                 f"fisher_samples: {samples} takes {wanted} sequences of {corpus.sequence_length} tokens from {name}, "
-                f"which has {has}.\n  Ask for fewer, or shorten fisher_seq_length."
+                f"which has {has}.\n  Lower fisher_samples, or shorten fisher_seq_length."
                 for name, (wanted, has) in short.items()
             ]
         )

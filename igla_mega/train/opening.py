@@ -1,4 +1,4 @@
-"""The lines that a run prints before its first step."""
+"""Lines that a run prints before its first step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from igla_mega.checkpoint.progress import Progress
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset
 from igla_mega.layout import attention
+from igla_mega.layout.layout import describe
 from igla_mega.layout.stages import Stage
 from igla_mega.model.spec import DTYPES
 from igla_mega.ops.ring_schedule import choose_schedule, inner_group_size, ranks_of_a_node
@@ -14,19 +15,16 @@ from igla_mega.train.state import Run
 
 
 def opening_lines(run: Run, progress: Progress, checkpoint: Path | None, verbose: bool) -> list[str]:
-    layout, model = run.engine.layout, run.recipe.model
-    assert model is not None
-    sizes = {
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "context": layout.context,
-        "data": layout.data,
-    }
-    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
-    split += f" (experts over {layout.expert})" if layout.expert > 1 else ""
+    """Return what is about to train: model size, layout, batch, precision, notes, and where it resumes.
+
+    Args:
+        checkpoint: the one that the run resumes from, or None.
+        verbose: report the cost of context parallelism.
+    """
+    layout = run.engine.layout
     lines = [
-        f"{run.recipe.name}: {_parameters(run.recipe)} parameters, {layout.strategy}, {split}, "
-        f"{layout.global_batch} x {layout.sequence_length} tokens a step, {run.recipe.distributed.precision}",
+        f"{run.recipe.name}: {_parameters(run.recipe)} parameters, {describe(layout)}, "
+        f"{layout.global_batch} x {layout.sequence_length} tokens per step, {run.recipe.distributed.precision}",
         *(_context_parallel(run, verbose) if layout.context > 1 else []),
         *layout.notes,
         *run.corpus.notes,
@@ -37,14 +35,15 @@ def opening_lines(run: Run, progress: Progress, checkpoint: Path | None, verbose
 
 
 def _parameters(recipe: Recipe) -> str:
+    """Return the number of parameters, and with experts of those used per token, as text."""
     model, moe = recipe.model, recipe.moe
     assert model is not None, "a run has a model by now"
-    active = f" ({model.active_parameters(moe) / 1e6:,.1f}M to a token)" if moe is not None else ""
+    active = f" ({model.active_parameters(moe) / 1e6:,.1f}M per token)" if moe is not None else ""
     return f"{model.num_parameters(moe) / 1e6:,.1f}M{active}"
 
 
 def phase_lines(stages: Sequence[Stage], corpora: Sequence[Dataset]) -> list[str]:
-    """What each phase takes, how often it goes over its data, and what was rounded."""
+    """Return a line for each phase with its steps, batch, learning rate and epochs, and its notes on rounding."""
     lines = []
     for stage, corpus in zip(stages, corpora, strict=True):
         if not stage.domain or not isinstance(corpus, Corpus):
@@ -61,7 +60,7 @@ def phase_lines(stages: Sequence[Stage], corpora: Sequence[Dataset]) -> list[str
 
 
 def _context_parallel(run: Run, verbose: bool) -> list[str]:
-    """The schedule of ring attention and why; when asked, also what it costs."""
+    """Return the schedule of ring attention and the reason for it; if `verbose`, also its cost."""
     layout, model, group = run.engine.layout, run.recipe.model, run.engine.mesh.context.group
     assert model is not None
     kv_heads, node = model.num_kv_heads // layout.tensor, ranks_of_a_node(group)

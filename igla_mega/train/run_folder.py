@@ -1,4 +1,4 @@
-"""The run folder: its lock, and what its last recipe says otherwise than the present one."""
+"""Lock the run folder, refuse a recipe of another run, and report the keys that changed since the last start."""
 
 import errno
 import fcntl
@@ -15,23 +15,27 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 
 LOCK_SECONDS = 30.0
-"""How long ranks that are started again wait for the run folder of those before them."""
+"""Maximum time that restarted ranks wait for their predecessors to release the run folder."""
 
 
 def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
-    """Keep a second run, and another recipe's, out of the folder; the lock goes with the process, however it ends.
+    """Lock the folder against a second run and another recipe; the kernel releases the lock when the process ends.
+
+    Returns:
+        The lock file, which must stay open while the run lasts.
 
     Raises:
-        ConfigError: another process trains in it, or another recipe has; or nothing can be written there.
+        ConfigError: another process trains in the folder, it has a run of another recipe, or it cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (held while the run lasts)
     except OSError as error:
         raise ConfigError(
-            f"{run_dir}: no run can be written there ({error.strerror}).\n  Give another --run, or mend its rights."
+            f"{run_dir}: cannot be created or written ({error.strerror}).\n"
+            "  Give another --run, or fix its permissions."
         ) from None
-    # A launcher that starts the ranks again may do so before the last ones are gone.
+    # A launcher may restart the ranks before the last ones have ended.
     patience = LOCK_SECONDS if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else 0
     deadline = time.monotonic() + patience
     while True:
@@ -40,13 +44,14 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
             break
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                break  # a file system without locks
+                break  # a file system without locks: better no lock than no run
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{run_dir}: another run is training in this folder{_holder(lock)}.\n"
-                    "  Wait for it, end it, or give another --run."
+                    "  Wait until it ends, stop it, or give another --run."
                 ) from None
             time.sleep(0.2)
+    # Only with the lock: no other process can change the folder after the check.
     _refuse_other_recipe(run_dir, recipe)
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -56,7 +61,7 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
 
 
 def _holder(lock: IO[str]) -> str:
-    """Who wrote into a lock file, in words."""
+    """Return the process that holds a lock as text, from the lock file; empty if that cannot be read."""
     try:
         lock.seek(0)
         other = json_text.loads(lock.read())
@@ -66,11 +71,15 @@ def _holder(lock: IO[str]) -> str:
 
 
 def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
-    """What a folder has trained goes on as what it is: a name, what is learned, and which weights train."""
+    """Refuse a recipe with another name, another objective or other trained weights than the folder's run.
+
+    Raises:
+        ConfigError: the recipes differ in one of these.
+    """
     if not store.steps_in(run_dir / "checkpoints"):
         return
     if not (old := _last_recipe(run_dir)):
-        return  # what matters is checked against the checkpoint
+        return  # shapes and data are checked against the checkpoint later
     new = _flat(yaml_text.parse(load.dump(recipe), "recipe.yaml"))
     kinds = ("lora", "dpo", "sft", "stages", "curriculum")
     breaches = []
@@ -82,13 +91,13 @@ def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
             breaches.append(f"{'with' if had else 'without'} `{kind}`")
     if breaches:
         raise ConfigError(
-            f"{run_dir}: holds a run of another recipe: {', '.join(breaches)}.\n"
-            f"  Give another --run; or go on with its own, {run_dir / 'recipe.yaml'}."
+            f"{run_dir}: contains a run of another recipe: {', '.join(breaches)}.\n"
+            f"  Give another --run; or continue with its own recipe, {run_dir / 'recipe.yaml'}."
         )
 
 
 def recipe_changes(run_dir: Path, recipe_yaml: str) -> list[str]:
-    """What the recipe says otherwise than the one this run folder was trained with."""
+    """Return a line for each key that differs from the recipe with which the folder was trained last."""
     if not (old := _last_recipe(run_dir)):
         return []
     new = _flat(yaml_text.parse(recipe_yaml, "recipe.yaml"))
@@ -97,7 +106,7 @@ def recipe_changes(run_dir: Path, recipe_yaml: str) -> list[str]:
 
 
 def _last_recipe(run_dir: Path) -> dict:
-    """What a folder was last trained with; empty where that cannot be read."""
+    """Return the recipe that a folder was trained with last, by dotted keys; empty if it cannot be read."""
     try:
         return _flat(yaml_text.parse((run_dir / "recipe.yaml").read_text(), "recipe.yaml"))
     except (OSError, ValueError, AttributeError):
@@ -105,6 +114,7 @@ def _last_recipe(run_dir: Path) -> dict:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
+    """Return nested mappings as one mapping with dotted keys."""
     flat: dict = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

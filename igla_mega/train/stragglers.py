@@ -1,4 +1,4 @@
-"""Which rank is slower than the rest: its own time in a step, without the time it spends with or waiting for others."""
+"""Find stragglers: ranks whose own time in a step, without collectives and waiting for others, is above the median."""
 
 import time
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine.heartbeat import Heartbeat
 
 SAMPLED_STEPS = 5
-"""At the end of each stretch, over whose median ranks are compared: one slow step is no slow rank."""
+"""Number of steps timed before each comparison; their median is compared, so one slow step makes no straggler."""
 LEAST_SECONDS = 0.01
-"""By which a rank must exceed the median: below, it is noise."""
+"""Minimum excess over the median step time to count as a straggler, in seconds; less is noise."""
 LISTED_RANKS = 64
-"""Up to so many, each rank's time is written down."""
+"""Maximum number of ranks up to which metrics.jsonl lists the time of each one."""
 
 
 class StragglerWatch:
-    """Times the last steps of each stretch of `every`, and compares the ranks at its end."""
+    """Times the last `SAMPLED_STEPS` of every `every` steps, and compares the ranks after them."""
 
     def __init__(self, heartbeat: Heartbeat, device: torch.device, every: int):
         self._heartbeat, self._device, self._every = heartbeat, device, every
@@ -29,11 +29,11 @@ class StragglerWatch:
         self._slow: set[int] = set()
         self._due = False
         self.entry: dict[str, Any] = {}
-        """Of metrics.jsonl, about the last comparison."""
+        """Entry for metrics.jsonl of the comparison in this step; empty without one."""
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Time the step of this number, where it is one to be timed."""
+        """Time a step if it is one of those before a comparison. The context is open during the step."""
         self.entry = {}
         left = -number % self._every if self._every else SAMPLED_STEPS
         if left >= SAMPLED_STEPS:
@@ -48,6 +48,8 @@ class StragglerWatch:
         finally:
             events, heartbeat.events = heartbeat.events, None
         if cuda:
+            # Kernels run after the host has queued them: only events give the time of collectives, and they may be
+            # read only after the device has finished. That is why few steps are timed.
             torch.cuda.synchronize(self._device)
             spent = sum(begin.elapsed_time(end) for begin, end in events or ()) / 1e3
         else:
@@ -56,7 +58,7 @@ class StragglerWatch:
         self._due = left == 0
 
     def slow_ranks(self, mesh: Mesh, factor: float) -> list[str]:
-        """What to say of ranks that are slower than `factor` times the median. Every rank calls it, after each step."""
+        """Return a line for each new straggler, above `factor` times the median. Every rank calls it each step."""
         if not self._due:
             return []
         own, self._seconds, self._due = median(self._seconds), [], False
@@ -72,7 +74,7 @@ class StragglerWatch:
 
 
 def summary(seconds: list[float]) -> list[float] | dict[str, float]:
-    """The ranks' times as they are written down."""
+    """Return the ranks' times for metrics.jsonl: all of them, or a summary of many."""
     if len(seconds) <= LISTED_RANKS:
         return seconds
     slowest = max(seconds)
@@ -85,18 +87,22 @@ def summary(seconds: list[float]) -> list[float] | dict[str, float]:
 
 
 def slower(seconds: list[float], factor: float) -> list[int]:
-    """Ranks beyond `factor` times the median; of an even number, the lower one, so that of two the faster is it."""
+    """Return the ranks above `factor` times the median.
+
+    The lower of two middle values is taken for the median, so that of two ranks the faster one is the reference.
+    """
     middle = median_low(seconds)
     return [rank for rank, value in enumerate(seconds) if value > max(factor * middle, middle + LEAST_SECONDS)]
 
 
 def _words(rank: int, seconds: list[float], stages: list[int], slow: list[int]) -> str:
+    """Return the message about a straggler; if its whole pipeline stage is slow, the layout may be the cause."""
     middle = median_low(seconds)
     line = (
-        f"rank {rank} is slow: {seconds[rank]:.3f} s of its own in a step, {seconds[rank] / middle:.1f} times the "
+        f"rank {rank} is slow: {seconds[rank]:.3f} s per step without waiting, {seconds[rank] / middle:.1f} times the "
         f"median ({middle:.3f} s)"
     )
     peers = [one for one, stage in enumerate(stages) if stage == stages[rank]]
     if len(set(stages)) > 1 and set(peers) <= set(slow):
-        return f"{line}. So are all of its pipeline stage ({stages[rank] + 1}): it may simply have more to do."
-    return f"{line}. Others wait for it: look at its machine (igla-mega doctor)."
+        return f"{line}. All ranks of its pipeline stage ({stages[rank] + 1}) are: the stage may have more work."
+    return f"{line}. The others wait for it: test its machine (igla-mega doctor)."

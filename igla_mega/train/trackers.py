@@ -1,4 +1,4 @@
-"""Files and services that a run reports to: metrics.jsonl, ledger.jsonl, events.jsonl, TensorBoard, W&B."""
+"""Write the reports of a run: metrics.jsonl, ledger.jsonl, events.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
 
 OF_STEPS = ("metrics", "ledger", "samples")
-"""Files that hold each step once: a run that goes back takes back what it wrote of later ones."""
+"""Files that contain each step once: a run that goes back to a checkpoint removes the entries of later steps."""
 
 
 class Trackers:
-    """Appends to the run folder's files; the main rank has one, the others none."""
+    """Appends to the files of the run folder, on the main rank only; the other ranks have `Untracked`."""
 
     def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
         self._run_dir = run_dir
@@ -32,39 +32,40 @@ class Trackers:
             self._add_wandb(run_dir, logging, recipe)
 
     def metrics(self, entry: dict[str, Any]) -> None:
-        """Write one object; numbers in it, also one level down, go to the trackers as scalars at `entry["step"]`."""
+        """Write one line; its numbers, also those one level down, are sent to the services as scalars of its step."""
         self._line("metrics", entry)
         scalars = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         for group, values in entry.items():
             if isinstance(values, dict):
                 scalars |= {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         for write in [*self._scalars]:
+            # A full disk or a lost mount must not end the training for the sake of a chart.
             try:
                 write(scalars, entry["step"])
             except OSError as error:
                 self._scalars.remove(write)
-                print(f"a tracker cannot write ({error}); it is left out until the next start", file=sys.stderr)
+                print(f"a tracker cannot write ({error}); it is disabled until the next start", file=sys.stderr)
         if losses := entry.get("validation_loss"):
             self.event("evaluated", entry["step"], f"validation loss of {', '.join(losses)}", losses=losses)
 
     def event(self, kind: str, step: int, message: str, **more: Any) -> None:
-        """Write what happened to the run: a line of events.jsonl, which is never taken back."""
+        """Write what happened to the run as a line of events.jsonl, which is never removed."""
         self._line("events", event(kind, step, message, **more))
 
     def bad_step(self, entry: dict[str, Any]) -> None:
-        """Write down a step that went wrong: a line of bad_steps.jsonl, which is never taken back."""
+        """Write a bad step as a line of bad_steps.jsonl, which is never removed."""
         self._line("bad_steps", entry)
 
     def ledger(self, entry: dict[str, Any]) -> None:
-        """Write which samples of which source a step consumed."""
+        """Write which samples of which sources a step consumed, as a line of ledger.jsonl."""
         self._line("ledger", entry)
 
     def sample(self, entry: dict[str, Any]) -> None:
-        """Write a text that the model has continued."""
+        """Write a prompt and the model's continuation, as a line of samples.jsonl."""
         self._line("samples", entry)
 
     def rewind(self, step: int) -> None:
-        """Take back what was written of the steps beyond `step`."""
+        """Remove the entries of steps after `step` from the files `OF_STEPS`."""
         for name in OF_STEPS:
             if name in self._files:
                 self._files.pop(name).close()
@@ -77,11 +78,13 @@ class Trackers:
                 close()
 
     def _line(self, name: str, entry: dict[str, Any]) -> None:
+        """Append a line to a file, which is opened at its first line."""
         if name not in self._files:
             self._files[name] = Lines(self._run_dir / f"{name}.jsonl")
         self._files[name].add(entry)
 
     def _add_tensorboard(self, folder: Path) -> None:
+        """Send scalars to TensorBoard's event files."""
         from tensorboard.summary import Writer
 
         writer = Writer(str(folder))
@@ -94,11 +97,16 @@ class Trackers:
         self._closers.append(writer.close)
 
     def _add_wandb(self, run_dir: Path, logging: Logging, recipe: dict[str, Any]) -> None:
+        """Send scalars to Weights & Biases.
+
+        Raises:
+            ConfigError: the package is not installed.
+        """
         try:
             import wandb
         except ImportError:
             raise ConfigError(
-                f"logging.wandb: {logging.wandb} needs the package wandb, and it is not installed.\n"
+                f"logging.wandb: {logging.wandb} needs the package wandb, which is not installed.\n"
                 "  Run `pip install wandb` (or install the extra `track`), or set logging.wandb=off."
             ) from None
         run = wandb.init(
@@ -106,7 +114,7 @@ class Trackers:
             mode="online" if logging.wandb == "online" else "offline",
             dir=str(run_dir),
             name=run_dir.name,
-            # The same folder is the same run, also after a resume.
+            # The folder identifies the run: a resume continues its charts.
             id=run_dir.resolve().name,
             resume="allow",
             config=recipe,
@@ -116,7 +124,7 @@ class Trackers:
 
 
 class Untracked:
-    """The trackers of every rank but the main one: they write nothing."""
+    """Trackers of every rank but the main one: they write nothing."""
 
     def metrics(self, entry: dict[str, Any]) -> None: ...
 
@@ -134,19 +142,19 @@ class Untracked:
 
 
 def event(kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
-    """A line of a run's events.jsonl."""
+    """Return a line of events.jsonl."""
     return {"time": round(time.time(), 3), "step": step, "event": kind, "message": message, **more}
 
 
 def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> None:
-    """Add a line to a run's events.jsonl, where there are no trackers."""
+    """Append a line to a run's events.jsonl without trackers, on any rank."""
     file = Lines(run_dir / "events.jsonl")
     file.add(event(kind, step, message, **more))
     file.close()
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after its last checkpoint: entries beyond `step`, and a half-written last line."""
+    """Remove the entries that a killed run wrote after its last checkpoint, at `step`, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -157,21 +165,23 @@ def rewind(path: Path, step: int) -> None:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step", 0), int) and entry.get("step", 0) <= step:
             kept.append(line + "\n")
+    # Renamed over the file, so that a kill in between loses nothing.
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
 
 class Lines:
-    """Adds lines of JSON to a file; what a full disk does not take waits in memory, and goes before the next line."""
+    """Appends lines of JSON to a file; lines that cannot be written are kept in memory and written before the next."""
 
     def __init__(self, path: Path):
         self._path, self._waiting = path, b""
         self._descriptor: int | None = None
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Write a line, or keep it."""
+        """Write a line, or keep it for the next call if it cannot be written."""
         self._waiting += (json.dumps(entry) + "\n").encode()
+        # A full disk may accept part of a line: the rest follows at the next call.
         with contextlib.suppress(OSError):
             descriptor = self._opened()
             while self._waiting:
@@ -184,6 +194,7 @@ class Lines:
             self._descriptor = None
 
     def _opened(self) -> int:
+        """Return the descriptor of the file, opening it first; terminate an incomplete last line."""
         if self._descriptor is None:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             size = os.fstat(self._descriptor).st_size

@@ -117,7 +117,7 @@ def test_a_folder_in_use_names_the_process_and_another_recipes_is_refused(tmp_pa
     [(in_use, other)] = ranks.run(1, refusals, str(recipe), str(run))
     assert f"{run}: another run is training in this folder: process " in in_use
     assert f" on {socket.gethostname()}, since 20" in in_use
-    assert f"{run}: holds a run of another recipe: recipe `small` and not `other`, without `dpo`" in other
+    assert f"{run}: contains a run of another recipe: recipe `small` and not `other`, without `dpo`" in other
     assert sorted(path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock") == before
 
 
@@ -143,7 +143,7 @@ def test_a_second_run_in_a_folder_touches_nothing_of_the_first(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path))
     for run in (tmp_path / "small.yaml", tmp_path / "small.yaml/run"):
-        with pytest.raises(ConfigError, match="no run can be written there"):
+        with pytest.raises(ConfigError, match="cannot be created or written"):
             lock_run_folder(run, recipe)
 
 

@@ -228,7 +228,7 @@ def test_a_fisher_of_another_model_or_normalisation_or_cut_short_is_refused(alon
         spoil(copy)
         said = ranks.run(1, hold_alone, tiny.recipe(), str(copy))[0]
         expected = {
-            "normalised": "a Fisher `per sequence`, where",
+            "normalised": "a Fisher `per sequence`, but",
             "short": "has 5 bytes",
             "absent": "fisher.json is missing",
         }
