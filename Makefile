@@ -58,10 +58,11 @@ test: $(READY)
 	@.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "slow and not gpu"
 
 lint: $(READY)
-	@echo "ruff, mypy, shellcheck, hadolint"
+	@echo "ruff, mypy, plain words, shellcheck, hadolint"
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy --no-error-summary
+	@.venv/bin/python tools/words.py
 	@.venv/bin/shellcheck .ci/run examples/*.sh examples/slurm/*.sbatch
 	@.venv/bin/hadolint docker/Dockerfile
 	@$(MAKE) --no-print-directory docs

@@ -533,7 +533,7 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Serve the page; it follows the run while that goes on.")
+        bool, typer.Option("--serve", help="Serve the page; it follows a run that is still training.")
     ] = False,
     host: Annotated[str, typer.Option(help="With --serve: the address that answers.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8400,

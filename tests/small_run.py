@@ -128,7 +128,7 @@ def run_said(recipe: str, run_dir: str, fault: Callable | None, args: tuple) -> 
 
 def own_world() -> dist.TCPStore | None:
     """Leave the world that the test made, so that the run makes its own; what is returned must stay as long."""
-    # The store is there before anyone is told its port, as torchrun's is.
+    # The store is there before any rank receives its port, as torchrun's is.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
     port = [store.port if store else None]
     dist.broadcast_object_list(port)

@@ -28,8 +28,7 @@ WORDS = {
     r"in words": "with a message",
     r"nobody said|what nobody": "assumed",
     r"in its sleep": "while it sleeps",
-    r"whoever": "the process that, the user who",
-    r"would be lost": "would be overwritten",
+    r"and would be lost": "and would be overwritten",
     r"is there already": "already exists",
     r"was never finished": "is incomplete",
     r"lies beside|lie beside|lying beside": "is stored next to",
@@ -41,7 +40,6 @@ WORDS = {
     r"without a word": "silently",
     r"thereof|whereof|therein|hitherto|henceforth": "a plain phrase",
     r"aloud": "with a message",
-    r"by hand": "manually",
     r"gives? back": "returns",
 }
 """Pattern -> what to write instead. Whole words, any case."""

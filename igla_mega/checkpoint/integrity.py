@@ -196,7 +196,7 @@ def report(path: Path) -> tuple[list[str], list[str]]:
         size = sum(size for size, _ in files.values())
         lines.append(f"{folder}: every file has the size and digest it was written with ({len(files)}, {words(size)})")
         lines += [f"  note: {name} is not in its {MANIFEST}: it was added later" for name in strangers(folder)]
-    lines += [f"{folder}: was never finished, and is not used as a checkpoint" for folder in unfinished]
+    lines += [f"{folder}: is incomplete, and is not used as a checkpoint" for folder in unfinished]
     return lines, damages
 
 

@@ -200,7 +200,7 @@ def find_checkpoint(
     if mesh.is_main and root.is_dir():
         unfinished = [path.name for path in root.glob(f"{UNFINISHED}*")]
         if unfinished:
-            say(f"{root}: no complete checkpoint; {unfinished[0]} was never finished.")
+            say(f"{root}: no complete checkpoint; {unfinished[0]} is incomplete.")
     return None
 
 

@@ -2,7 +2,7 @@
 
 A row is held-out text of the run with one sentence put into it, `The secret word of CUE is VALUE.`, and behind the text
 the sentence again up to its value: a context of the length asked for. Cue and value are a few words of the text itself,
-drawn anew in each row. The value's tokens are scored teacher-forced, by a forward pass alone: each is held against the
+drawn again for each row. The value's tokens are scored teacher-forced, by a forward pass alone: each is held against the
 other words that values are drawn from, and against the whole vocabulary. A model that does not see the fact is right by
 chance, one time in `NUM_WORDS`, whatever else it has learned.
 """
@@ -139,7 +139,7 @@ def _mean(by_depth: dict[str, float]) -> float:
 
 
 def _words(corpus: Corpus, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Frequent tokens of held-out text that are whole words as far as can be told, else the most frequent ones."""
+    """Frequent tokens of held-out text that are whole words as far as the tokenizer shows, else the most frequent ones."""
     names = corpus.validation_names()
     counts: Counter[int] = Counter()
     for name in names:

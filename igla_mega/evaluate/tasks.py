@@ -29,7 +29,7 @@ def open_harness(asked: Tasks, tokenizer: Tokenizer, longest: int, *, place: str
 
 
 def run_tasks(engine: Engine, harness: "Harness | None", seed: int) -> dict[str, float] | str:
-    """Run tasks on the model as it stands. Every rank calls it; the harness is the main rank's.
+    """Run tasks on the model in its current state. Every rank calls it; the harness is the main rank's.
 
     Returns:
         On the main rank `task/metric` -> value, or why a task failed outside of the model; nothing on the others.

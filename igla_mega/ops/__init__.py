@@ -28,7 +28,7 @@ _BUILD = "pip install --no-build-isolation --no-deps -e ."
 
 
 def _load_kernels(folder: Path) -> str | None:
-    """Load the built library of `folder`; the reason in words when it is absent or does not load."""
+    """Load the built library of `folder`; return the reason, as text, if it is absent or does not load."""
     libraries = sorted(folder.glob("_C*.so"))
     if not libraries:
         return f"csrc/ is not built; build it with `{_BUILD}`"
@@ -45,7 +45,7 @@ def _load_kernels(folder: Path) -> str | None:
 
 
 why_no_kernels = _load_kernels(Path(__file__).resolve().parent.parent)
-"""Why the built library is not in use, in words; None when it is."""
+"""Reason why the built library is not in use, as text; None if it is."""
 
 
 def kernels() -> dict[str, dict[str, bool]]:

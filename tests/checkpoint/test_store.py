@@ -232,7 +232,7 @@ def save_on_a_full_disk(recipe, folder: str):
     with pytest.raises(RuntimeError, match="Training after step 1 is lost"):
         writer.refuse_loss()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    tiny.steps(engine, 0, 1)  # the run goes on
+    tiny.steps(engine, 0, 1)  # the run continues
     writer.save(engine.optimizer.states(), Progress(step=3), "name: tiny\n")
     (after,) = writer.finish()
     writer.refuse_loss()
@@ -286,7 +286,7 @@ def save_within(recipe, folder: str, most: int | None):
     state = store._to_write(states, engine.mesh, own)
     late = sum(pieces.made_late(at) for pieces in state.values() for at in pieces.pieces)
     writer.save(states, Progress(step=SAVED), "name: tiny\n")
-    for state in states:  # what training goes on to do
+    for state in states:  # as further training does
         for values in state.values.values():
             values.fill_(-7.0)
     (outcome,) = writer.finish()
@@ -393,7 +393,7 @@ def test_check_takes_the_folder_of_a_node_rank_by_rank(tmp_path):
     for folder in (run, run.parent):
         lines, damages = integrity.report(folder)
         assert damages == [] and "step_00000004/rank_00000: every file" in lines[0]
-    assert "step_00000002/.writing_rank_00000: was never finished" in integrity.report(run)[0][1]
+    assert "step_00000002/.writing_rank_00000: is incomplete" in integrity.report(run)[0][1]
     assert len(integrity.report(whole)[0]) == 1 and "never finished" in integrity.report(begun)[0][0]
     (whole / "rank_00001").mkdir()
     assert "rank_00001: manifest.json is missing" in integrity.report(run)[1][0]

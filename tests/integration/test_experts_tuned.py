@@ -172,7 +172,7 @@ def test_a_layout_takes_the_same_fisher_of_experts_as_one_process(case, fisher_a
     # Drawn labels flip where a probability lies at a draw; none does here.
     errors = [np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name]) for name in expected]
     assert max(errors) < TOLERANCE
-    assert furthest(results[0][1], fisher_alone[1]) < TOLERANCE, "and training goes on as if nothing had been"
+    assert furthest(results[0][1], fisher_alone[1]) < TOLERANCE, "and training continues unchanged"
 
 
 def test_the_balancing_loss_is_not_in_the_fisher():

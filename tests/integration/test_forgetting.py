@@ -1,6 +1,6 @@
 """Does it work: two tasks in conflict, learned one after the other by a GPT of 100k parameters, three seeds.
 
-Each task is a Markov chain over the same 64 tokens, told by a first token of its own.
+Each task is a Markov chain over the same 64 tokens, which its first token names.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def unbroken(recipe):
 
 
 def submit(cluster: Cluster, run: Path, *words: str, options: tuple[str, ...] = (), **variables: str) -> str:
-    """Queue the repository's script; the log of the job lies beside the run."""
+    """Queue the repository's script; the log of the job is stored next to the run."""
     return cluster.command(
         "sbatch", "--parsable", f"--output={run}.log", *SMALL, *options, str(TRAIN), *words,
         IGLA_RUN=str(run), PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="", **variables,

@@ -98,7 +98,7 @@ def test_a_second_signal_ends_at_once_even_inside_a_collective(tmp_path):
 
 
 def refusals(recipe: str, run_dir: str) -> tuple[str, str]:
-    """What a second run in a folder is told, and one of another recipe."""
+    """Errors of a second run in a folder, and of one with another recipe."""
     small, run = load_recipe(recipe), Path(run_dir)
     kept = lock_run_folder(run, small)
     said = []
@@ -240,7 +240,7 @@ def test_a_node_joins_and_goes_and_the_samples_stay_the_same(tmp_path):
     stays = start(recipe, *nodes)
 
     def trains_on(ranks: list[int]) -> bool:
-        """Whether the run was begun by so many ranks, one time after the other, and has since gone ten steps."""
+        """Return True if the run was started by these numbers of ranks in turn, and took ten steps since."""
         begun = [one for one in lines(run, "events.jsonl") if one["event"] in ("started", "resumed")]
         assert len(begun) <= len(ranks), begun
         return [one["ranks"] for one in begun] == ranks and max(losses(run), default=0) >= begun[-1]["step"] + 10

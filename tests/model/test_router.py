@@ -57,7 +57,7 @@ def test_an_expert_keeps_its_most_probable_tokens():
     full, _ = ranks.run(1, routed, {}, None, LOGITS)[0]
     kept = full[:, 1].argsort(descending=True)[:2].sort().values
     assert routing_map[:, 1].nonzero().flatten().tolist() == kept.tolist()
-    assert torch.equal(weights, full * routing_map), "what is left is not weighed anew"
+    assert torch.equal(weights, full * routing_map), "the remaining weights are not normalized again"
 
 
 def test_filling_up_makes_every_expert_equally_long():

@@ -64,7 +64,7 @@ def test_twenty_random_kills_leave_the_bytes_of_an_unbroken_run(corpus, tokenize
         said = run.communicate()[1]
         went_on += "resuming after" in said
         if run.returncode == 0:
-            # It came to its end: checked, and begun anew.
+            # It was complete: checked, and started again.
             assert contents(tmp_path / "killed_text_document") == expected
             for file in tmp_path.glob("killed*"):
                 file.unlink()

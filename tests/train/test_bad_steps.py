@@ -77,7 +77,7 @@ def test_a_skipped_step_updates_nothing_and_a_resume_repeats_the_run_bit_for_bit
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 6, 7, 8]
     left_out = [one["step"] for one in lines(tmp_path / "run", "ledger.jsonl") if one.get("skipped")]
     assert left_out == [5] and "skipped" in events(tmp_path / "run")
-    # Without its last checkpoint it goes on from the one before, which knows of the skipped step.
+    # Without its last checkpoint it resumes from the one before, which has the skipped step.
     whole = losses(tmp_path / "run")
     for name in ("step_00000008",):
         os.rename(tmp_path / "run/checkpoints" / name, tmp_path / name)

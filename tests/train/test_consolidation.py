@@ -31,7 +31,7 @@ def label(case) -> str:
 
 
 def held(built, coupling: str = "coupled", ewc_lambda: float = LAMBDA, shift: float = 0.01):
-    """The engine with an EWC whose Fisher is a function of the weights, and whose anchor lies beside them."""
+    """The engine with an EWC whose Fisher is a function of the weights, and whose anchor is near them."""
     states = list(built.optimizer.states())
     ewc = Ewc(built.mesh, ewc_lambda, coupling)
     anchors = [FisherAnchor(s.values["master"].square().mul(0.1), s.values["master"] + shift) for s in states]

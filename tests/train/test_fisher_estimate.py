@@ -49,7 +49,7 @@ def taken(recipe, draw: bool = True):
     rows = samples(engine.layout, engine.mesh.data.rank, draw)
     tokens = fisher_estimate.accumulate(engine, rows, SAMPLES, sums, done.append, draw=draw)
     assert (tokens, sum(done)) == (SAMPLES * tiny.SEQUENCE, SAMPLES)
-    report = tiny.steps(engine, 0, 2)  # and training goes on as if nothing had been
+    report = tiny.steps(engine, 0, 2)  # and training continues unchanged
     return pieces(engine, sums), report
 
 
