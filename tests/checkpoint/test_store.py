@@ -377,7 +377,7 @@ def test_check_lists_every_checkpoint_of_a_run_and_names_what_is_damaged_extra_o
     (store.step_dir(root, 3) / "manifest.json").unlink()
     for folder in (tmp_path / "run", root):
         lines, damages = integrity.report(folder)
-        assert "step_00000001: every file" in lines[0] and "extra.txt" in lines[1] and "never finished" in lines[-1]
+        assert "step_00000001: every file" in lines[0] and "extra.txt" in lines[1] and "is incomplete" in lines[-1]
         assert "step_00000002: a.bin" in damages[0] and "step_00000003: manifest.json is missing" in damages[1]
     assert integrity.report(store.step_dir(root, 1))[1] == []
     with pytest.raises(ConfigError, match="holds no checkpoint"):
@@ -394,7 +394,7 @@ def test_check_takes_the_folder_of_a_node_rank_by_rank(tmp_path):
         lines, damages = integrity.report(folder)
         assert damages == [] and "step_00000004/rank_00000: every file" in lines[0]
     assert "step_00000002/.writing_rank_00000: is incomplete" in integrity.report(run)[0][1]
-    assert len(integrity.report(whole)[0]) == 1 and "never finished" in integrity.report(begun)[0][0]
+    assert len(integrity.report(whole)[0]) == 1 and "is incomplete" in integrity.report(begun)[0][0]
     (whole / "rank_00001").mkdir()
     assert "rank_00001: manifest.json is missing" in integrity.report(run)[1][0]
 
