@@ -75,7 +75,7 @@ def ring() -> dict:
     import ring_replay
     import torch
 
-    found = ring_replay.measure("cuda", 131072, 8, 32, 8, 128, torch.bfloat16)
+    found = ring_replay.measure("cuda", 131072, 8, (32, 8, 128), torch.bfloat16)
     print(json.dumps(found, indent=1))
     return found
 
