@@ -1,4 +1,4 @@
-# make demo, make test: each does all of its set-up, once. PYTHON names the interpreter; IGLA_BUILD_CUDA, IGLA_MARCH: setup.py.
+# Every target sets up .venv first, once. PYTHON names the interpreter; for IGLA_BUILD_CUDA and IGLA_MARCH see setup.py.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -10,11 +10,11 @@ EXTRAS ?= dev,hf,data,ray
 READY := .venv/.ready
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check
 CONSTRAIN := export PIP_CONSTRAINT="$${PIP_CONSTRAINT:-} $$PWD/.venv/constraints.txt"
-# Asked only where the configured index has no CPU build.
+# Used only if the configured index has no CPU build.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PYTHONUNBUFFERED := 1
 BEGUN := $(shell date +%s)
-# A wheelhouse is for the Python that it was made for, beside a CUDA torch: there nothing else is asked for packages.
+# A wheelhouse is used only with the Python version that it was filled for and a CUDA torch; pip then uses no index.
 ifneq ($(wildcard wheelhouse/python),)
 ifeq ($(shell $(PYTHON) -c 'import sys, torch; print(*sys.version_info[:2], sep=".") if torch.version.cuda else None' 2>/dev/null),$(shell cat wheelhouse/python))
 export PIP_NO_INDEX := 1
@@ -24,7 +24,7 @@ endif
 
 setup: $(READY)
 
-# A torch with CUDA that is already there is kept: the environment sees it, and the constraint nails its version.
+# An installed torch with CUDA is kept: the environment includes the system's packages, and a constraint pins its version.
 $(READY): pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "igla_mega needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3"; exit 1; }
 	@if version=$$($(PYTHON) -c 'import torch; assert torch.version.cuda; print(torch.__version__)' 2>/dev/null); then \
@@ -46,7 +46,7 @@ $(READY): pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 demo: $(READY)
 	@.venv/bin/python tools/demo.py
 
-# A hundred kills over real runs, about 15 minutes on two cores: make chaos KILLS=20 SEED=7
+# A hundred kills of real runs, about 15 minutes on two cores. Example: make chaos KILLS=20 SEED=7
 KILLS ?= 100
 SEED ?= 0
 chaos: $(READY)
@@ -67,23 +67,23 @@ lint: $(READY)
 	@.venv/bin/hadolint docker/Dockerfile
 	@$(MAKE) --no-print-directory docs
 
-# build/docs/index.html; a link that leads nowhere is an error.
+# Writes build/docs/index.html; a broken link is an error.
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
 
-# Seconds: FUZZ_SECONDS. atheris (guided by coverage) is taken where it installs.
+# FUZZ_SECONDS: total time. atheris (guided by coverage) is used if it installs.
 FUZZ_SECONDS ?= 600
 fuzz: $(READY)
 	@$(PIP) install atheris 2>/dev/null || echo "atheris does not install here: hypothesis alone"
 	@.venv/bin/python tools/fuzz.py $(FUZZ_SECONDS)
 
-# Known vulnerabilities of what is installed; needs PyPI itself, and fails where it cannot be asked. See docs/dependencies.md.
+# Known vulnerabilities of the installed packages; needs PyPI, and fails where it is not reachable. See docs/dependencies.md.
 audit: $(READY)
 	@$(PIP) install pip-audit
 	@$(PIP) freeze --exclude-editable | sed 's/+cpu$$//' > .venv/audit.txt
 	@.venv/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement .venv/audit.txt
 
-# What .ci/run installs: .venv as it is, for its Python.
+# Write the versions that .ci/run installs: those in .venv, for its Python version.
 pins: $(READY)
 	@version=$$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	{ echo "# Written by make pins: what .ci/run installs on this Python; torch is in constraints-cpu.txt."; \
@@ -93,13 +93,13 @@ pins: $(READY)
 bench: $(READY)
 	@for program in tools/bench/[a-z]*.py; do echo "== $$program"; .venv/bin/python "$$program"; done
 
-# Parts by themselves: make gpu-check PARTS="build tests". What `make` has taken so far counts to its nine minutes.
+# Single parts: make gpu-check PARTS="build tests". The set-up by `make` counts towards the nine minutes.
 gpu-check: EXTRAS = gpu-check
 gpu-check: $(READY)
 	@.venv/bin/python tools/gpu_check.py --begun $(BEGUN) $(PARTS)
 
-# For a machine without a network: carry the folder there, and `make gpu-check` installs from it. Torch is left out, and
-# what HAVE (a `pip freeze` of that machine) names.
+# For a machine without a network: copy the folder there, and `make gpu-check` installs from it. Torch is left out, and so
+# are the packages in HAVE (a `pip freeze` of that machine).
 WHEELHOUSE_PYTHON ?= 3.12
 WHEELHOUSE_PLATFORM ?= x86_64
 wheelhouse: $(READY)

@@ -1,7 +1,7 @@
-"""Builds csrc/: the CPU ops and index helpers always, the CUDA ops where a CUDA torch and nvcc are present.
+"""Build csrc/: the CPU ops and index helpers always, the CUDA ops if a CUDA build of torch and nvcc are present.
 
-IGLA_BUILD_CUDA  auto (default) | 0 | 1: 1 makes a missing CUDA an error
-IGLA_MARCH       instruction set of the CPU ops; x86-64-v3 (Haswell, Zen and later) unless given, e.g. `native`
+IGLA_BUILD_CUDA  auto (default) | 0 | 1: with 1, missing CUDA is an error
+IGLA_MARCH       instruction set of the CPU ops, for example `native`; default x86-64-v3 (Haswell, Zen and later)
 """
 
 import os
@@ -14,7 +14,7 @@ from setuptools import setup
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit, found also where the `nvcc` on the path is a wrapper outside of it."""
+    """Return the folder of the CUDA toolkit, also if the `nvcc` on the path is a wrapper outside of it; else None."""
     nvcc = shutil.which("nvcc")
     beside_nvcc = [Path(nvcc).resolve().parents[1]] if nvcc else []
     for home in [*map(Path, filter(None, [os.environ.get("CUDA_HOME")])), *beside_nvcc, Path("/usr/local/cuda")]:
@@ -23,7 +23,7 @@ def cuda_home() -> str | None:
     return None
 
 
-# torch looks for the toolkit while cpp_extension is imported.
+# Before the import below: cpp_extension looks for the toolkit once, when it is imported.
 if found := cuda_home():
     os.environ["CUDA_HOME"] = found
 
@@ -32,37 +32,40 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     raise SystemExit(
-        "igla_mega is built against the torch that is already installed and none is: install torch >= 2.11 first, "
+        "igla_mega is built against the installed torch, and none is installed: install torch >= 2.11 first, "
         "then `pip install --no-build-isolation -e .` (or just `make setup`)."
     ) from None
 
 # The oldest torch whose stable ABI the ops use: one library serves 2.11 and every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020B000000000000"
 OPS = ["cross_entropy", "merge_partials", "accumulate", "fisher", "ewc_penalty"]
-# On CUDA torch.compile makes these.
+# CPU only: on CUDA torch.compile generates these.
 HOST_OPS = ["pointwise"]
 
 
 def build_cuda() -> bool:
-    wish = os.environ.get("IGLA_BUILD_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"IGLA_BUILD_CUDA={wish}: use auto, 0 or 1.")
-    lacking = []
+    """Return True if the CUDA ops are to be built."""
+    choice = os.environ.get("IGLA_BUILD_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"IGLA_BUILD_CUDA={choice}: use auto, 0 or 1.")
+    missing = []
     if torch.version.cuda is None:
-        lacking.append(f"a CUDA build of torch (this is {torch.__version__})")
+        missing.append(f"a CUDA build of torch (this is {torch.__version__})")
     if cuda_home() is None:
-        lacking.append("nvcc with its headers")
-    if wish == "1" and lacking:
-        raise SystemExit(f"IGLA_BUILD_CUDA=1 needs {' and '.join(lacking)}.")
-    return wish != "0" and not lacking
+        missing.append("nvcc with its headers")
+    if choice == "1" and missing:
+        raise SystemExit(f"IGLA_BUILD_CUDA=1 needs {' and '.join(missing)}.")
+    return choice != "0" and not missing
 
 
 def architecture_flags() -> list[str]:
+    """Return the compiler's flags for the CPU's instruction set."""
     march = os.environ.get("IGLA_MARCH") or ("x86-64-v3" if platform.machine() in ("x86_64", "AMD64") else None)
     return [f"-march={march}"] if march else []
 
 
 def op_extension():
+    """Return the extension of the ops; it uses only the stable ABIs of Python and torch."""
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", STABLE_ABI, *architecture_flags()]
     options = {"name": "igla_mega._C", "include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
     sources = [f"csrc/{op}.cpp" for op in OPS + HOST_OPS]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Recipe 8, three domains one after another; arguments go to `igla-mega train`:
+# Recipe 8, three domains in sequence; arguments go to `igla-mega train`:
 #   laptop      examples/continual_7b.sh --scale laptop        (three times: without EWC, with EWC, with replay)
 #   one node    examples/continual_7b.sh --run /data/runs/continual_7b
 #   many nodes  sbatch --nodes 8 examples/slurm/train.sbatch continual_7b
-# Each run prints its forgetting matrix, and `igla-mega report RUN` draws it; docs/ewc.md says how to read it.
+# Each run prints its forgetting matrix, and `igla-mega report RUN` draws it; docs/ewc.md explains how to read it.
 set -euo pipefail
 launch="$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 

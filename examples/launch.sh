@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What the examples share: examples/launch.sh RECIPE [arguments of `igla-mega train`]
-# Under `srun` with a task a rank it is one of them (examples/slurm/train.sbatch does more: saves, requeues, resumes).
-# Else it takes all GPUs of this machine; without one, $IGLA_CPU_RANKS ranks (1).
+# Start a recipe, for the other examples: examples/launch.sh RECIPE [arguments of `igla-mega train`]
+# Under `srun` with one task per rank it is one of the ranks (examples/slurm/train.sbatch also saves, requeues, resumes).
+# Otherwise it uses all GPUs of this machine, or without a GPU $IGLA_CPU_RANKS ranks (default 1).
 set -euo pipefail
 PATH="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin:${PATH}"
 recipe="$1"

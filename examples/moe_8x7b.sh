@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Recipe 7, eight experts, two visited by a token; arguments go to `igla-mega train`:
-#   laptop      examples/moe_8x7b.sh --scale laptop           (experts over two ranks; then a dense model beside it)
+# Recipe 7, eight experts, two per token; arguments go to `igla-mega train`:
+#   laptop      examples/moe_8x7b.sh --scale laptop           (experts over two ranks, then a dense model)
 #   clusters    sbatch --nodes 32 examples/slurm/train.sbatch moe_8x7b
-# At laptop scale the last lines compare it with a dense model that has as many parameters to a token, on as many tokens.
+# At laptop scale the last lines compare it with a dense model with as many active parameters, on as many tokens.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 PATH="${here}/../.venv/bin:${PATH}"
@@ -12,7 +12,7 @@ if [[ " $* " != *" --scale laptop "* ]]; then
 fi
 runs=runs/moe_8x7b-laptop
 IGLA_CPU_RANKS=2 "${here}/launch.sh" moe_8x7b --run "${runs}/experts" "$@"
-echo "=== a dense model of as many parameters to a token"
+echo "=== dense model with as many active parameters"
 IGLA_CPU_RANKS=2 "${here}/launch.sh" moe_8x7b --run "${runs}/dense" "$@" --set moe=null \
   --set training.expert_capacity_factor=null --set model.intermediate_size=347
 for run in experts dense; do

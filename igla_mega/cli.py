@@ -469,10 +469,11 @@ def eval_(
         if not names:
             raise ConfigError("--tasks: names no task. Give NAME or NAME,NAME.")
         from igla_mega.config.schema import Tasks
+        from igla_mega.plan.choose import choose_layout
 
         folder = str(include_path) if include_path else None
         asked = Tasks(names=names, include_path=folder, limit=limit, num_fewshot=num_fewshot)
-        scores = measure.evaluate_tasks(checkpoint, asked)
+        scores = measure.evaluate_tasks(checkpoint, asked, choose_layout)
         if os.environ.get("RANK", "0") != "0":
             return
     if tasks is None or data:

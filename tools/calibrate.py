@@ -1,6 +1,6 @@
-"""Measure what share of its peaks this machine reaches, kernel class by kernel class, for `igla-mega plan`.
+"""Measure the share of its peaks that this machine reaches with each class of kernels, for `igla-mega plan`.
 
-Writes bench/results/calibration_<date>_<hardware>_<precision>.json, which the plan of that hardware then uses.
+Writes bench/results/calibration_<date>_<hardware>_<precision>.json, which plans for that hardware then use.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from igla_mega.plan import calibration
 from igla_mega.plan.time import ADAM_BYTES, NORM_BYTES, layer_values
 
 SHAPES = {
-    # Rows, inputs, outputs: a laptop's layers; a 7B model's and its tensor-parallel parts.
+    # Rows, inputs, outputs: layers of a laptop model; of a 7B model and its tensor-parallel shards.
     "cpu": [
         (512, 256, 384), (2048, 256, 384), (2048, 688, 256), (2048, 256, 1376), (2048, 512, 2752),
     ],
@@ -36,18 +36,18 @@ SHAPES = {
     ],
 }  # fmt: skip
 ATTENTION = {"cpu": [(8, 8, 2, 256, 32), (4, 8, 2, 512, 64)], "cuda": [(1, 32, 8, 4096, 128), (1, 32, 8, 8192, 128)]}
-"""Rows, heads, key-value heads, tokens, channels of a head."""
+"""Batch size, heads, key-value heads, tokens, head size."""
 LAYER = {"cpu": (8, 256, 256, 8, 2, 32, 688), "cuda": (1, 8192, 4096, 32, 8, 128, 11008)}
-"""Rows, tokens, hidden, heads, key-value heads, channels of a head, width of the feed-forward network."""
+"""Batch size, tokens, hidden size, heads, key-value heads, head size, intermediate size."""
 HEAD = {"cpu": (2048, 256, 32000), "cuda": (8192, 4096, 32000)}
 ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 MESSAGE_BYTES = 2**21
 
 
 class Stopwatch:
-    """Seconds of a call, the median, after one that is not counted.
+    """Median seconds of a call, after one that is not counted.
 
-    By the CPU's own clock, the time of all threads over their number: what else runs shows less then.
+    With `cpu_time` it measures the CPU time of all threads divided by their number, which other programs disturb less.
     """
 
     def __init__(self, device: str, rounds: int, *, cpu_time: bool = False):
@@ -69,7 +69,7 @@ class Stopwatch:
 
 
 def gemm_sizes(clock: Stopwatch, dtype: torch.dtype, peak: float) -> list[tuple[float, float]]:
-    """FLOP of a product and the share of the peak that its forward pass and both backward ones reach together."""
+    """Return the FLOPs of each product, and the share of the peak over its forward and its two backward products."""
     found = []
     for rows, inputs, outputs in SHAPES[clock.device]:
         x = torch.randn(rows, inputs, device=clock.device, dtype=dtype)
@@ -87,7 +87,7 @@ def gemm_sizes(clock: Stopwatch, dtype: torch.dtype, peak: float) -> list[tuple[
 
 
 def attention_shares(clock: Stopwatch, dtype: torch.dtype, peak: float) -> tuple[float, float]:
-    """Of the forward and of the backward pass, causal work counted."""
+    """Return the shares of the peak of attention's forward and backward pass, counting causal FLOPs."""
     forward, backward = [], []
     for rows, heads, kv_heads, tokens, channels in ATTENTION[clock.device]:
         q, k, v = (
@@ -108,13 +108,13 @@ def attention_shares(clock: Stopwatch, dtype: torch.dtype, peak: float) -> tuple
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """As megatron-core turns queries and keys without a fused kernel."""
+    """Apply rotary embeddings as megatron-core does without a fused kernel."""
     first, second = x.chunk(2, -1)
     return x * angles.cos().to(x.dtype) + torch.cat((-second, first), -1) * angles.sin().to(x.dtype)
 
 
 def memory_share(clock: Stopwatch, dtype: torch.dtype, bandwidth: float) -> float:
-    """Of the bandwidth, by all that a layer does value by value, in the engine's own way."""
+    """Return the share of the bandwidth that the element-wise operations of a layer reach, as the engine runs them."""
     rows, tokens, hidden, heads, kv_heads, channels, width = LAYER[clock.device]
     on_cpu = clock.device == "cpu"
 
@@ -166,12 +166,14 @@ def memory_share(clock: Stopwatch, dtype: torch.dtype, bandwidth: float) -> floa
 
 
 PASSES_OF_LOSS = 0.1
-"""Share of the loss's time that its passes over the logits take beside its products: 6 % to 13 % in profiles."""
+"""Share of the loss's time that its passes over the logits take next to its products: 6 % to 13 % in profiles."""
 
 
 def loss_shares(clock: Stopwatch, dtype: torch.dtype, entry: Hardware, peak: float) -> tuple[float, float, float]:
-    """FLOP of one of the loss's products, the share of the peak that they reach, and that of the bandwidth by its
-    passes: the loss is timed as a whole, since its products take another path than a layer's."""
+    """Return the FLOPs of one of the loss's products, their share of the peak, and its passes' share of the bandwidth.
+
+    The loss is timed as a whole, since its chunked products run differently from a layer's.
+    """
     tokens, hidden, vocabulary = HEAD[clock.device]
     x = torch.randn(tokens, hidden, device=clock.device, dtype=dtype).requires_grad_()
     weight = (torch.randn(vocabulary, hidden, device=clock.device) * 0.02).to(dtype).requires_grad_()
@@ -187,7 +189,7 @@ def loss_shares(clock: Stopwatch, dtype: torch.dtype, entry: Hardware, peak: flo
 
 
 def optimizer_share(clock: Stopwatch, bandwidth: float) -> float:
-    """Of the bandwidth, by AdamW with the norm and the clipping."""
+    """Return the share of the bandwidth that AdamW reaches, with gradient norm and clipping."""
     count = ELEMENTS[clock.device]
     params = [torch.randn(count // 8, device=clock.device).requires_grad_() for _ in range(8)]
     for param in params:
@@ -202,7 +204,7 @@ def optimizer_share(clock: Stopwatch, bandwidth: float) -> float:
 
 
 def op_seconds(clock: Stopwatch) -> float:
-    """Of one small op, its share of the backward pass included."""
+    """Return the seconds of one small op: the overhead of a launch, averaged over forward and backward."""
     count = 200
     x = torch.zeros(8, device=clock.device, requires_grad=True)
 
@@ -216,17 +218,17 @@ def op_seconds(clock: Stopwatch) -> float:
 
 
 def link_share(entry: Hardware, rounds: int) -> float | None:
-    """Of the link, by all-reduce of two processes; None where there is one GPU."""
+    """Return the share of the link that an all-reduce of two processes reaches; None on a GPU."""
     if not entry.is_cpu:
         return None
     context, pipes = mp.get_context("spawn"), []
     with tempfile.TemporaryDirectory(prefix="igla-calibrate-") as folder:
         processes = []
         for rank in range(2):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_reduce, args=(rank, folder, rounds, theirs)))
+            near, far = context.Pipe()
+            processes.append(context.Process(target=_reduce, args=(rank, folder, rounds, far)))
             processes[-1].start()
-            pipes.append(ours)
+            pipes.append(near)
         seconds = max(pipe.recv() for pipe in pipes)
         for process in processes:
             process.join()
@@ -234,6 +236,7 @@ def link_share(entry: Hardware, rounds: int) -> float | None:
 
 
 def _reduce(rank: int, folder: str, rounds: int, pipe) -> None:
+    """Time an all-reduce as one of two ranks with one thread each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     values = torch.zeros(MESSAGE_BYTES // 4)
@@ -242,11 +245,11 @@ def _reduce(rank: int, folder: str, rounds: int, pipe) -> None:
 
 
 def measure(device: str, precision: str, rounds: int, *, cpu_time: bool = False) -> tuple[Hardware, dict]:
-    """Return the hardware and what its calibration file holds."""
+    """Return the hardware and the content of its calibration file."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     entry = hardware.cpu() if device == "cpu" else hardware.of_cuda_name(name)
     if entry is None:
-        raise SystemExit(f"{name} is not in the hardware table (igla_mega/layout/hardware.py): add it first.")
+        raise SystemExit(f"{name} is not in the hardware table. Add it to igla_mega/layout/hardware.py.")
     dtype = torch.float32 if precision == "FP32" else torch.bfloat16
     peak, clock = entry.peak(precision), Stopwatch(device, rounds, cpu_time=cpu_time)
     sizes = gemm_sizes(clock, dtype, peak)
@@ -286,7 +289,7 @@ def _machine() -> str:
 
 
 def write(entry: Hardware, found: dict) -> Path:
-    """Write the calibration where the plan looks for it."""
+    """Write the calibration to the folder in which the plan looks for it."""
     date = datetime.date.today().isoformat()
     path = calibration.RESULTS / f"calibration_{date}_{entry.name}_{found['precision'].lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -297,10 +300,10 @@ def write(entry: Hardware, found: dict) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--precision", choices=["BF16", "FP32"], action="append", help="default: both on a CPU, BF16 else"
+        "--precision", choices=["BF16", "FP32"], action="append", help="default: both on a CPU, BF16 on a GPU"
     )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cpu-time", action="store_true", help="by the CPU's own clock, on a machine that is shared")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, for a shared machine")
     parser.add_argument("--out", type=Path, help="file to write instead; one precision only")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Kill training runs at random instants, resume them, and hold them to unbroken ones; `make chaos` does so 100 times.
+"""Kill training runs at random instants, resume them, and compare them with uninterrupted runs.
 
-A rank, the launcher or every process gets SIGKILL: while the run starts, between steps, or while a checkpoint is
-written. After each kill nothing may be left running, what is in place under a checkpoint's name must be whole, and the
-same command must go on from the newest one. At the end every step is there once, with the loss, the gradient norm and
-the samples of an unbroken run, bit for bit, and so are the weights and moments of the last checkpoint.
+`make chaos` does so 100 times. A rank, the launcher or every process gets SIGKILL: during start-up, between steps, or
+while a checkpoint is written. After each kill no process may be left running, every folder with a checkpoint's final
+name must be complete, and the same command must resume from the newest one. At the end every step must be logged once,
+with the loss, the gradient norm and the samples of an uninterrupted run, bit for bit, and the weights and moments of
+the last checkpoint must be equal too.
 """
 
 import argparse
@@ -32,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MARK = "IGLA_CHAOS"
 VICTIMS = ("one rank", "the launcher", "all of it")
 MOMENTS = ("start-up", "a step", "a step", "a save", "a save")
-"""Drawn from: a kill while starting costs no steps, one in a save is the cruellest."""
+"""Moments to draw from. Start-up has less weight, since a kill there loses no steps."""
 EVERY, LOCAL_EVERY, MOST_STEPS = 6, 2, 10
-"""Steps between checkpoints, between those of a node, and before a kill."""
+"""Steps between checkpoints, steps between node-local checkpoints, and maximum number of steps before a kill."""
 STEPS = 120
 VOCAB, LENGTH = 250, 32
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -54,29 +55,30 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
 
 @dataclass
 class Subject:
-    """A run that is killed: the command that starts and resumes it, and where it writes."""
+    """A run that is killed: the command that starts and resumes it, and the folders that it writes."""
 
     name: str
     command: list[str]
     run: Path
     reference: Path
-    """The unbroken run, trained before."""
+    """Folder of the uninterrupted run, which is trained first."""
     steps: int = STEPS
     every: int = EVERY
     local: Path | None = None
-    """Folder of checkpoints that nodes keep for themselves."""
+    """Folder of node-local checkpoints."""
     environment: Mapping[str, str] = field(default_factory=dict)
     limit_seconds: float = 180.0
-    """Within which a start must reach a step, and the run must end."""
+    """Maximum time for a start to reach a step, and for the run to end."""
     silence_seconds: float = 20.0
-    """Within which nothing that it started may be left, once its command has ended."""
+    """Maximum time for all processes to end after the command has ended."""
     faults: list[str] = field(default_factory=list)
     kills: list[dict] = field(default_factory=list)
     start_seconds: float = 5.0
     save_seconds: float = 0.05
+    """Estimates of the time of a start and of a save, updated by each kill: kills are drawn within them."""
 
     def start(self, log: Path) -> tuple[subprocess.Popen, str]:
-        """Start it in a session of its own; all that it starts carries the mark."""
+        """Start the run in a new session; the mark in the environment is inherited by every process that it starts."""
         token = secrets.token_hex(8)
         env = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment, MARK: token}
         with open(log, "wb") as file:
@@ -86,14 +88,15 @@ class Subject:
         return process, token
 
     def checkpoints(self) -> list[int]:
-        """Steps of finished checkpoints on shared storage."""
+        """Return the steps of finished checkpoints on shared storage."""
         return integrity.steps_in(self.run / "checkpoints")
 
     def newest(self) -> int:
-        """The step that a resume must begin at: the newest that is there, also among those that nodes keep."""
+        """Return the step that a resume must start from: the newest checkpoint, shared or node-local."""
         return max([0, *self.checkpoints(), *self._local()])
 
     def _local(self) -> Iterator[int]:
+        """Yield the steps of node-local checkpoints of which every rank has a finished part of the same save."""
         num_ranks = int(self.environment.get("NUM_RANKS", "1"))
         for folder in self.local.glob("*/*/step_*") if self.local else ():
             saves = set()
@@ -109,9 +112,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="NAME")
-    parser.add_argument("--folder", type=Path, help="Kept. Default: a temporary one, kept when something is wrong.")
-    parser.add_argument("--limit-seconds", type=float, default=180.0, help="Of a start, and of an end.")
-    parser.add_argument("--json", action="store_true", help="For machines; progress goes to stderr.")
+    parser.add_argument(
+        "--folder", type=Path, help="Folder for the runs. Default: a temporary one, deleted on success."
+    )
+    parser.add_argument("--limit-seconds", type=float, default=180.0, help="Maximum time of a start, and of an end.")
+    parser.add_argument("--json", action="store_true", help="Print JSON; progress goes to stderr.")
     args = parser.parse_args()
     folder = args.folder.resolve() if args.folder else Path(tempfile.mkdtemp(prefix="igla-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +133,7 @@ def main() -> None:
             continue
         subject = prepare(folder / re.sub(r"\W+", "-", name), name, args.limit_seconds)
         subjects.append(subject)
-        say(f"{name}: the unbroken run")
+        say(f"{name}: uninterrupted run")
         unbroken(subject)
         done = sum(shares[:number])
         torment(subject, kills, random.Random(f"{args.seed} {name}"), _progress(say, args.kills, done, started))
@@ -138,13 +143,15 @@ def main() -> None:
     else:
         print(table(subjects, time.monotonic() - started))
     if faults:
-        say("\n".join([f"chaos: FAILED; what is left is in {folder}", *faults]))
+        say("\n".join([f"chaos: FAILED; the runs are in {folder}", *faults]))
         sys.exit(1)
     if args.folder is None:
         shutil.rmtree(folder)
 
 
 def _progress(say: Callable[[str], None], total: int, before: int, started: float) -> Callable[[Subject], None]:
+    """Return the function that prints a line after each kill, with an estimate of the time left."""
+
     def progress(subject: Subject) -> None:
         done, kill = before + len(subject.kills), subject.kills[-1]
         left = (time.monotonic() - started) / done * (total - done)
@@ -158,7 +165,7 @@ def _progress(say: Callable[[str], None], total: int, before: int, started: floa
 
 
 def prepare(folder: Path, name: str, limit_seconds: float) -> Subject:
-    """Write a recipe of a small model and its data, once for both runs."""
+    """Write the recipe of a small model and its data, which both runs share."""
     import yaml
 
     num_ranks, changes = LAYOUTS[name]
@@ -212,7 +219,7 @@ def write_data(prefix: Path) -> None:
 
 
 def unbroken(subject: Subject) -> None:
-    """Train the run that nobody kills."""
+    """Train the uninterrupted run."""
     command = [word if word != str(subject.run) else str(subject.reference) for word in subject.command]
     reference = Subject(subject.name, command, subject.reference, subject.reference, environment=subject.environment)
     log = subject.reference.with_suffix(".log")
@@ -220,21 +227,22 @@ def unbroken(subject: Subject) -> None:
     process, token = reference.start(log)
     try:
         if code := process.wait(subject.limit_seconds * 2):
-            sys.exit(f"chaos: the unbroken run ended with {code}:\n{_tail(log)}")
+            sys.exit(f"chaos: the uninterrupted run ended with {code}:\n{_tail(log)}")
     finally:
         _kill(marked(token))
-    if local := subject.local:  # of the other run, under another name
+    # The node-local folder is shared: the killed run must not find this run's checkpoints there.
+    if local := subject.local:
         for folder in local.glob("node*/unbroken-*"):
             shutil.rmtree(folder)
 
 
 def torment(subject: Subject, kills: int, chance: random.Random, progress: Callable[[Subject], None]) -> None:
-    """Kill a run so many times, resuming it in between, then let it end and hold it to the unbroken one."""
+    """Kill a run `kills` times, resuming it in between; then let it end and compare it with the uninterrupted one."""
     expected = 0
     while len(subject.kills) < kills:
         moment, victim = chance.choice(MOMENTS), chance.choice(VICTIMS)
         kill = _one_life(subject, moment, victim, chance, expected)
-        if kill is None:  # it reached its end
+        if kill is None:  # it ended before the kill: check it, and start a new one
             _compare(subject)
             shutil.rmtree(subject.run)
             expected = 0
@@ -247,20 +255,20 @@ def torment(subject: Subject, kills: int, chance: random.Random, progress: Calla
 
 
 def _one_life(subject: Subject, moment: str | None, victim: str, chance: random.Random, expected: int) -> dict | None:
-    """Start the run and kill it; None when it has ended by itself before that."""
+    """Start the run and kill it; return the kill, or None if the run ended by itself before."""
     log = subject.run.with_suffix(".log")
     faults_before = len(subject.faults)
     started = time.monotonic()
     process, token = subject.start(log)
     try:
-        killed = moment is not None and _strike(subject, process, token, moment, victim, chance, started)
+        killed = moment is not None and _strike(subject, process, token, started, (moment, victim), chance)
         if killed:
             _await_silence(subject, process, token, victim, moment or "")
         else:
             code = process.wait(subject.limit_seconds)
             if code:
-                subject.faults.append(f"ended with {code} though nobody killed it:\n{_tail(log)}")
-            _await_silence(subject, process, token, "nobody", "")
+                subject.faults.append(f"ended with {code} without being killed:\n{_tail(log)}")
+            _await_silence(subject, process, token, "no process", "")
     except subprocess.TimeoutExpired:
         subject.faults.append(f"did not end within {subject.limit_seconds:.0f} s:\n{_tail(log)}")
         killed = True
@@ -271,8 +279,10 @@ def _one_life(subject: Subject, moment: str | None, victim: str, chance: random.
     step = _check_files(subject)
     newest = subject.newest()
     if killed and newest < expected:
-        subject.faults.append(f"step {expected} was whole, and after a kill {newest} is the newest")
-    # The save before last is finished when the last begins.
+        subject.faults.append(
+            f"the checkpoint of step {expected} was complete, and after a kill {newest} is the newest"
+        )
+    # A save starts only after the previous one has finished, so at most the last two can be missing.
     if killed and step - newest > 2 * subject.every:
         subject.faults.append(f"{step - newest} steps lost, with a checkpoint every {subject.every}")
     if not killed:
@@ -285,31 +295,32 @@ def _strike(
     subject: Subject,
     process: subprocess.Popen,
     token: str,
-    moment: str,
-    victim: str,
-    chance: random.Random,
     started: float,
+    target: tuple[str, str],
+    chance: random.Random,
 ) -> bool:
-    """Wait for the moment and kill; False when the run has ended before."""
+    """Wait for the moment and kill; return False if the run ended before."""
+    moment, victim = target
     deadline, metrics = started + subject.limit_seconds, subject.run / "metrics.jsonl"
     if moment == "start-up":
         time.sleep(chance.random() * subject.start_seconds)
         return _shoot(process, marked(token), victim, chance)
-    mark, wanted = _signature(metrics), chance.randint(1, MOST_STEPS)
-    while not _has_stepped(metrics, mark, started):
+    before, num_steps = _signature(metrics), chance.randint(1, MOST_STEPS)
+    while not _has_stepped(metrics, before, started):
         if process.poll() is not None or time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     subject.start_seconds = time.monotonic() - started
     ranks, first = marked(token), last_step(metrics)
     if moment == "a step":
-        while process.poll() is None and last_step(metrics) < first + wanted and time.monotonic() < deadline:
+        while process.poll() is None and last_step(metrics) < first + num_steps and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(chance.random() * 0.03)
         return _shoot(process, ranks, victim, chance)
     checkpoints = subject.run / "checkpoints"
     while process.poll() is None and not _writing(checkpoints) and time.monotonic() < deadline:
         time.sleep(0.0005)
+    # Kill at a random time within the save. A save that ends earlier corrects the estimate of its duration.
     began, delay = time.monotonic(), chance.random() * 1.2 * subject.save_seconds
     while time.monotonic() < began + delay:
         if not _writing(checkpoints):
@@ -322,6 +333,7 @@ def _strike(
 
 
 def _shoot(process: subprocess.Popen, ranks: Mapping[int, str], victim: str, chance: random.Random) -> bool:
+    """Send SIGKILL to a random rank, all processes or the launcher; return False if the run has ended."""
     if process.poll() is not None:
         return False
     workers = sorted(pid for pid, rank in ranks.items() if rank)
@@ -335,10 +347,10 @@ def _shoot(process: subprocess.Popen, ranks: Mapping[int, str], victim: str, cha
 
 
 def _await_silence(subject: Subject, process: subprocess.Popen, token: str, victim: str, moment: str) -> None:
-    """Whoever was killed, the others must end by themselves."""
+    """Check that all other processes end by themselves after a kill."""
     code = process.wait(subject.limit_seconds)
     if victim == "one rank" and code == 0:
-        subject.faults.append(f"a rank was killed in {moment}, and the command ended with 0")
+        subject.faults.append(f"a rank was killed in {moment}, but the command ended with 0")
     deadline = time.monotonic() + subject.silence_seconds
     while left := marked(token):
         if time.monotonic() > deadline:
@@ -348,56 +360,60 @@ def _await_silence(subject: Subject, process: subprocess.Popen, token: str, vict
 
 
 def _check_resume(subject: Subject, log: Path, expected: int) -> None:
+    """Check by its log that a run resumed from the newest complete checkpoint."""
     text = log.read_text(errors="replace")
     resumed = re.search(r"resuming at step (\d+)", text)
     if resumed and int(resumed[1]) != expected:
-        subject.faults.append(f"resumed at step {resumed[1]}, and {expected} was whole")
+        subject.faults.append(f"resumed at step {resumed[1]}, but the checkpoint of step {expected} was complete")
     if not resumed and expected and _trained(text):
-        subject.faults.append(f"began anew, and step {expected} was whole")
+        subject.faults.append(f"started from step 0, but the checkpoint of step {expected} was complete")
     if "damaged" in text or "digest" in text:
         subject.faults.append(f"a checkpoint was found damaged:\n{_tail(log)}")
 
 
 def _trained(text: str) -> bool:
-    """Whether a run got as far as to train."""
+    """Return True if a log has a training step."""
     return re.search(r"^step +\d+/", text, re.MULTILINE) is not None
 
 
 def _check_files(subject: Subject) -> int:
-    """What is in place after a kill; returns the last step written down."""
+    """Check the files after a kill; return the last logged step."""
     roots = [subject.run / "checkpoints", *(subject.local.glob("*/*") if subject.local else ())]
     for folder in (path for root in roots for path in root.glob("step_*")):
         for one in integrity.sealed(folder):
             if any(one.iterdir()) and (reason := integrity.damage(one)) is not None:
-                subject.faults.append(f"half-written under its final name: {reason}")
+                subject.faults.append(f"incomplete under its final name: {reason}")
     for name in ("metrics.jsonl", "ledger.jsonl"):
         numbers, broken = written_steps(subject.run / name)
         if numbers != list(range(1, len(numbers) + 1)):
             subject.faults.append(f"{name}: steps are not 1, 2, 3 ... each once: {_odd(numbers)}")
         if broken:
-            subject.faults.append(f"{name}: line {broken} is not whole, and not the last")
+            subject.faults.append(f"{name}: line {broken} is incomplete, and not the last")
     return last_step(subject.run / "metrics.jsonl")
 
 
 def _compare(subject: Subject) -> None:
-    """Hold a run that has ended to the unbroken one."""
+    """Compare a run that has ended with the uninterrupted one."""
     for name, keys in (("metrics.jsonl", ("loss", "grad_norm")), ("ledger.jsonl", ("sources",))):
         ours, theirs = (_values(run / name, keys) for run in (subject.run, subject.reference))
         if len(theirs) != subject.steps:
-            subject.faults.append(f"{name}: the unbroken run has {len(theirs)} steps, not {subject.steps}")
+            subject.faults.append(f"{name}: the uninterrupted run has {len(theirs)} steps, not {subject.steps}")
         if ours == theirs:
             continue
         missing = sorted(theirs.keys() - ours.keys())
         unequal = [step for step in theirs.keys() & ours.keys() if theirs[step] != ours[step]]
         first = (
-            f"; first: step {min(unequal)}: {ours[min(unequal)]}, unbroken {theirs[min(unequal)]}" if unequal else ""
+            f"; first: step {min(unequal)}: {ours[min(unequal)]}, uninterrupted {theirs[min(unequal)]}"
+            if unequal
+            else ""
         )
         subject.faults.append(f"{name}: {len(missing)} steps missing, {len(unequal)} differ{first}")
     if _tensors(subject.run) != _tensors(subject.reference):
-        subject.faults.append("the last checkpoint's tensors are not those of the unbroken run")
+        subject.faults.append("the tensors of the last checkpoint differ from those of the uninterrupted run")
 
 
 def _tensors(run: Path) -> dict[str, tuple[int, str]]:
+    """Return size and digest of each tensor file of the last checkpoint."""
     steps = integrity.steps_in(run / "checkpoints")
     if not steps:
         return {}
@@ -407,11 +423,12 @@ def _tensors(run: Path) -> dict[str, tuple[int, str]]:
 
 
 def _values(path: Path, keys: tuple[str, ...]) -> dict[int, list]:
+    """Return the values of some keys by step."""
     return {entry["step"]: [entry[key] for key in keys] for entry, _ in _entries(path) if entry and keys[0] in entry}
 
 
 def written_steps(path: Path) -> tuple[list[int], int]:
-    """Steps of a file of lines as they stand there, and the number of a broken line before the last (0: none)."""
+    """Return the steps of a JSONL file in its order, and the number of a broken line before the last (0: none)."""
     steps, broken, entries = [], 0, list(_entries(path))
     for number, (entry, whole) in enumerate(entries, 1):
         if entry is None or not whole:
@@ -422,6 +439,7 @@ def written_steps(path: Path) -> tuple[list[int], int]:
 
 
 def _entries(path: Path) -> Iterator[tuple[dict | None, bool]]:
+    """Yield the object of each line (None if it is not JSON), and True if the line has its end."""
     if not path.exists():
         return
     for line in path.read_text(errors="replace").splitlines(keepends=True):
@@ -432,7 +450,7 @@ def _entries(path: Path) -> Iterator[tuple[dict | None, bool]]:
 
 
 def last_step(metrics: Path) -> int:
-    """The last training step written down; 0 where there is none."""
+    """Return the last logged training step, read from the end of the file; 0 if there is none."""
     try:
         with open(metrics, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
@@ -443,6 +461,7 @@ def last_step(metrics: Path) -> int:
 
 
 def _signature(path: Path) -> tuple[int, int]:
+    """Return inode and size of a file, zeros if it does not exist."""
     try:
         info = path.stat()
     except OSError:
@@ -451,12 +470,12 @@ def _signature(path: Path) -> tuple[int, int]:
 
 
 def _has_stepped(metrics: Path, before: tuple[int, int], started: float) -> bool:
-    """Whether a start has written a step: it puts the file anew, and then appends."""
+    """Return True if a start has logged a step: it first replaces the file, and then appends."""
     now = _signature(metrics)
     if now == before or not now[1]:
         return False
     if now[0] == before[0] and before[1]:
-        return False  # not put anew yet
+        return False  # not replaced yet
     try:
         newest = json.loads(metrics.read_bytes().splitlines()[-1])
     except (OSError, ValueError, IndexError):
@@ -469,7 +488,7 @@ def _writing(checkpoints: Path) -> bool:
 
 
 def marked(token: str) -> dict[int, str]:
-    """Living processes that carry a mark: pid -> rank, or nothing for those that are none."""
+    """Return the living processes with a mark: pid -> rank, an empty text for those that are not ranks."""
     found = {}
     for process in psutil.process_iter():
         try:
@@ -490,6 +509,7 @@ def _kill(pids: Mapping[int, str]) -> None:
 
 
 def _odd(numbers: list[int]) -> str:
+    """Name the steps that are logged twice or missing."""
     twice = sorted(number for number, count in Counter(numbers).items() if count > 1)
     missing = sorted(set(range(1, max(numbers) + 1)) - set(numbers))
     return f"twice {twice[:5]}, missing {missing[:5]}"
@@ -500,7 +520,7 @@ def _tail(log: Path) -> str:
 
 
 def summary(subjects: list[Subject], seconds: float) -> dict:
-    """What was done and found, for machines."""
+    """Return the kills and faults of all runs, for `--json`."""
     return {
         "seconds": round(seconds, 1),
         "kills": sum(len(subject.kills) for subject in subjects),
@@ -510,7 +530,7 @@ def summary(subjects: list[Subject], seconds: float) -> dict:
 
 
 def table(subjects: list[Subject], seconds: float) -> str:
-    """The same for people: kills by layout and moment, the steps they cost, and what was wrong."""
+    """Return a table of kills by layout and moment, with the maximum of lost steps and the number of faults."""
     moments = list(dict.fromkeys(MOMENTS))
     heads = ["kills", *(f"in {moment}" for moment in moments), "most lost", "wrong"]
     lines = [f"{'':34}" + "".join(f"{head:>12}" for head in heads)]
@@ -522,7 +542,7 @@ def table(subjects: list[Subject], seconds: float) -> str:
     total, wrong = sum(len(s.kills) for s in subjects), sum(len(s.faults) for s in subjects)
     lines.append(
         f"{total} kills in {seconds / 60:.1f} minutes: "
-        + (f"{wrong} things wrong" if wrong else "every run resumed and ended as if nothing had happened")
+        + (f"{wrong} things wrong" if wrong else "every run resumed, and its result equals the uninterrupted one")
     )
     return "\n".join(lines)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare the losses and gradient norms of two runs step by step; exit 0 when they are equal bit for bit, else 1."""
+"""Compare the losses and gradient norms of two runs step by step; exit with 0 if they are equal bit for bit, else 1."""
 
 import argparse
 import json
@@ -11,10 +11,11 @@ KEYS = ("loss", "grad_norm")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the comparison of two runs; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_a", type=Path, help="run folder, or its metrics.jsonl")
     parser.add_argument("run_b", type=Path)
-    parser.add_argument("--from", dest="first", type=int, default=0, metavar="N", help="compare from step N on")
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="N", help="compare only steps from N on")
     args = parser.parse_args(arguments)
     try:
         a, b = (read(run, args.first) for run in (args.run_a, args.run_b))
@@ -27,13 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(run: Path, first: int = 0) -> dict[int, dict[str, float]]:
-    """Training steps from `first` on, by number; of a step written twice the later, a half-written line left out."""
+    """Return the training steps from `first` on, by number; of a step written twice the later one counts."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     steps = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except ValueError:  # a line that is still being written
             continue
         if isinstance(entry, dict) and "loss" in entry and entry["step"] >= first:
             steps[entry["step"]] = {key: entry[key] for key in KEYS if entry.get(key) is not None}
@@ -41,7 +42,7 @@ def read(run: Path, first: int = 0) -> dict[int, dict[str, float]]:
 
 
 def compare(a: dict[int, dict[str, float]], b: dict[int, dict[str, float]]) -> tuple[list[str], bool]:
-    """Say in words how two runs differ over the steps that both have, and whether they do not."""
+    """Describe the differences over the common steps, in lines of text; the second value is True if there are none."""
     common = sorted(a.keys() & b.keys())
     if not common:
         return ["The runs have no step in common."], False
@@ -65,10 +66,12 @@ def compare(a: dict[int, dict[str, float]], b: dict[int, dict[str, float]]) -> t
 
 
 def _same(x: float | None, y: float | None) -> bool:
+    """Return True for equal values; NaN equals NaN."""
     return x == y or (x is not None and y is not None and math.isnan(x) and math.isnan(y))
 
 
 def _difference(pair: tuple[int, float | None, float | None]) -> float:
+    """Return the absolute difference; inf if a value is missing or NaN."""
     _, x, y = pair
     difference = math.inf if x is None or y is None else abs(x - y)
     return math.inf if math.isnan(difference) else difference

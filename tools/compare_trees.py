@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Run recipes for a few steps with two source trees and compare everything they write, bit for bit.
+"""Run recipes for a few steps with two source trees, and compare everything that they write bit for bit.
 
-Use it to prove that a change of structure changes no number: losses and gradient norms of every step, checkpoint
+It proves that a change of structure changes no number: losses and gradient norms of every step, checkpoint
 files, prepared data and plans. A git worktree of the earlier commit is the first tree:
 
     git worktree add ../before HEAD~1 && cp igla_mega/*.so ../before/igla_mega/
@@ -28,15 +28,16 @@ RECIPES = {
     "moe_8x7b": 2,
     "continual_7b": 1,
 }
-"""Packaged recipe -> ranks it runs on at laptop scale."""
+"""Number of ranks at laptop scale, by packaged recipe."""
 NOT_DETERMINED = ("manifest.json", "recipe.yaml", "progress.json", "events.jsonl", "journal", ".manifest.json")
-"""Ends of the names of files that hold times, versions or paths."""
+"""Suffixes of files with times, versions or paths, which differ between equal runs."""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Record one or two trees, and compare two; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trees", type=Path, nargs="+", help="source trees; one only records, two are compared")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; finished ones are not repeated")
+    parser.add_argument("trees", type=Path, nargs="+", help="source trees: one is only recorded, two are compared")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; finished runs are not repeated")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     args = parser.parse_args(arguments)
@@ -45,11 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def record(tree: Path, out: Path, recipes: list[str], steps: int) -> Path:
-    """Run `recipes` with the code of `tree`; return the folder of what they wrote."""
+    """Run `recipes` with the code of `tree`; return the folder with their results."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, check=True)
     folder = out / f"{tree.name}-{revision.stdout[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    # The same path for every tree while it runs: paths are part of recipes, and so of digests.
+    # Every tree runs under the same path: paths are part of recipes, and so of the digests in data and checkpoints.
     stage = out / "current"
     stage.unlink(missing_ok=True)
     stage.symlink_to(folder, target_is_directory=True)
@@ -79,7 +80,7 @@ def record(tree: Path, out: Path, recipes: list[str], steps: int) -> Path:
 
 
 def compare(before: Path, after: Path, recipes: list[str]) -> bool:
-    """Print how two recorded folders differ; True if nothing does."""
+    """Print the differences of two recorded folders; return True if there are none."""
     equal = True
     for name in recipes:
         lines, same = compare_runs.compare(compare_runs.read(before / name), compare_runs.read(after / name))
@@ -108,7 +109,7 @@ def _numbers(plan: object) -> object:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Relative path -> digest of every checkpoint tensor file and indexed dataset below `folder`."""
+    """Return the digest of every checkpoint tensor file and indexed dataset below `folder`, by relative path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in (".distcp", ".bin", ".idx") and not path.name.endswith(NOT_DETERMINED):

@@ -1,7 +1,8 @@
-"""`make demo`: recipe 1 on this machine, from raw text to a model that Hugging Face opens.
+"""Run recipe 1 on this machine, from raw text to a model that Hugging Face opens (`make demo`).
 
-Corpus, tokenizer, datasets; two tensor-parallel ranks train; killed by SIGKILL on the way, resumed, and held to what
-it had done before; then text, perplexity, an export, and the run on one page. Everything goes to ./demo.
+It writes a corpus, a tokenizer and datasets, and trains on two tensor-parallel ranks. The run is killed by SIGKILL,
+resumed, and compared with what it had logged before; then follow text, perplexity, an export, and the page of the run.
+Everything is written to ./demo.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from igla_mega.prepare.sources import unigram_entropy
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ("pretrain_7b", "--scale", "laptop")
 KILLED_AFTER = 12
-"""Steps beyond the last checkpoint at which the run is killed: those are taken again."""
+"""Number of steps from the last checkpoint to the kill; they are repeated after the resume."""
 
 
 def main() -> None:
@@ -59,14 +60,14 @@ def main() -> None:
     verdict = "NOT the same" if differing else "bit for bit the same"
     print(f"steps {again[0]} to {again[-1]} were taken twice: {verdict}")
 
-    heading("4. It writes")
+    heading("4. Text from the model")
     prompt = "def __init__(self"
     igla("generate", str(run), "--prompt", prompt, "--max-new-tokens", "80", "--temperature", "0.7", "--seed", "1")
 
     heading("5. Loss on held-out text")
     igla("eval", str(run))
 
-    heading("6. Hugging Face opens it")
+    heading("6. Export to Hugging Face")
     igla("export", str(run), str(folder / "huggingface"))
 
     heading("7. The run on one page")
@@ -74,7 +75,7 @@ def main() -> None:
 
     entropy, last = context_free_loss(run / "recipe.yaml"), after[max(after)]
     print(f"\nunigram entropy of the corpus {entropy:.3f} nats/token; loss at step {max(after)}: {last:.3f}")
-    print(f"demo: {time.monotonic() - started:.0f} s, all of it in {folder}")
+    print(f"demo: {time.monotonic() - started:.0f} s, results in {folder}")
     if differing or last > entropy - 1.0:
         sys.exit("demo: FAILED: the resumed run differs, or the loss is not far below the unigram entropy")
 
@@ -84,10 +85,12 @@ def heading(text: str) -> None:
 
 
 def igla(*words: str) -> None:
+    """Run a command of igla-mega."""
     subprocess.run([sys.executable, "-m", "igla_mega", *words], check=True)
 
 
 def train_and_kill(train: list[str], metrics: Path, step: int) -> None:
+    """Start a run, and kill all of its processes once it has logged `step`."""
     process = subprocess.Popen([sys.executable, "-m", "igla_mega", *train], start_new_session=True)
     while process.poll() is None and max(losses(metrics), default=0) < step:
         time.sleep(0.2)
@@ -98,7 +101,7 @@ def train_and_kill(train: list[str], metrics: Path, step: int) -> None:
 
 
 def losses(metrics: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """Return the training loss by step."""
     entries = {}
     if metrics.exists():
         for line in metrics.read_text().splitlines():
@@ -112,7 +115,7 @@ def losses(metrics: Path) -> dict[int, float]:
 
 
 def context_free_loss(recipe: Path) -> float:
-    """Nats per token of a model that knows only how frequent each token is."""
+    """Return the loss, in nats per token, of a model that only has the frequency of each token."""
     from igla_mega.config.load import load_recipe
 
     data = load_recipe(recipe).data

@@ -1,4 +1,4 @@
-"""The page of every recipe key, made of the schema whenever the site is built: it cannot be out of date."""
+"""Generate the page of all recipe keys from the schema when the site is built, so that it is always current."""
 
 import enum
 import sys
@@ -15,20 +15,21 @@ from igla_mega.config.schema import Recipe, json_schema
 
 HEADER = """# Every key
 
-Made of the schema (`igla_mega/config/schema.py`) when this site was built. `igla-mega check RECIPE` holds a recipe to
-it, `--set section.key=value` changes one, and editors complete from `igla_mega/recipes/recipe.schema.json`. A key that
-is left out has its default; a section that is left out has its keys' defaults, or is a feature that is not asked for.
+Generated from the schema (`igla_mega/config/schema.py`) when this site was built. `igla-mega check RECIPE` checks a
+recipe against it, `--set section.key=value` changes a key, and editors complete from
+`igla_mega/recipes/recipe.schema.json`. An omitted key has its default. An omitted section has the defaults of its keys,
+or is a feature that is off.
 """
 
 
 def on_files(files, config):
-    """Called by mkdocs: adds keys.md to the site."""
+    """Add keys.md to the site; mkdocs calls this."""
     files.append(File.generated(config, "keys.md", content=page()))
     return files
 
 
 def page() -> str:
-    """The page as Markdown: a section for each section of a recipe, depth first."""
+    """Return the page as Markdown, with a section for each section of a recipe, depth first."""
     definitions = json_schema()["$defs"]
     parts = [HEADER, "## At the top\n", _table(Recipe, definitions, sections=False)]
     for name, field in Recipe.model_fields.items():
@@ -38,6 +39,7 @@ def page() -> str:
 
 
 def _section_parts(place: str, section: type[BaseModel], definitions: dict) -> typing.Iterator[str]:
+    """Yield the heading and the table of a section, and those of the sections in it."""
     about = " ".join((section.__doc__ or "").split())
     yield f"## {place}\n\n{about}\n"
     yield _table(section, definitions, sections=True)
@@ -47,6 +49,7 @@ def _section_parts(place: str, section: type[BaseModel], definitions: dict) -> t
 
 
 def _table(section: type[BaseModel], definitions: dict, *, sections: bool) -> str:
+    """Return the table of a section's keys; with `sections`, keys that are sections too."""
     rows = ["| key | default | values | what it is |", "|---|---|---|---|"]
     properties = definitions[section.__name__]["properties"]
     for name, field in section.model_fields.items():
@@ -60,15 +63,16 @@ def _table(section: type[BaseModel], definitions: dict, *, sections: bool) -> st
 
 
 def _section(annotation: typing.Any) -> type[BaseModel] | None:
-    """The section that a key holds, or a list of which it holds."""
+    """Return the model of a key that is a section or a list of sections, else None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for inner in typing.get_args(annotation) if (found := _section(inner)) is not None), None)
 
 
 def _default(field) -> str:
+    """Return the default of a key as YAML has it."""
     if field.is_required():
-        return "needed"
+        return "required"
     if field.default is PydanticUndefined or field.default in (None, "", ()):
         return ""
     default = field.default.value if isinstance(field.default, enum.Enum) else field.default
@@ -80,6 +84,7 @@ def _default(field) -> str:
 
 
 def _values(schema: dict) -> str:
+    """Return the possible values of a key in words."""
     if "enum" in schema:
         return ", ".join(f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in schema["enum"])
     if "const" in schema:
@@ -96,4 +101,5 @@ def _values(schema: dict) -> str:
 
 
 def _cell(text: str) -> str:
+    """Escape a text for a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")

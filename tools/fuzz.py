@@ -1,7 +1,7 @@
-"""Fuzz the readers for as long as asked: other examples of the tests in tests/fuzz each round, then guided by coverage.
+"""Fuzz the readers for a given time: new examples of the tests in tests/fuzz each round, then guided by coverage.
 
-usage: fuzz.py [SECONDS]                        all (default 600): half by hypothesis, half by atheris where it is
-       fuzz.py FILE.py::TEST SECONDS [CRASH]    one test by atheris; with a CRASH that it wrote, only that again
+usage: fuzz.py [SECONDS]                        all (default 600): half by hypothesis, half by atheris if installed
+       fuzz.py FILE.py::TEST SECONDS [CRASH]    one test by atheris; with a CRASH file of it, only that input
 """
 
 import os
@@ -12,10 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = ROOT / "fuzz-found"
-"""Where what breaks a reader is kept."""
+"""Folder of the inputs that broke a reader."""
 
 
 def main() -> int:
+    """Fuzz everything, or one test; return the exit code."""
     words = sys.argv[1:]
     if words and "::" in words[0]:
         return guided(words[0], float(words[1]), words[2:])
@@ -24,7 +25,7 @@ def main() -> int:
     try:
         import atheris  # noqa: F401
     except ImportError:
-        print("atheris is not installed (it has wheels for Linux only): the other half goes to hypothesis too")
+        print("atheris is not installed (it has wheels for Linux only): hypothesis gets the other half too")
         return failed or by_rounds(seconds / 2, first_seed=1_000_000)
     files = sorted((ROOT / "tests" / "fuzz").glob("test_*.py"))
     targets = [f"{file.name}::{name}" for file in files for name in of(file)]
@@ -37,7 +38,7 @@ def main() -> int:
 
 
 def by_rounds(seconds: float, first_seed: int = 1) -> int:
-    """pytest with one seed after the other; the seed of a round that fails is what reproduces it."""
+    """Run pytest with one seed after another; the printed seed of a failing round reproduces it."""
     end, seed = time.monotonic() + seconds, first_seed
     while time.monotonic() < end:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/fuzz", f"--hypothesis-seed={seed}"]
@@ -55,12 +56,13 @@ def by_rounds(seconds: float, first_seed: int = 1) -> int:
 
 
 def of(file: Path) -> list[str]:
-    """Names of the tests in a file that take drawn examples and nothing else."""
+    """Return the names of the tests in a file that take drawn examples."""
     module = loaded(file)
     return [name for name, test in vars(module).items() if name.startswith("test_") and hasattr(test, "hypothesis")]
 
 
 def loaded(file: Path):
+    """Import a test file."""
     import importlib.util
 
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -72,6 +74,7 @@ def loaded(file: Path):
 
 
 def guided(target: str, seconds: float, crash: list[str]) -> int:
+    """Fuzz one test with atheris, which instruments igla_mega on import."""
     import atheris
 
     file, name = target.split("::")

@@ -1,8 +1,8 @@
-"""Everything that needs a GPU, in one command: build the kernels, run the `gpu` tests, benchmark, calibrate the plan.
+"""Run everything that needs a GPU: build the kernels, run the `gpu` tests, benchmark, calibrate the plan.
 
-Each part is a process of its own with a time of its own: one that fails, hangs or runs out of memory hides no other.
-Name parts to run only these. Prints a table and writes bench/results/<gpu>-<date>.json, and the plan's calibration.
-Without a GPU: one sentence, exit code 2.
+Each part is a separate process with its own time limit, so that one that fails, hangs or runs out of memory does not
+hide the others. Name parts to run only these. Prints a table and writes bench/results/<gpu>-<date>.json and the
+calibration of the plan. Without a GPU it prints one sentence and exits with 2.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 9 * 60
-"""By then the whole ends: what has not begun is not begun."""
+"""Time limit of all parts together; parts that have not started by then are skipped."""
 
 
 def build() -> dict:
-    """Compile csrc/ for this GPU, without network."""
+    """Compile csrc/ for this GPU, without a network."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps"]
     subprocess.run([*command, "-e", "."], cwd=ROOT, check=True, env={**os.environ, "IGLA_BUILD_CUDA": "1"})
     from igla_mega import ops
@@ -36,7 +36,7 @@ def build() -> dict:
 
 
 def gpu_tests() -> list[Path]:
-    """The files with tests for a GPU: others may import what a machine without a network lacks."""
+    """Return the files with tests for a GPU; others may import packages that a machine without a network lacks."""
     marks = ("mark.gpu", "import DEVICES", "from devices import")
     return [
         path for path in sorted((ROOT / "tests").rglob("test_*.py")) if any(mark in path.read_text() for mark in marks)
@@ -44,7 +44,7 @@ def gpu_tests() -> list[Path]:
 
 
 def tests() -> dict:
-    """Every test marked `gpu`; no collected test counts as a failure."""
+    """Run every test marked `gpu`; it is a failure if pytest collects none."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, gpu_tests())]
     done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode:
@@ -53,7 +53,7 @@ def tests() -> dict:
 
 
 def loss() -> dict:
-    """Gradient of the cross entropy against torch and Liger."""
+    """Benchmark the gradient of the cross-entropy against torch and Liger."""
     import gpu_kernels
 
     rows = gpu_kernels.benchmark()
@@ -62,7 +62,7 @@ def loss() -> dict:
 
 
 def memory() -> dict:
-    """Ops bound by memory against torch."""
+    """Benchmark the memory-bound ops against torch."""
     import gpu_kernels
 
     rows = gpu_kernels.benchmark_bandwidth()
@@ -71,17 +71,17 @@ def memory() -> dict:
 
 
 def ring() -> dict:
-    """One layer of recipe 2 over the ranks of a node, replayed on one GPU."""
+    """Measure the attention of one layer of recipe 2 over the ranks of a node, replayed on one GPU."""
     import ring_replay
     import torch
 
-    found = ring_replay.measure("cuda", 131072, 8, 32, 8, 128, torch.bfloat16)
+    found = ring_replay.measure("cuda", 131072, 8, (32, 8, 128), torch.bfloat16)
     print(json.dumps(found, indent=1))
     return found
 
 
 def calibration() -> dict:
-    """Shares of the peaks that the plan counts with."""
+    """Measure the shares of the peaks that the plan calculates with."""
     import calibrate
 
     entry, found = calibrate.measure("cuda", "BF16", 9)
@@ -91,40 +91,40 @@ def calibration() -> dict:
 
 
 def moe() -> dict:
-    """Two layers of recipe 7 with all eight experts: real routing and forced."""
+    """Measure two layers of recipe 7 with all eight experts, with real and forced routing."""
     import moe as bench
 
     return {"rows": bench.on_gpu(10)}
 
 
 def train() -> dict:
-    """Recipe 1's model, a step at 4096 and at 8192 tokens, beside the plan's time and memory."""
+    """Measure a step of recipe 1's model at 4096 and 8192 tokens, next to the planned time and memory."""
     return _each("gpu_train.py", "4096", "8192")
 
 
 def peers() -> dict:
-    """The same model by transformers, plain and compiled; torchtitan is named if it is here."""
+    """Measure the same model in transformers, eager and compiled, and report whether torchtitan is installed."""
     found = _each("gpu_train.py", "transformers", "transformers-compiled")
     installed = importlib.util.find_spec("torchtitan") is not None
-    found["torchtitan"] = "installed; not run, its trainer is its own" if installed else "not installed"
+    found["torchtitan"] = "installed; not run, since it has a separate trainer" if installed else "not installed"
     print(f"torchtitan: {found['torchtitan']}")
     return found
 
 
 def tuning() -> dict:
-    """Recipe 3's adapters on a base in bf16 and in 4 bits, against PEFT's."""
+    """Measure recipe 3's adapters on a base in bf16 and in 4 bits, against PEFT's."""
     return _each("gpu_train.py", "lora", "lora-peft", "qlora", "qlora-peft")
 
 
 def shard() -> dict:
-    """A context-parallel shard of 131,072 tokens: a step of 16,384, its attention replaced by the ring's."""
+    """Measure a context-parallel shard of 131,072 tokens: a step of 16,384 tokens with the attention of the ring."""
     return _each("gpu_train.py", "shard")
 
 
 def switches() -> dict:
-    """Every switch of the fast path, off and on."""
+    """Measure every performance switch, off and on."""
     with tempfile.TemporaryDirectory(prefix="igla-gpu-check-") as folder:
-        # It writes a row at a time: those before a failure, or the part's last second, are not lost.
+        # The benchmark writes after each row, so that a failure or the time limit does not lose earlier rows.
         out = Path(os.environ.get("IGLA_GPU_CHECK_OUT") or Path(folder, "table.json"))
         command = [sys.executable, "tools/bench/switches.py", "--device", "cuda", "--json", str(out)]
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
@@ -133,14 +133,14 @@ def switches() -> dict:
 
 
 def _each(program: str, *cases: str) -> dict:
-    """Rows of cases that each need a GPU for themselves; one that fails leaves its reason, and the others."""
+    """Run cases one after another, each in a process with the whole GPU; a failed case has its reason as its row."""
     rows = {}
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="igla-gpu-check-") as folder:
             out = Path(folder, "row.json")
             command = [sys.executable, f"tools/{program}", case, "--out", str(out)]
             done = subprocess.run(command, cwd=ROOT, check=False, stderr=subprocess.PIPE, text=True)
-            last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             rows[case] = json.loads(out.read_text()) if out.exists() else {"failed": f"{done.returncode}: {last}"}
             print(f"{case}: {json.dumps(rows[case])}", flush=True)
             _keep({"rows": rows})
@@ -150,7 +150,7 @@ def _each(program: str, *cases: str) -> dict:
 
 
 def _keep(found: dict) -> None:
-    """Leave what a part has found so far, in case it does not come to its end."""
+    """Save the results of a part so far, in case it is killed."""
     if path := os.environ.get("IGLA_GPU_CHECK_OUT"):
         Path(path).write_text(json.dumps(found, default=str))
 
@@ -169,12 +169,12 @@ PARTS: dict[str, tuple[Callable[[], dict], int]] = {
     "moe": (moe, 60),
     "switches": (switches, 90),
 }
-"""In order, each with its most seconds; all have TOTAL_SECONDS. The plan's calibration goes before what it is compared
-with."""
+"""Function and time limit in seconds of each part, in order. The calibration precedes the parts that compare with the
+plan."""
 
 
 def run_part(name: str, limit: float) -> dict[str, Any]:
-    """Run a part in a process of its own; never raises."""
+    """Run a part in a separate process; never raises."""
     with tempfile.TemporaryDirectory(prefix="igla-gpu-check-") as folder:
         out = Path(folder, "result.json")
         started = time.perf_counter()
@@ -183,16 +183,16 @@ def run_part(name: str, limit: float) -> dict[str, Any]:
             code: int | None = _within(command, limit, {**os.environ, "IGLA_GPU_CHECK_OUT": str(out)})
             reason = "" if code == 0 else f"ended with {code}"
         except subprocess.TimeoutExpired:
-            code, reason = None, f"ended after {limit:.0f} s, its most"
+            code, reason = None, f"killed after {limit:.0f} s, its limit"
         seconds = round(time.perf_counter() - started, 1)
         found = json.loads(out.read_text()) if out.exists() else {}
         if not reason and not found:
-            reason = "gave no result"
+            reason = "wrote no result"
         return {"seconds": seconds, "ok": not reason, "reason": reason, **found}
 
 
 def _within(command: list[str], limit: float, environment: dict[str, str]) -> int:
-    """Run a program and all that it starts for so long at most: a child that is left would keep the GPU's memory."""
+    """Run a program for at most `limit` seconds, then kill its session: a child left running would keep GPU memory."""
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
         try:
             return process.wait(limit)
@@ -204,10 +204,10 @@ def _within(command: list[str], limit: float, environment: dict[str, str]) -> in
 def run_parts(
     names: list[str], runner: Callable[[str, float], dict[str, Any]] = run_part, *, begun: float | None = None
 ) -> dict[str, dict]:
-    """Run parts one after another, whatever becomes of each.
+    """Run parts one after another, also after a failure.
 
     Args:
-        begun: when the time that all have began, in seconds since 1970; None: now.
+        begun: Unix time in seconds from which TOTAL_SECONDS counts; None for now.
     """
     begun, results = begun or time.time(), {}
     for name in names:
@@ -221,7 +221,7 @@ def run_parts(
 
 
 def summary(results: dict[str, dict]) -> list[str]:
-    """A line for each part."""
+    """Return a line for each part."""
     return [
         f"{name:12} {'passed' if r['ok'] else 'FAILED':7} {r['seconds']:7.1f} s  {r['reason']}"
         for name, r in results.items()
@@ -229,7 +229,7 @@ def summary(results: dict[str, dict]) -> list[str]:
 
 
 def write(results: dict[str, dict]) -> Path:
-    """Write what was found, beside what earlier calls of the same day found of other parts."""
+    """Write the results, and keep those of other parts from earlier calls on the same day."""
     import torch
 
     device, date = torch.cuda.get_device_name(), datetime.date.today().isoformat()
@@ -243,16 +243,17 @@ def write(results: dict[str, dict]) -> Path:
 
 
 def main() -> int:
+    """Run the named parts; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--begun", type=float, help="when the nine minutes began, seconds since 1970; default: now")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--begun", type=float, help="Unix time from which the nine minutes count; default: now")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
     sys.path.append(str(ROOT / "tools" / "bench"))
     if unknown := [name for name in args.parts if name not in PARTS]:
-        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
     import torch
 
     if not torch.cuda.is_available():

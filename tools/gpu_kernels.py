@@ -1,4 +1,4 @@
-"""Times of the CUDA kernels against their peers, in the same run: the loss's gradient, and the ops bound by memory."""
+"""Benchmark the CUDA kernels against their peers in the same run: the loss's gradient, and the memory-bound ops."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,17 +10,18 @@ from rich.table import Table
 from torch import Tensor
 
 ROUNDS = 15
-# Of the ops bound by memory: what one of 128 ranks holds of a 7B model.
 NUM_ELEMENTS = 57 * 2**20
+"""Number of elements for the memory-bound ops: a 7B model's shard on one of 128 ranks."""
 EWC_LAMBDA, WEIGHT = 30.0, 0.5
-# Tokens x vocabulary of one call: the chunk of a Llama-2 and of a Llama-3 head, whole and split over 8 tensor ranks.
 SHAPES = [(4096, 32000), (2048, 128256), (8192, 16032)]
+"""Tokens and vocabulary of one call: a chunk of a Llama-2 and a Llama-3 head, and of the latter on 8 tensor ranks."""
 
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Function of logits [tokens, vocabulary], labels and weights [tokens] that returns the gradient of the logits."""
 
 
 def igla(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the mean loss, written over `logits`."""
+    """Compute the gradient of the mean loss in place of `logits`."""
     vocabulary = logits.shape[1]
     row_max, sum_exp, _ = torch.ops.igla.softmax_statistics(logits, labels, 0, vocabulary)
     torch.ops.igla.softmax_gradient_(logits, row_max + sum_exp.log(), labels, weight, 0, vocabulary)
@@ -28,6 +29,7 @@ def igla(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
 
 
 def torch_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Compute the same with torch's cross-entropy and autograd."""
     logits = logits.detach().requires_grad_()
     torch.nn.functional.cross_entropy(logits, labels).backward()
     assert logits.grad is not None
@@ -35,6 +37,7 @@ def torch_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tenso
 
 
 def peers() -> dict[str, Gradient]:
+    """Return the implementations to compare; Liger's if it is installed."""
     found: dict[str, Gradient] = {
         "igla": igla,
         "torch eager": torch_cross_entropy,
@@ -54,6 +57,7 @@ def peers() -> dict[str, Gradient]:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
+    """Return the time of a call on the GPU's own clock."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -63,7 +67,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def benchmark() -> list[dict]:
-    """One row for each shape, type and peer: the median of ROUNDS, the peers taking turns within every round."""
+    """Return a row for each shape, dtype and peer: the median of ROUNDS, with the peers in turns within every round."""
     rows = []
     for num_tokens, vocabulary in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
@@ -82,11 +86,11 @@ def benchmark() -> list[dict]:
             del exact
             for _ in range(ROUNDS):
                 for name, gradient in variants.items():
-                    logits = original.clone()  # some peers write over it
+                    logits = original.clone()  # some peers overwrite it
                     times[name].append(milliseconds(lambda: gradient(logits, labels, weight)))  # noqa: B023
             for name in variants:
                 median = sorted(times[name])[ROUNDS // 2]
-                # The least that must move: the logits read for the statistics, read and written for the gradient.
+                # Minimum traffic: the logits are read for the statistics, then read and written for the gradient.
                 moved_bytes = 3 * original.numel() * original.element_size()
                 rows.append(
                     {
@@ -117,7 +121,7 @@ def add_terms(sums: list[Tensor], terms: list[Tensor]) -> None:
 
 
 def fisher_foreach(fisher: list[Tensor], grads: list[Tensor]) -> None:
-    wide = [g.float() for g in grads]  # no copy where it is fp32
+    wide = [g.float() for g in grads]  # no copy of fp32 gradients
     torch._foreach_addcmul_(fisher, wide, wide, value=WEIGHT)
 
 
@@ -155,7 +159,7 @@ def pull_autograd(grads: list[Tensor], weights: list[Tensor], anchors: list[Tens
 
 
 def bandwidth_cases(device: str, num_elements: int) -> dict[str, tuple[int, dict[str, Callable[[], object]]]]:
-    """For each op bound by memory: the bytes that must move, and the ways to do it on tensors they share."""
+    """Return for each memory-bound op its minimum traffic in bytes and its implementations, on shared tensors."""
     ops = torch.ops.igla
     shape, attention = (num_elements // 12,), (1, 32, num_elements // 32 // 128, 128)
 
@@ -211,20 +215,20 @@ def bandwidth_cases(device: str, num_elements: int) -> dict[str, tuple[int, dict
 
 
 def benchmark_bandwidth(device: str = "cuda", num_elements: int = NUM_ELEMENTS, clock=milliseconds) -> list[dict]:
-    """One row for each op and way: the median of ROUNDS, the ways taking turns within every round."""
+    """Return a row for each op and implementation: the median of ROUNDS, in turns within every round."""
     rows = []
     copied = 0.0
     for op, (moved_bytes, ways) in bandwidth_cases(device, num_elements).items():
         times: dict[str, list[float]] = {name: [] for name in ways}
         for call in ways.values():
-            call()  # compiles where it must
+            call()  # not counted: torch.compile compiles here
         for _ in range(ROUNDS):
             for name, call in ways.items():
                 times[name].append(clock(call))
         for name in ways:
             median = sorted(times[name])[ROUNDS // 2]
             rate = moved_bytes / median / 1e6
-            copied = copied or rate  # the copy goes first
+            copied = copied or rate  # the first case is the copy
             rows.append(
                 {
                     "op": op,
@@ -239,8 +243,9 @@ def benchmark_bandwidth(device: str = "cuda", num_elements: int = NUM_ELEMENTS, 
 
 
 def print_bandwidth(rows: list[dict]) -> None:
+    """Print the rows of `benchmark_bandwidth`."""
     columns = ("op", "peer", "ms", "x igla", "GB/s", "of copy")
-    table = Table(*columns, title="ops bound by memory; GB/s of the bytes that must move")
+    table = Table(*columns, title="memory-bound ops; GB/s of the minimum traffic")
     igla_ms = {row["op"]: row["milliseconds"] for row in rows if row["peer"] in ("igla", "copy_")}
     for row in rows:
         ms, rate = row["milliseconds"], row["gigabytes_per_second"]
@@ -250,6 +255,7 @@ def print_bandwidth(rows: list[dict]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
+    """Print the rows of `benchmark`."""
     columns = ("tokens", "vocabulary", "dtype", "peer", "ms", "x igla", "GB/s", "relative error")
     table = Table(*columns, title="gradient of the cross-entropy, from logits")
     igla_ms = {(r["tokens"], r["vocabulary"], r["dtype"]): r["milliseconds"] for r in rows if r["peer"] == "igla"}

@@ -1,13 +1,13 @@
-"""A training step of recipe 1's model (5.93B) on one GPU, beside the plan of it, and beside its peers.
+"""Measure a training step of recipe 1's model (5.93B) on one GPU, and compare it with the plan and with peers.
 
     python tools/gpu_train.py CASE [--out FILE] [--tiny]
 
-CASE is a number of tokens a row (4096, 8192); `shard`, one of eight context-parallel ranks of 131,072 tokens;
+CASE is a number of tokens per row (4096, 8192); `shard`, one of eight context-parallel ranks of 131,072 tokens;
 `transformers` or `transformers-compiled`, the same model there; or `lora`, `qlora`, `lora-peft`, `qlora-peft`: the
-adapters of recipes 3 and 4 on a quarter of the layers. All compute in bf16; what trains has fp32 main weights: about
-110 GiB of the 5.93B before activations. Where a case does not fit, it is taken again with the next stronger
-recomputation. Model FLOP count causal attention once, a frozen weight's products four of six. --tiny tries the program
-on any machine.
+adapters of recipes 3 and 4 on a quarter of the layers. All compute in bf16, with fp32 main weights of the trained
+parameters: about 110 GiB for 5.93B before activations. A case that does not fit is repeated with the next stronger
+recomputation. Model FLOPs count causal attention once, and four of six products of a frozen weight. --tiny tries the
+program on any machine.
 """
 
 import argparse
@@ -28,7 +28,6 @@ sys.path.append(str(Path(__file__).parent / "bench"))
 from igla_mega.checkpoint import store
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
-from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import build_mesh, init_process_groups
 from igla_mega.engine.build import build_engine
@@ -51,7 +50,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def shape(length: int, tiny: bool, *more: str) -> Recipe:
-    """Recipe 1 at rows of `length` tokens, on one device."""
+    """Return recipe 1 with rows of `length` tokens, on one device."""
     rows = max(1, (256 if tiny else TOKENS_OF_A_STEP) // length)
     return load_recipe(
         "pretrain_7b",
@@ -67,7 +66,7 @@ def shape(length: int, tiny: bool, *more: str) -> Recipe:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of steps after the first, which allocates and compiles."""
+    """Return the seconds of steps after the first one, which allocates and compiles."""
     seconds = []
     for _ in range(STEPS + 1):
         _finish(device)
@@ -84,7 +83,7 @@ def _finish(device: torch.device) -> None:
 
 
 def table_entry(device: torch.device) -> hardware.Hardware:
-    """The hardware table's entry of this device."""
+    """Return the entry of this device in the hardware table."""
     if device.type == "cpu":
         return hardware.cpu()
     entry = hardware.of_cuda_name(torch.cuda.get_device_name())
@@ -94,7 +93,7 @@ def table_entry(device: torch.device) -> hardware.Hardware:
 
 
 def report(recipe: Recipe, seconds: list[float], tokens: int, device: torch.device) -> dict[str, Any]:
-    """What is said of every case."""
+    """Return the measurements that every case has."""
     length, entry = recipe.sequence_length, table_entry(device)
     assert length is not None
     rate = tokens / statistics.median(seconds)
@@ -109,7 +108,7 @@ def report(recipe: Recipe, seconds: list[float], tokens: int, device: torch.devi
 
 
 def ours(recipe: Recipe, device: torch.device, base: Path | None = None) -> dict[str, Any]:
-    """A step of this engine, in the fastest layout that the plan says fits and that does fit, beside that plan."""
+    """Measure a step of this engine in the fastest layout that fits, by the plan and in fact, next to that plan."""
     entry = table_entry(device)
     used, _ = calibration.of(entry, "BF16")
     layout, failed = search.search(recipe, 1, entry, used.rates).winner.layout, []
@@ -137,20 +136,18 @@ def ours(recipe: Recipe, device: torch.device, base: Path | None = None) -> dict
 
 
 def _steps(recipe: Recipe, layout: Layout, device: torch.device, base: Path | None) -> list[float]:
+    """Build the engine of a recipe in a layout, and return the seconds of its steps."""
     fixed = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update=fixed_sizes(layout))})
     engine, _ = build_engine(fixed, layout, parallel_mesh(layout, device), device, base=base)
     assert recipe.model is not None
+    from _common import batch_of
+
     size, length, vocabulary = layout.micro_batch_size, layout.sequence_length, recipe.model.vocab_size
 
-    def batches() -> Iterator[MicroBatch]:
+    def batches() -> Iterator:
         for _ in range(layout.num_microbatches):
             tokens = torch.randint(0, vocabulary, (size, length + 1), device=device)
-            yield MicroBatch(
-                tokens=tokens[:, :-1].contiguous(),
-                labels=tokens[:, 1:].contiguous(),
-                loss_mask=torch.ones(size, length, device=device),
-                position_ids=torch.arange(length, device=device).expand(size, length),
-            )
+            yield batch_of(tokens)
 
     return timed(lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=1e-4), device)
 
@@ -159,7 +156,7 @@ _meshes: list = []
 
 
 def parallel_mesh(layout: Layout, device: torch.device):
-    """The mesh, which a process builds once."""
+    """Return the mesh, which is built once in a process: the process groups cannot be created twice."""
     if not _meshes:
         init_process_groups(device)
         _meshes.append(build_mesh(layout, 1))
@@ -167,28 +164,32 @@ def parallel_mesh(layout: Layout, device: torch.device):
 
 
 def shard(tiny: bool, device: torch.device) -> dict[str, Any]:
-    """One of eight ranks that share 131,072 tokens, put together: a step of as many tokens as it holds, whose attention
-    within them is replaced by the eighth part of all ranks' blocks of the ring. Its messages are not in it."""
+    """Estimate one of eight ranks that share 131,072 tokens.
+
+    A step of one rank's tokens is measured, and its attention within them is replaced by an eighth of the time of all
+    ranks' blocks of the ring. Communication is not included.
+    """
     import ring_replay
 
     total = 1024 if tiny else SHARD_TOKENS
-    own = total // SHARD_RANKS
-    recipe = shape(own, tiny, f"training.batch_size={1 if tiny else 2}", "distributed.gradient_checkpointing=full")
+    local = total // SHARD_RANKS
+    recipe = shape(local, tiny, f"training.batch_size={1 if tiny else 2}", "distributed.gradient_checkpointing=full")
     model, found = recipe.model, ours(recipe, device)
     assert model is not None
     heads, dtype = (model.num_heads, model.num_kv_heads, model.head_size), torch.bfloat16
 
-    def least(tokens: int, call: Callable) -> float:
+    def fastest(tokens: int, call: Callable) -> float:
         q, k, v, grad = ring_replay.inputs(tokens, *heads, dtype, device.type)
         call(q, k, v, grad)
         return min(ring_replay.seconds(lambda: call(q, k, v, grad), device.type) for _ in range(3))
 
-    # Recomputed as a whole, a layer's attention within its tokens runs forward twice; the ring keeps its result.
-    within = least(own, ring_replay.whole) + least(own, lambda q, k, v, grad: ring_replay.whole(q, k, v, None))
-    ring = least(total, lambda *tensors: ring_replay.replay(*tensors, SHARD_RANKS)) / SHARD_RANKS
+    # With full recomputation, attention within the tokens runs forward twice; the ring keeps its result instead.
+    within = fastest(local, ring_replay.whole)
+    within += fastest(local, lambda q, k, v, grad: ring_replay.whole(q, k, v, None))
+    ring = fastest(total, lambda *tensors: ring_replay.replay(*tensors, SHARD_RANKS)) / SHARD_RANKS
     rows = recipe.training.batch_size
     seconds = found["step_seconds"] + int(rows) * model.num_layers * (ring - within)
-    rate = int(rows) * own / seconds
+    rate = int(rows) * local / seconds
     flops = model_flops_per_token(recipe, total)
     return {
         "tokens": total,
@@ -203,7 +204,7 @@ def shard(tiny: bool, device: torch.device) -> dict[str, Any]:
 
 
 def llama(recipe: Recipe, device: torch.device, dtype: torch.dtype):
-    """The recipe's model in transformers, of random weights."""
+    """Return the recipe's model in transformers with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = recipe.model
@@ -231,7 +232,7 @@ def llama(recipe: Recipe, device: torch.device, dtype: torch.dtype):
 
 
 def peer_steps(recipe: Recipe, network, device: torch.device) -> dict[str, Any]:
-    """A step of a network of transformers: bf16 by autocast, torch's fused AdamW, clipping to 1."""
+    """Measure a step of a network of transformers: bf16 by autocast, torch's fused AdamW, clipping to 1."""
     trained = [param for param in network.parameters() if param.requires_grad]
     adam = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     length, rows = recipe.sequence_length, int(recipe.training.batch_size)
@@ -251,7 +252,7 @@ def peer_steps(recipe: Recipe, network, device: torch.device) -> dict[str, Any]:
 
 
 def transformers(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """Recipe 1's model there, recomputing its layers where it does not fit otherwise."""
+    """Measure recipe 1's model in transformers, with recomputation if it does not fit without."""
     for recompute in (False, True):
         network = llama(recipe, device, torch.float32)
         if recompute:
@@ -263,27 +264,27 @@ def transformers(recipe: Recipe, device: torch.device, compiled: bool) -> dict[s
             del network
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    raise SystemExit("transformers: does not fit, with its layers recomputed either")
+    raise SystemExit("transformers: does not fit on this GPU, not even with recomputation")
 
 
-def tuned(tiny: bool, *, coded: bool) -> Recipe:
-    """Recipe 3's adapters (recipe 4's, on codes of 4 bits) on a quarter of recipe 1's layers."""
+def tuned(tiny: bool, *, quantized: bool) -> Recipe:
+    """Return recipe 3's adapters (recipe 4's with a base in 4 bits) on a quarter of recipe 1's layers."""
     lora = {"rank": 64, "alpha": 128, "dropout": 0.05, "target_modules": PROJECTIONS}
     more = ["base_model=random", f"lora={json.dumps(lora)}", f"model.num_layers={2 if tiny else 8}"]
-    if coded:
+    if quantized:
         more.append('quantization={"bits": 4}')
     return shape(64 if tiny else 2048, tiny, *more)
 
 
 def adapters(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """A step of this engine's adapters."""
+    """Measure a step of this engine's adapters."""
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
         base = saved_base(recipe, device, Path(folder, "base")) if recipe.quantization is not None else None
         return ours(recipe, device, base)
 
 
 def saved_base(recipe: Recipe, device: torch.device, folder: Path) -> Path:
-    """A checkpoint of random weights, to be coded in 4 bits."""
+    """Save a checkpoint of random weights, to be quantized to 4 bits."""
     plain = recipe.model_copy(update={"lora": None, "quantization": None})
     layout = choose_layout(plain, 1, device.type)
     mesh = parallel_mesh(layout, device)
@@ -294,7 +295,7 @@ def saved_base(recipe: Recipe, device: torch.device, folder: Path) -> Path:
 
 
 def peft_adapters(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The same by PEFT on transformers, and on bitsandbytes' layers where the base is coded."""
+    """Measure the same adapters in PEFT on transformers, with bitsandbytes' layers for a base in 4 bits."""
     import peft
 
     network = llama(recipe, device, torch.bfloat16)
@@ -306,14 +307,14 @@ def peft_adapters(recipe: Recipe, device: torch.device) -> dict[str, Any]:
                 for name, linear in list(parent.named_children()):
                     if not isinstance(linear, torch.nn.Linear):
                         continue
-                    coded = bitsandbytes.nn.Linear4bit(
+                    quantized = bitsandbytes.nn.Linear4bit(
                         linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
                         quant_type="nf4", compress_statistics=True,
                     )  # fmt: skip
-                    coded.weight = bitsandbytes.nn.Params4bit(
+                    quantized.weight = bitsandbytes.nn.Params4bit(
                         linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
                     )
-                    setattr(parent, name, coded.to(device))
+                    setattr(parent, name, quantized.to(device))
     lora = recipe.lora
     assert lora is not None
     section = peft.LoraConfig(
@@ -323,7 +324,7 @@ def peft_adapters(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         target_modules=PROJECTIONS,
         task_type="CAUSAL_LM",
     )
-    network = peft.get_peft_model(network, section)  # which keeps the adapters in fp32
+    network = peft.get_peft_model(network, section)  # keeps the adapters in fp32
     return peer_steps(recipe, network.train(), device)
 
 
@@ -336,7 +337,7 @@ def run(case: str, tiny: bool) -> dict[str, Any]:
         return shard(tiny, device)
     if case.startswith("transformers"):
         return transformers(shape(64 if tiny else 4096, tiny), device, case.endswith("compiled"))
-    recipe = tuned(tiny, coded=case.startswith("q"))
+    recipe = tuned(tiny, quantized=case.startswith("q"))
     return peft_adapters(recipe, device) if case.endswith("peft") else adapters(recipe, device)
 
 
@@ -344,6 +345,7 @@ CASES = ["4096", "8192", "shard", "transformers", "transformers-compiled", "lora
 
 
 def main() -> None:
+    """Measure one case, in a process that has the whole GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=[*CASES, "64"], metavar="CASE")
     parser.add_argument("--out", type=Path)

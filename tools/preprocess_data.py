@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Text to Megatron's indexed datasets, with the flags of Megatron-LM's tools/preprocess_data.py.
+"""Convert text to Megatron's indexed datasets, with the flags of Megatron-LM's tools/preprocess_data.py.
 
-Writes <output-prefix>_<key>_document.bin, .idx and .manifest.json for each of --json-keys. The same command again,
-after a kill or a full disk, goes on where it was. Reads JSONL, plain text (*.txt) and Parquet; the first two also
-packed as .gz, .zst, .bz2 or .xz.
+Writes <output-prefix>_<key>_document.bin, .idx and .manifest.json for each of --json-keys. After a kill or a full disk,
+the same command resumes. Reads JSONL, plain text (*.txt) and Parquet; the first two also compressed as .gz, .zst, .bz2
+or .xz.
 """
 
 import argparse
@@ -24,11 +24,12 @@ TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokeniz
 
 
 def main() -> int:
+    """Prepare every key of --json-keys; return the exit code."""
     args = _arguments()
     try:
         if args.tokenizer_type not in TOKENIZER_TYPES:
             raise ConfigError(
-                f"--tokenizer-type: {args.tokenizer_type} is not read; {', '.join(TOKENIZER_TYPES)} are.\n"
+                f"--tokenizer-type: {args.tokenizer_type} is not supported; {', '.join(TOKENIZER_TYPES)} are.\n"
                 "  Save the tokenizer as a Hugging Face folder and give it as --tokenizer-model."
             )
         part = parse_part(args.shard)
@@ -70,9 +71,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, patterns, or folders")
-    add("--output-prefix", required=True, help="path of the output without its ending")
+    add("--output-prefix", required=True, help="path of the output without its extension")
     add("--json-keys", nargs="+", default=["text"], help="keys (columns) of the text (default: text)")
-    add("--tokenizer-type", default="HuggingFaceTokenizer", help="read from the tokenizer's file, whatever is given")
+    add(
+        "--tokenizer-type",
+        default="HuggingFaceTokenizer",
+        help="accepted for compatibility; the type is detected from the file",
+    )
     add("--tokenizer-model", required=True, help="Hugging Face folder, tokenizer.json, SentencePiece or tiktoken file")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--workers", type=int, help="threads or processes; the output is the same for any number")
@@ -80,24 +85,36 @@ def _arguments() -> argparse.Namespace:
         "--on-error",
         choices=("stop", "skip", "quarantine"),
         default="stop",
-        help="what to do with a record without text",
+        help="handling of a record without text",
     )
     add("--skip-broken-lines", action="store_true", help="the same as --on-error skip")
-    add("--text-documents", choices=("file", "line"), default="file", help="what a document of plain text is")
+    add("--text-documents", choices=("file", "line"), default="file", help="unit of plain text that is one document")
     add("--language-key", help="key of a language tag; documents are counted by it")
-    add("--min-characters", type=int, help="leave out shorter documents")
-    add("--max-characters", type=int, help="leave out longer documents")
-    add("--max-symbol-ratio", type=float, help="leave out documents with a larger share of neither letters nor digits")
-    add("--exact-duplicates", action="store_true", help="leave out documents that were there before")
-    add("--dry-run", action="store_true", help="count, and write nothing")
-    add("--shard", default="0/1", metavar="I/N", help="make the I-th (from 0) of N parts, for an array of jobs")
-    add("--merge", action="store_true", help="with --shard: join the parts once this is the last to be complete")
+    add("--min-characters", type=int, help="drop shorter documents")
+    add("--max-characters", type=int, help="drop longer documents")
+    add(
+        "--max-symbol-ratio",
+        type=float,
+        help="drop documents with a larger share of characters that are neither letters nor digits",
+    )
+    add("--exact-duplicates", action="store_true", help="drop exact repetitions of earlier documents")
+    add("--dry-run", action="store_true", help="count documents and tokens without writing anything")
+    add("--shard", default="0/1", metavar="I/N", help="prepare part I (from 0) of N, for an array of jobs")
+    add("--merge", action="store_true", help="with --shard: merge the parts when this is the last one to finish")
     add("--engine", choices=("local", "ray"), default="local", help="ray: spread --parts over a Ray cluster")
-    add("--parts", type=int, help="with --engine ray: how many (default: one a cluster's node, at least 2)")
-    add("--ray-address", default=os.environ.get("RAY_ADDRESS"), help="of the cluster (default: $RAY_ADDRESS, or local)")
-    add("--shard-mb", type=float, default=256, help="input in MiB between two records of what is finished")
+    add(
+        "--parts",
+        type=int,
+        help="with --engine ray: number of parts (default: one per node of the cluster, at least 2)",
+    )
+    add(
+        "--ray-address",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="address of the Ray cluster (default: $RAY_ADDRESS, or local)",
+    )
+    add("--shard-mb", type=float, default=256, help="MiB of input between two records of progress")
     add("--reference-tokenizer", action="store_true", help="do not use gigatoken")
-    # Of Megatron-LM's tool, without a meaning here.
+    # Flags of Megatron-LM's tool without an effect here, accepted so that its command lines work.
     add("--partitions", type=int, help=argparse.SUPPRESS)
     add("--log-interval", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()

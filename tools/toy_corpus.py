@@ -11,10 +11,13 @@ from igla_mega.prepare.toy_corpus import write_toy_corpus
 
 
 def main() -> int:
+    """Write the corpus; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out_dir", type=Path, help="folder for <source>.jsonl and tokenizer/")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the documents")
-    parser.add_argument("--vocab-size", type=int, help="train a byte-level BPE of so many ids into OUT_DIR/tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the documents")
+    parser.add_argument(
+        "--vocab-size", type=int, help="also train a byte-level BPE with this many ids into OUT_DIR/tokenizer"
+    )
     args = parser.parse_args()
     try:
         files = write_toy_corpus(args.out_dir, seed=args.seed)

@@ -1,8 +1,8 @@
-"""Fill a folder with the wheels that `make gpu-check` needs on a machine without a network, torch left out.
+"""Fill a folder with the wheels that `make gpu-check` needs on a machine without a network, except torch.
 
-From pyproject's dependencies and its extra `gpu-check` on, every wheel's own needs are followed until none is missing;
-versions are those of this environment where it has them. A folder that is closed in this way installs with
-`pip install --no-index --find-links`. With --have, what the other machine has already (a `pip freeze` of it) stays out.
+Starting with pyproject's dependencies and its extra `gpu-check`, the requirements of every wheel are followed until
+none is missing; versions are those of this environment where possible. The folder installs with
+`pip install --no-index --find-links`. Packages in the --have file (a `pip freeze` of the other machine) are left out.
 """
 
 import argparse
@@ -24,18 +24,19 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 EXTRA = "gpu-check"
 NOT_CARRIED = ("torch", "triton", "nvidia-", "cuda-")
-"""What comes with the machine's CUDA torch."""
+"""Names, or prefixes ending in `-`, of packages that come with the other machine's CUDA torch."""
 GLIBC = ("2_34", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
+"""Versions of glibc whose manylinux wheels are accepted; `pip download` accepts only those that are named."""
 MIB = 2**20
 
 
 def carried(name: str) -> bool:
-    """Whether a package is to be in the folder."""
+    """Return True if a package belongs in the folder."""
     return not any(name == one or (one.endswith("-") and name.startswith(one)) for one in NOT_CARRIED)
 
 
-def asked() -> list[Requirement]:
-    """What the project itself names, with what building it takes."""
+def project_requirements() -> list[Requirement]:
+    """Return the project's own requirements, with those of its build."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = content["project"]
     texts = [*content["build-system"]["requires"], *project["dependencies"], *project["optional-dependencies"][EXTRA]]
@@ -43,7 +44,7 @@ def asked() -> list[Requirement]:
 
 
 def needs_of(wheel: Path, extras: Iterable[str], python: str) -> Iterator[Requirement]:
-    """What a wheel's metadata ask for on Linux under that Python."""
+    """Yield the requirements in a wheel's metadata that apply on Linux with the given Python."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n))
         found = Parser().parsestr(archive.read(name).decode())
@@ -56,12 +57,12 @@ def needs_of(wheel: Path, extras: Iterable[str], python: str) -> Iterator[Requir
 
 
 def wheel_of(folder: Path, name: str) -> Path | None:
-    """The folder's wheel of a package."""
+    """Return the folder's wheel of a package, or None."""
     return next((w for w in folder.glob("*.whl") if canonicalize_name(w.name.split("-")[0]) == name), None)
 
 
 def download(needs: Iterable[Requirement], folder: Path, python: str, platform: str) -> None:
-    """Fetch a wheel of each, in the version of this environment if that is allowed."""
+    """Download a wheel of each requirement, in the version of this environment if it is allowed."""
     texts = []
     for need in needs:
         texts.append(f"{need.name}{need.specifier}")
@@ -76,15 +77,15 @@ def download(needs: Iterable[Requirement], folder: Path, python: str, platform: 
         command += ["--platform", one]
     if subprocess.run([*command, *texts], check=False).returncode:
         raise SystemExit(
-            f"wheelhouse: pip did not fetch {', '.join(texts)} into {folder} (its words are above).\n"
+            f"wheelhouse: pip did not fetch {', '.join(texts)} into {folder} (see its output above).\n"
             "  It needs an index: a network, or PIP_INDEX_URL or PIP_FIND_LINKS of a mirror."
         )
 
 
 def fill(folder: Path, python: str, platform: str, have: set[str]) -> list[str]:
-    """Fetch until every need is met; returns breaches: needs that the folder's version does not meet."""
+    """Download until every requirement has a wheel; return a line for each that the folder's version does not meet."""
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [(need, "igla-mega") for need in asked()]
+    waiting = [(need, "igla-mega") for need in project_requirements()]
     seen: set[tuple] = set()
     breaches: list[str] = []
     while waiting:
@@ -100,22 +101,23 @@ def fill(folder: Path, python: str, platform: str, have: set[str]) -> list[str]:
                 continue
             seen.add(key)
             wheel = wheel_of(folder, name)
-            assert wheel is not None, "pip has just fetched it"
+            assert wheel is not None, "pip has just downloaded it"
             version = wheel.name.split("-")[1]
             if not need.specifier.contains(version, prereleases=True):
-                breaches.append(f"{by} needs {need}, and the folder has {version}")
+                breaches.append(f"{by} needs {need}, but the folder has {version}")
             following += [(more, name) for more in needs_of(wheel, need.extras, python)]
         waiting = following
     return breaches
 
 
 def main() -> int:
+    """Fill the folder and print its size; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "wheelhouse")
     parser.add_argument("--python", default="3.12")
     parser.add_argument("--platform", default="x86_64")
     parser.add_argument("--have", type=Path, help="a `pip freeze` of the other machine")
-    parser.add_argument("--most-mib", type=float, help="end with 1 when the folder is larger")
+    parser.add_argument("--most-mib", type=float, help="exit with 1 if the folder is larger")
     args = parser.parse_args()
     try:
         lines = args.have.read_text().splitlines() if args.have else []
@@ -132,7 +134,10 @@ def main() -> int:
         print(f"  {breach}", file=sys.stderr)
     too_large = args.most_mib is not None and total > args.most_mib
     if too_large:
-        print(f"  larger than {args.most_mib:g} MiB: name what is there already with --have", file=sys.stderr)
+        print(
+            f"  larger than {args.most_mib:g} MiB. Give --have with a `pip freeze` of the other machine.",
+            file=sys.stderr,
+        )
     return 1 if breaches or too_large else 0
 
 

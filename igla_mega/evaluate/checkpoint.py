@@ -1,7 +1,7 @@
-"""A checkpoint's loss and perplexity on whole data sets, in one process; its scores on tasks, on any ranks."""
+"""Measure a checkpoint: loss and perplexity on data sets in one process, scores on tasks on any number of ranks."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +25,20 @@ from igla_mega.distributed.mesh import build_mesh, destroy_process_groups, init_
 from igla_mega.engine.build import frozen_chunks, open_dataset
 from igla_mega.engine.step import Engine
 from igla_mega.evaluate.tasks import open_harness, run_tasks
+from igla_mega.layout.layout import Layout
 from igla_mega.model.build import CausalLM
 from igla_mega.model.output import TokenLogProbs
 from igla_mega.objective import language
-from igla_mega.plan.choose import choose_layout
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-"""Tokens that go through the model at once."""
+"""Number of tokens in one forward pass, by device type."""
 
 Part = tuple[IndexedReader, int, int]
-"""A data set and the tokens [first, end) of its stream."""
+"""Data set and the range [first, end) of its token stream to measure."""
+LayoutChooser = Callable[[Recipe, int, str], Layout]
+"""Function of a recipe, a number of ranks and a device type that returns a layout: `plan.choose.choose_layout`.
+
+The planner is passed in by the caller, so that this package does not import it."""
 
 
 def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None) -> dict[str, tuple[float, float, int]]:
@@ -42,19 +46,20 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
 
     Args:
         checkpoint: a checkpoint, a run folder or its `checkpoints`.
-        prefixes: name -> path without .bin and .idx; None takes what the checkpoint's recipe held out of each source.
+        prefixes: name -> path without .bin and .idx; None measures the part of each source that the checkpoint's
+            recipe held out.
 
     Returns:
-        By name: loss in nats per target token, perplexity, number of target tokens. Of conversations the targets are
-        the assistant's tokens; of pairs both answers are measured, each under its own name.
+        By name: loss in nats per target token, perplexity, number of target tokens. In conversations the targets are
+        the assistant's tokens; of preference pairs both answers are measured, each under a separate name.
 
     Raises:
-        ConfigError: no such checkpoint, a data set that does not open or holds less than two tokens, or none held
-            out.
+        ConfigError: the checkpoint does not exist, a data set cannot be opened or has fewer than two tokens, or the run
+            held nothing out.
     """
     checkpoint = resolve_checkpoint(checkpoint)
     recipe = read_recipe(checkpoint)
-    assert recipe.model is not None and recipe.sequence_length is not None, "read_recipe refuses that"
+    assert recipe.model is not None and recipe.sequence_length is not None, "read_recipe refuses a recipe without them"
     vocab_size = recipe.model.vocab_size
     samples = open_dataset(recipe, recipe.sequence_length) if prefixes is None and recipe.form != "text" else None
     parts = {}
@@ -77,47 +82,53 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
                 results[name] = (loss, perplexity(loss), num_targets)
             if samples is not None:
                 for name in samples.validation_names():
-                    results |= _of_samples(model, samples, name, progress)
+                    results |= _sample_losses(model, samples, name, progress)
     finally:
         destroy_process_groups()
     return results
 
 
-def evaluate_tasks(checkpoint: Path, asked: Tasks) -> dict[str, float]:
-    """Run tasks of lm-evaluation-harness on a checkpoint, on all ranks of this world, each of which calls it.
+def evaluate_tasks(checkpoint: Path, settings: Tasks, choose_layout: LayoutChooser) -> dict[str, float]:
+    """Run tasks of lm-evaluation-harness on a checkpoint. Collective: every rank of the world must call it.
+
+    Args:
+        choose_layout: lays the model out where there is more than one rank.
 
     Returns:
-        `task/metric` -> value, on the main rank; nothing on the others.
+        `task/metric` -> value on the main rank; an empty dictionary on the others.
 
     Raises:
-        ConfigError: no such checkpoint or task, the task's data is not here, or lm-eval is not installed.
+        ConfigError: the checkpoint, a task or its data does not exist, or lm-eval is not installed.
         RuntimeError: a task's own code failed.
     """
     checkpoint = resolve_checkpoint(checkpoint)
     recipe = read_recipe(checkpoint)
-    assert recipe.model is not None, "read_recipe refuses that"
+    assert recipe.model is not None, "read_recipe refuses a recipe without a model"
     path = tokenizer_of(checkpoint, recipe)
     if path is None:
         raise ConfigError(
-            f"{checkpoint}: its tokenizer ({recipe.data.tokenizer or 'none given'}) is not there.\n"
-            f"  Copy the Hugging Face tokenizer folder of its training data to {checkpoint / TOKENIZER}."
+            f"{checkpoint}: the tokenizer ({recipe.data.tokenizer or 'none given'}) does not exist.\n"
+            f"  Copy the Hugging Face tokenizer folder of the training data to {checkpoint / TOKENIZER}."
         )
     tokenizer = load_tokenizer(path, recipe.model.vocab_size)
     device = host.prepare()
     init_process_groups(device, recipe.distributed.timeout_seconds)
     try:
         harness = None
+        # Only the main rank opens the tasks. A refusal is broadcast, or the other ranks would wait in the first forward
+        # pass until the collective times out.
         refusals: list[ConfigError | None] = [None]
         if dist.get_rank() == 0:
             try:
-                harness = open_harness(asked, tokenizer, recipe.model.max_position, place="--tasks")
+                harness = open_harness(settings, tokenizer, recipe.model.max_position, place="--tasks")
             except ConfigError as error:
                 refusals = [error]
         dist.broadcast_object_list(refusals, src=0, group=dist.new_group(backend="gloo"))
         if (refusal := refusals[0]) is not None:
             raise refusal
         with torch.no_grad():
-            values = run_tasks(_engine(checkpoint, recipe, device), harness, recipe.training.seed)
+            engine = _forward_engine(checkpoint, recipe, device, choose_layout)
+            values = run_tasks(engine, harness, recipe.training.seed)
     finally:
         destroy_process_groups()
     if isinstance(values, str):
@@ -125,10 +136,10 @@ def evaluate_tasks(checkpoint: Path, asked: Tasks) -> dict[str, float]:
     return values
 
 
-def _engine(checkpoint: Path, recipe: Recipe, device: torch.device) -> Engine:
-    """What runs forward passes of a checkpoint's model in this world; it has no optimizer and takes no step."""
+def _forward_engine(checkpoint: Path, recipe: Recipe, device: torch.device, choose_layout: LayoutChooser) -> Engine:
+    """Build an engine of the checkpoint's model for forward passes on this world; it has no optimizer."""
     ranks, length = dist.get_world_size(), recipe.sequence_length
-    assert recipe.model is not None and length is not None, "read_recipe refuses that"
+    assert recipe.model is not None and length is not None, "read_recipe refuses a recipe without them"
     if ranks == 1:
         bf16 = device.type == "cuda" and recipe.distributed.precision != "FP32"
         model, _ = load_model(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -139,10 +150,11 @@ def _engine(checkpoint: Path, recipe: Recipe, device: torch.device) -> Engine:
         return Engine(single_process_mesh(layout, device, 0), layout, [model], None)  # type: ignore[arg-type]
     if recipe.lora is not None:
         raise ConfigError(
-            f"{checkpoint}: holds adapters, which are evaluated in one process.\n"
-            "  Leave --nproc out, or merge them first: `export --merge`, then `import`."
+            f"{checkpoint}: contains adapters, which are evaluated in one process only.\n"
+            "  Omit --nproc, or merge the adapters first: `export --merge`, then `import`."
         )
-    # As it was trained, but for what only training needs.
+    # The layout rules also check the batch and the schedule, which a forward pass does not use: any values that pass on
+    # this number of ranks will do.
     training = recipe.training.model_copy(
         update={"batch_size": ranks, "gradient_accumulation": None, "total_steps": 1, "epochs": None}
     )
@@ -155,23 +167,23 @@ def _engine(checkpoint: Path, recipe: Recipe, device: torch.device) -> Engine:
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss; inf where that overflows."""
+    """Return exp(loss) of a loss in nats; inf where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @torch.inference_mode()
 def losses(model: CausalLM, part: Part, sequence_length: int) -> Iterator[tuple[float, int]]:
-    """Yield (summed loss in nats, number of targets) of one batch of windows after the other.
+    """Yield (summed loss in nats, number of targets) for each batch of windows.
 
-    Windows lie end to end: the last label of one is the first token of the next. So every token but the first is a
-    target once, and the last window is as long as what is left.
+    Windows are adjacent: the last label of one is the first token of the next. So every token but the first is a
+    target exactly once, and the last window has the length of the remainder.
     """
     model.eval()
     device = next(model.parameters()).device
     windows_at_once = max(1, BATCH_TOKENS[device.type] // sequence_length)
     for rows in _windows(part, sequence_length, windows_at_once):
         batch = torch.from_numpy(rows.astype(np.int64)).to(device)
-        tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # [B, S]
         positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
         mask = torch.ones(tokens.shape, device=device)
         loss_sum = model(tokens, positions, None, labels=labels, loss_mask=mask)
@@ -179,22 +191,26 @@ def losses(model: CausalLM, part: Part, sequence_length: int) -> Iterator[tuple[
 
 
 @torch.inference_mode()
-def _of_samples(
+def _sample_losses(
     model: CausalLM, samples: Dataset, name: str, progress: Progress
 ) -> dict[str, tuple[float, float, int]]:
-    """The held-out conversations of a source, or both answers of its pairs."""
+    """Measure the held-out conversations of a source, or both answers of its preference pairs.
+
+    Returns:
+        As `evaluate`.
+    """
     model.eval()
     model.output = TokenLogProbs()
     device = next(model.parameters()).device
     pairs = isinstance(samples, Pairs)
-    # Alone, a pair fills its batch: none is measured twice.
+    # A batch of several samples would be filled up by repeating some of them. One pair a batch: none is measured twice.
     share = BatchShard(*([1 if pairs else max(1, BATCH_TOKENS[device.type] // samples.sequence_length)] * 2))
     num_batches = -(-samples.num_validation_samples(name) // share.global_batch)
     task = progress.add_task(name, total=num_batches)
     kinds = [f"{name}, chosen", f"{name}, rejected"] if pairs else [name]
     sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
     for batch in on_device(samples.validation_batches(name, share, num_batches), device):
-        output = language.run(batch, model)
+        output = language.run(batch, model)  # [S, B], log-probabilities
         rows = torch.stack([-output.sum(0), batch.loss_mask.sum(1)], 1).double().cpu()
         sums += rows.view(-1, len(kinds), 2).sum(0)
         progress.advance(task)
@@ -205,6 +221,7 @@ def _of_samples(
 
 
 def _windows(part: Part, sequence_length: int, at_once: int) -> Iterator[np.ndarray]:
+    """Yield token ids [windows, length + 1], at most `at_once` windows each; the last one may be shorter."""
     reader, first, end = part
     while end - first > 1:
         num_rows = min(at_once, (end - first - 1) // sequence_length)
@@ -218,9 +235,10 @@ def _windows(part: Part, sequence_length: int, at_once: int) -> Iterator[np.ndar
 
 
 def _held_out(recipe: Recipe, vocab_size: int) -> dict[str, Part]:
+    """Return the part of each source that the run held out of training."""
     if recipe.data.validation_fraction == 0:
         raise ConfigError(
-            "data.validation_fraction: 0, so the run held nothing out to evaluate on.\n  Give data sets with --data."
+            "data.validation_fraction: 0, so the run held out no data to evaluate on.\n  Give data sets with --data."
         )
     parts = {}
     for name, prefix in source_prefixes(recipe.data).items():
@@ -230,16 +248,18 @@ def _held_out(recipe: Recipe, vocab_size: int) -> dict[str, Part]:
 
 
 def _whole(prefixes: Mapping[str, str | Path], vocab_size: int) -> dict[str, Part]:
+    """Return the whole token stream of each data set."""
     readers = {name: IndexedReader(prefix, vocab_size) for name, prefix in prefixes.items()}
     return _measurable({name: (reader, 0, reader.num_tokens) for name, reader in readers.items()})
 
 
 def _measurable(parts: dict[str, Part]) -> dict[str, Part]:
+    """Return the parts unchanged, or raise ConfigError if one has fewer than two tokens."""
     short = {name: end - first for name, (_, first, end) in parts.items() if end - first < 2}
     if short:
         raise ConfigError(
             *[
-                f"{name}: {count} tokens to evaluate on; a loss needs 2.\n  Leave it out, or give it more text."
+                f"{name}: {count} tokens to evaluate on; a loss needs at least 2.\n  Omit it, or add text to it."
                 for name, count in short.items()
             ]
         )

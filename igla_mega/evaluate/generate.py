@@ -1,4 +1,4 @@
-"""Text from a checkpoint: greedy or sampled, one token at a time over a cache of keys and values."""
+"""Generate text with a checkpoint: greedily or by sampling, one token at a time with a key-value cache."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,9 @@ from igla_mega.distributed.mesh import destroy_process_groups
 from igla_mega.model.build import CausalLM
 
 _CONTEXT_IDS = 8
-"""Ids of the prompt that are decoded again with the first new ones: some decoders join neighbours."""
+"""Number of preceding ids that are decoded together with new ones.
+
+Some decoders insert or drop a space depending on the preceding token, so a new id cannot be decoded alone."""
 
 
 def generate(
@@ -31,18 +33,19 @@ def generate(
     seed: int | None = None,
     stream: Callable[[str], None],
 ) -> str:
-    """Continue `prompt` with the model of a checkpoint, to its end of document or `max_new_tokens`.
+    """Continue `prompt` with the model of a checkpoint, up to an end of document or `max_new_tokens`.
 
     Args:
         checkpoint: a checkpoint, a run folder or its `checkpoints`.
         temperature, top_k, top_p, seed: as in `sample`.
-        stream: called with each piece of text as it is known; a character is never split.
+        stream: called with each piece of text once it is final; a character is never split.
 
     Returns:
-        The continuation: all that was streamed.
+        The continuation: all streamed pieces, joined.
 
     Raises:
-        ConfigError: a setting out of its range, an empty or too long prompt, no tokenizer, no such checkpoint.
+        ConfigError: a setting is out of range, the prompt is empty or too long, or the checkpoint or its tokenizer does
+            not exist.
     """
     _check(prompt, max_new_tokens, temperature, top_k, top_p)
     checkpoint = resolve_checkpoint(checkpoint)
@@ -50,7 +53,7 @@ def generate(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ConfigError(
-            f"--prompt: the tokenizer {tokenizer.path} makes no token of {prompt!r}.\n  Use another text."
+            f"--prompt: the tokenizer {tokenizer.path} encodes {prompt!r} to no tokens.\n  Use another text."
         )
     pieces = []
     try:
@@ -85,16 +88,16 @@ def sample(
     seed: int | None = None,
     end_id: int | None = None,
 ) -> Iterator[int]:
-    """Draw tokens that continue `ids`, until `max_new_tokens`, `end_id`, or the model's last position.
+    """Yield token ids that continue `ids`, up to `max_new_tokens`, `end_id` or the model's last position.
 
     Args:
-        model: whole, on one rank.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: draws from so many most likely tokens; 0 from all.
-        top_p: draws from the fewest tokens that have this much probability together (Holtzman et al. 2019,
-            arXiv:1904.09751), after `top_k`.
-        seed: of the draws; None takes another one at each call.
-        end_id: ends the text, and is not yielded.
+        model: all layers, on one rank.
+        temperature: divisor of the logits; 0 selects the most likely token.
+        top_k: number of most likely tokens to draw from; 0 draws from all.
+        top_p: draws from the smallest set of most likely tokens whose total probability reaches this value (Holtzman
+            et al. 2019, arXiv:1904.09751), after `top_k`.
+        seed: seed of the draws; None uses a different one at each call.
+        end_id: token that ends the text; it is not yielded.
 
     Raises:
         ConfigError: `ids` is empty or longer than the model's positions.
@@ -113,7 +116,7 @@ def sample(
 
     model.eval()
     num_tokens = min(max_new_tokens, longest + 1 - len(ids))
-    # The last token drawn is never read, so it needs no place.
+    # The last drawn token is never read back, so the cache needs no entry for it.
     cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(ids) + num_tokens - 1)
     unread = torch.tensor([list(ids)], device=device)
     for _ in range(num_tokens):
@@ -125,7 +128,7 @@ def sample(
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """Choose a token by its logits [V]; the settings are those of `sample`."""
+    """Choose a token id given the logits [V]; the settings are those of `sample`."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(-1)
@@ -133,22 +136,23 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set the logits [V] of tokens outside `top_k` and `top_p` to -inf; the most likely one always stays."""
+    """Return the logits [V] with those outside `top_k` and `top_p` set to -inf; the most likely one is always kept."""
+    # Stable: of equal logits the lower id is kept, on every device.
     descending, order = logits.sort(descending=True, stable=True)
     if top_k:
         descending[top_k:] = -math.inf
     if top_p < 1.0:
         probabilities = descending.softmax(-1)
-        # A token stays while those before it have not yet reached top_p.
+        # A token is kept if the more likely ones have not yet reached top_p without it.
         descending[probabilities.cumsum(-1) - probabilities >= top_p] = -math.inf
     return torch.empty_like(logits).scatter_(0, order, descending)
 
 
 def decode_stream(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int]) -> Iterator[str]:
-    """Turn ids that follow `prompt` into text as they come.
+    """Yield the text of ids that follow `prompt`, piece by piece.
 
-    A byte-level token may end within a character, which decodes to U+FFFD: such an end is held back until the rest of
-    the character is there, or until no more ids come.
+    A byte-level token may end within a character, which decodes to U+FFFD. Such an incomplete end is held back until
+    the rest of the character arrives or the ids end.
     """
     window = list(prompt[-_CONTEXT_IDS:])
     known = tokenizer.decode(window, skip_special_tokens=True)
@@ -165,28 +169,30 @@ def decode_stream(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int
 
 
 def _next_logits(model: CausalLM, unread: Tensor, cache: StaticInferenceContext) -> Tensor:
-    """Logits [V] of the token after `unread` [1, S], whose keys and values are added to the cache."""
+    """Return the logits [V] of the token after `unread` [1, S]; the keys and values of `unread` enter the cache."""
     first, length = cache.sequence_len_offset, unread.size(1)
     positions = torch.arange(first, first + length, device=unread.device).unsqueeze(0)
-    logits = model(unread, positions, None, inference_context=cache, runtime_gather_output=True)
+    logits = model(unread, positions, None, inference_context=cache, runtime_gather_output=True)  # [1, S, V padded]
     cache.sequence_len_offset += length
     cache.enable_decode_mode()
     return logits[0, -1, : model.true_vocab_size]
 
 
 def _tokenizer(checkpoint: Path, recipe: Recipe) -> Tokenizer:
+    """Load the tokenizer stored in the checkpoint, else the one that its recipe names."""
     assert recipe.model is not None, "a checkpoint has a model"
     beside = checkpoint / "tokenizer"
     path = beside if beside.is_dir() else recipe.data.tokenizer
     if path is None:
         raise ConfigError(
-            f"{checkpoint}: names no tokenizer (data.tokenizer in its recipe.yaml), and has no folder `tokenizer`.\n"
-            "  Copy the Hugging Face tokenizer folder of its training data there."
+            f"{checkpoint}: names no tokenizer (data.tokenizer in its recipe.yaml) and has no folder `tokenizer`.\n"
+            "  Copy the Hugging Face tokenizer folder of the training data there."
         )
     return load_tokenizer(path, recipe.model.vocab_size)
 
 
 def _check(prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ConfigError if a setting is out of range, with all breaches at once."""
     breaches = []
     if not prompt:
         breaches.append("--prompt: is empty.\n  Give the model a text to continue.")

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness on a model in any layout.
+"""Run tasks of lm-evaluation-harness on a model in any layout.
 
-The harness runs on the main rank alone; the others wait for its questions and take their part in the forward passes
-(`Asker`, `serve`). Nothing is downloaded. Imported only where tasks are asked for: lm-eval is an extra.
+The harness runs on the main rank only. The other ranks wait for its requests and take part in the forward passes
+(`Asker`, `serve`). Nothing is downloaded. Import this module only where tasks are configured: lm-eval is an extra.
 """
 
 import difflib
@@ -33,49 +33,53 @@ from igla_mega.evaluate import scoring
 from igla_mega.evaluate.scoring import Row, Score
 
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
-"""The harness's own, so that its published numbers are comparable."""
+"""Default seeds of the harness, so that scores are comparable with published ones."""
 MAX_NEW_TOKENS = 256
-"""Of a task that names no limit, as the harness has it."""
+"""Maximum number of new tokens for a task without a limit; the default of the harness."""
 _NOT_DRAWN = {"top_p": 1.0, "top_k": 0, "num_beams": 1, "repetition_penalty": 1.0}
-"""Ways to generate that are not built, and what leaves them out."""
+"""Unsupported generation settings, and the value that disables each."""
 
 
 class Asker:
-    """Asks all ranks; the others are in `serve` until `close`."""
+    """Sends requests of the main rank to all ranks; the others are in `serve` until `close`."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self.failed = False
-        """Whether a forward pass has failed: what the ranks do next is not known to be the same."""
+        """True if a forward pass failed on this rank: the ranks may then be in different collectives, and no further
+        request can be sent."""
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """As `scoring.score`."""
+        """Return the same as `scoring.score`."""
         return self._ask(("score", rows, None, 0.0))
 
     def next_tokens(self, texts: list[list[int]], keys: list[int], *, temperature: float) -> list[int]:
-        """As `scoring.next_tokens`."""
+        """Return the same as `scoring.next_tokens`."""
         return self._ask(("next", texts, keys, temperature))
 
     def close(self) -> None:
-        """Let the other ranks go on."""
+        """End `serve` on the other ranks, unless a forward pass failed."""
         if not self.failed:
-            _told(self._engine, None)
+            _broadcast(self._engine, None)
 
     def _ask(self, question: tuple) -> list:
+        """Send a request to all ranks, and take part in it."""
+        # Set before the call and cleared after it, so that any exception in between leaves it set.
         self.failed = True
-        _told(self._engine, question)
-        answers = _answered(self._engine, question)
+        _broadcast(self._engine, question)
+        answers = _answer(self._engine, question)
         self.failed = False
         return answers
 
 
 def serve(engine: Engine) -> None:
-    """Take part in what the main rank asks, until it has no more questions."""
-    while (question := _told(engine, None)) is not None:
-        _answered(engine, question)
+    """Take part in the requests of the main rank until it calls `Asker.close`."""
+    while (question := _broadcast(engine, None)) is not None:
+        _answer(engine, question)
 
 
-def _told(engine: Engine, question: tuple | None) -> tuple | None:
+def _broadcast(engine: Engine, question: tuple | None) -> tuple | None:
+    """Return the main rank's request on every rank; None ends `serve`."""
     if engine.mesh.world_size == 1:
         return question
     box = [question]
@@ -83,7 +87,8 @@ def _told(engine: Engine, question: tuple | None) -> tuple | None:
     return box[0]
 
 
-def _answered(engine: Engine, question: tuple) -> list:
+def _answer(engine: Engine, question: tuple) -> list:
+    """Run the forward passes of one request. Collective."""
     kind, rows, keys, temperature = question
     if kind == "score":
         return scoring.score(engine, rows)
@@ -91,7 +96,7 @@ def _answered(engine: Engine, question: tuple) -> list:
 
 
 class EngineLM(TemplateLM):
-    """The harness's view of a model: it encodes as the exported Hugging Face folder's tokenizer does."""
+    """The model as the harness sees it; text is encoded as the tokenizer of the exported Hugging Face folder does."""
 
     def __init__(self, tokenizer: Tokenizer, longest: int, asker: Asker, seed: int):
         super().__init__()
@@ -101,7 +106,7 @@ class EngineLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        assert self._tokenizer.eod_id is not None, "`Harness` refuses that"
+        assert self._tokenizer.eod_id is not None, "`Harness` refuses a tokenizer without it"
         return self._tokenizer.eod_id
 
     @property
@@ -117,13 +122,15 @@ class EngineLM(TemplateLM):
         return MAX_NEW_TOKENS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Return the token ids of a text, without a second begin token where the text already starts with one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._tokenizer.decode([self.prefix_token_id]))
         return list(self._encode(string, add_special_tokens))
 
     def _encoded(self, string: str, special: bool) -> tuple[int, ...]:
         engine = self._tokenizer.engine
-        if special and hasattr(engine, "post_processor"):  # of Hugging Face: it may put a begin token in front
+        # Only a Hugging Face engine has a post-processor, which may put a begin token in front.
+        if special and hasattr(engine, "post_processor"):
             return tuple(engine.encode(string, add_special_tokens=True).ids)
         return tuple(self._tokenizer.encode(string))
 
@@ -131,27 +138,32 @@ class EngineLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[tuple[float, bool]]:
+        """Return (log-probability of the continuation in nats, True if greedy decoding would yield it) of each."""
         rows = []
         for _, context, continuation in requests:
             if len(continuation) > self._longest:
-                raise ValueError(f"an answer of {len(continuation)} tokens; the model reads {self._longest}")
+                raise ValueError(
+                    f"an answer has {len(continuation)} tokens, more than the {self._longest} that the model reads"
+                )
             ids = np.asarray([*context, *continuation][-(self._longest + 1) :], np.int32)
             rows.append(Row(ids, len(continuation)))  # type: ignore[arg-type]
         return [(one.log_prob, one.not_likeliest == 0) for one in self._asker.score(rows)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Return the log-probability of each whole text in nats, summed over adjacent windows."""
         windows: list[tuple] = []
         counts = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
             rolled = utils.get_rolling_token_windows(ids, self.prefix_token_id, self._longest, 1)
-            own = [(None, *utils.make_disjoint_window(window)) for window in rolled]
-            windows += own
-            counts.append(len(own))
+            disjoint = [(None, *utils.make_disjoint_window(window)) for window in rolled]
+            windows += disjoint
+            counts.append(len(disjoint))
         scores = iter(self._loglikelihood_tokens(windows))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Return the continuation of each prompt up to its stop sequence; prompts of one temperature run together."""
         end = self._tokenizer.decode([self.eot_token_id])
         texts: list[str] = [""] * len(requests)
         by_temperature: dict[float, list[int]] = {}
@@ -166,6 +178,7 @@ class EngineLM(TemplateLM):
                 prompts.append(ids[-(self._longest - limit) :])
             stops = [handle_stop_sequences(settings[place].get("until"), eos=end) for place in places]
 
+            # Bound as a default: the closure would otherwise see the stop sequences of the last temperature.
             def ended(number: int, new: list[int], stops: list = stops) -> bool:
                 if new[-1] == self.eot_token_id:
                     return True
@@ -187,38 +200,39 @@ class EngineLM(TemplateLM):
 
 
 class Harness:
-    """Tasks, opened: their examples are there, and only the model is missing."""
+    """Opened tasks: their examples are loaded, and `results` runs them on a model."""
 
-    def __init__(self, asked: Tasks, tokenizer: Tokenizer, longest: int, *, place: str = "evaluation.tasks"):
+    def __init__(self, settings: Tasks, tokenizer: Tokenizer, longest: int, *, place: str = "evaluation.tasks"):
         """Open the tasks.
 
         Args:
-            longest: tokens that the model reads.
-            place: what to call the setting in errors.
+            longest: maximum number of tokens that the model reads.
+            place: name of the setting in errors.
 
         Raises:
-            ConfigError: no such task, its data is not here, or it needs what is not built.
+            ConfigError: a task or its data does not exist, or a task needs something unsupported.
         """
         if tokenizer.eod_id is None:
             raise ConfigError(
-                f"{place}: the tokenizer {tokenizer.path} has no end-of-document token, which stands for an empty "
-                "context. Name its eos_token in tokenizer_config.json."
+                f"{place}: the tokenizer {tokenizer.path} has no end-of-document token, which is used as the empty "
+                "context. Set eos_token in its tokenizer_config.json."
             )
-        self._asked, self._tokenizer, self._longest, self._place = asked, tokenizer, longest, place
+        self._settings, self._tokenizer, self._longest, self._place = settings, tokenizer, longest, place
         with _quiet():
             self._loaded = self._load()
         for name, task in self._loaded["tasks"].items():
             self._refuse(name, task)
-            if asked.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=asked.num_fewshot)
+            # As the harness's own command does: a task that fixes 0 keeps it, and one without a number gets 0.
+            if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=settings.num_fewshot)
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
 
     def results(self, asker: Asker, seed: int = 0) -> dict[str, float]:
-        """Run the tasks; the main rank calls it, within `scoring.undisturbed`.
+        """Run the tasks. Only the main rank calls it, within `scoring.undisturbed`: it seeds the global generators.
 
         Returns:
-            `task/metric` -> value; a metric of another filter than the plain one is `task/metric,filter`.
+            `task/metric` -> value; a metric of a filter other than `none` is named `task/metric,filter`.
         """
         random.seed(PYTHON_SEED)
         np.random.seed(NUMPY_SEED)
@@ -227,7 +241,7 @@ class Harness:
         model = EngineLM(self._tokenizer, self._longest, asker, seed)
         with _quiet():
             found = evaluator.evaluate(
-                model, self._loaded, limit=self._asked.limit, bootstrap_iters=0, log_samples=False
+                model, self._loaded, limit=self._settings.limit, bootstrap_iters=0, log_samples=False
             )
         values = {}
         for task, metrics in found["results"].items():
@@ -238,30 +252,21 @@ class Harness:
         return values
 
     def _load(self) -> Any:
-        asked, place = self._asked, self._place
-        if asked.include_path is not None and not Path(asked.include_path).is_dir():
-            raise ConfigError(f"{place}: include_path {asked.include_path} is no folder. Give that of the YAML files.")
-        manager = tasks.TaskManager(include_path=asked.include_path, include_defaults=asked.include_path is None)
-        if asked.include_path is not None and set(asked.names) - set(manager.all_tasks):
-            manager = tasks.TaskManager(include_path=asked.include_path)
+        """Open every task: the dictionary that `evaluator.evaluate` takes."""
+        settings, place = self._settings, self._place
+        manager = self._manager()
         breaches = []
-        for name in asked.names:
-            if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else "no name is like it."
-                where = f"in {asked.include_path}, nor " if asked.include_path else ""
-                breaches.append(f"{place}: {name} is not a task {where}of lm-evaluation-harness; {hint}")
-        if breaches:
-            raise ConfigError(*breaches)
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-        for name in asked.names:
+        for name in settings.names:
             try:
                 opened = manager.load([name])
-            except Exception as error:  # a task's YAML may run code of its own, and datasets raises all there is
+            except (
+                Exception
+            ) as error:  # a task's YAML may run arbitrary code, and datasets raises exceptions of any type
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 breaches.append(
-                    f"{place}: {name} does not open: {first}\n  Nothing is downloaded: its data must be in local files "
-                    "(dataset_path: json, dataset_kwargs: data_files) or in Hugging Face's cache on this machine."
+                    f"{place}: {name} cannot be opened: {first}\n  Nothing is downloaded: the data must be in local "
+                    "files (dataset_path: json, dataset_kwargs: data_files) or in Hugging Face's cache on this machine."
                 )
                 continue
             for kind in loaded:
@@ -270,23 +275,46 @@ class Harness:
             raise ConfigError(*breaches)
         return loaded
 
+    def _manager(self) -> Any:
+        """Return a task manager that has every configured name, or raise ConfigError for all missing ones at once."""
+        names, folder, place = self._settings.names, self._settings.include_path, self._place
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{place}: include_path {folder} is not a folder. Give the folder of the YAML files.")
+        # The harness's own thousands of YAML files are slow to index: only if a name is not in the folder.
+        manager = tasks.TaskManager(include_path=folder, include_defaults=folder is None)
+        if folder is not None and set(names) - set(manager.all_tasks):
+            manager = tasks.TaskManager(include_path=folder)
+        breaches = []
+        for name in names:
+            if name not in manager.all_tasks:
+                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else "no name is similar."
+                where = f"in {folder}, nor " if folder else ""
+                breaches.append(f"{place}: {name} is not a task {where}of lm-evaluation-harness; {hint}")
+        if breaches:
+            raise ConfigError(*breaches)
+        return manager
+
     def _refuse(self, name: str, task: Any) -> None:
+        """Raise ConfigError if a task needs something that is unsupported or unsafe."""
         if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(f"{self._place}: {name} runs code that the model writes, and is refused. Leave it out.")
+            raise ConfigError(
+                f"{self._place}: {name} executes code that the model generates, which is not supported. Remove it."
+            )
         if getattr(task, "MULTIMODAL", False):
-            raise ConfigError(f"{self._place}: {name} is about images; this model reads text. Leave it out.")
+            raise ConfigError(f"{self._place}: {name} needs images, and this model reads text only. Remove it.")
         if task.OUTPUT_TYPE == "generate_until":
             given = task.get_config("generation_kwargs") or {}
             other = {key: given[key] for key, plain in _NOT_DRAWN.items() if given.get(key, plain) not in (None, plain)}
             if other and given.get("do_sample"):
                 raise ConfigError(
-                    f"{self._place}: {name} generates with {json.dumps(other)}, and tokens are drawn by temperature "
-                    "alone. Change its generation_kwargs, or leave it out."
+                    f"{self._place}: {name} generates with {json.dumps(other)}, but only temperature is supported. "
+                    "Change its generation_kwargs, or remove it."
                 )
 
 
 def _begin(tokenizer: Tokenizer) -> int | None:
-    """The id of the begin token that the tokenizer's folder names."""
+    """Return the id of the begin token (`bos_token`) that tokenizer_config.json names, or None."""
     config = tokenizer.file.with_name("tokenizer_config.json")
     if not config.is_file() or not hasattr(tokenizer.engine, "token_to_id"):
         return None
@@ -297,7 +325,7 @@ def _begin(tokenizer: Tokenizer) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and advice, and without a network."""
+    """Suppress the libraries' progress bars and log messages, and forbid them the network."""
     datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -1,10 +1,10 @@
-"""A needle in a haystack: does the model find a fact that stands far back in its context?
+"""Measure whether the model retrieves a fact from far back in its context (needle in a haystack).
 
-A row is held-out text of the run with one sentence put into it, `The secret word of CUE is VALUE.`, and behind the text
-the sentence again up to its value: a context of the length asked for. Cue and value are a few words of the text itself,
-drawn again for each row. The value's tokens are scored teacher-forced, by a forward pass alone: each is held against the
-other words that values are drawn from, and against the whole vocabulary. A model that does not see the fact is right by
-chance, one time in `NUM_WORDS`, whatever else it has learned.
+A row is held-out text of the run with one sentence inserted, `The secret word of CUE is VALUE.`, followed by the same
+sentence up to its value; together they have the configured length. Cue and value are a few words of the text itself,
+drawn independently for each row. The tokens of the value are scored with teacher forcing, in one forward pass: each is
+compared with the other words that values are drawn from, and with the whole vocabulary. A model that does not see the
+fact is right by chance, once in `NUM_WORDS` tokens, independently of what it has learned.
 """
 
 from collections import Counter
@@ -21,34 +21,35 @@ from igla_mega.engine.step import Engine
 from igla_mega.evaluate.scoring import Row, score
 
 NUM_WORDS = 10
-"""Words that values are drawn from."""
+"""Number of words that values are drawn from."""
 CUE_TOKENS, VALUE_TOKENS = 2, 3
 OPENING, MIDDLE, CLOSING = " The secret word of", " is", "."
 _SAMPLED_TOKENS = 200_000
-"""Of held-out text, in which words are looked for."""
+"""Number of tokens of held-out text in which words are counted."""
 
 Grid = dict[str, dict[str, float]]
-"""Length in tokens -> depth in percent -> a share of the value's tokens, or of the samples."""
+"""Context length in tokens -> depth in percent -> share in [0, 1] of the values' tokens, or of the samples."""
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """What rows are made of: the same on every rank, and at every step of a run."""
+    """Source of the rows; rows are the same on every rank and at every step of a run."""
 
     asked: Needle
     lengths: tuple[int, ...]
     corpus: Corpus
     seed: int
     words: tuple[int, ...]
-    """Token ids: first those of values, then those of cues."""
+    """Token ids: first `NUM_WORDS` of values, then those of cues."""
     opening: tuple[int, ...]
     middle: tuple[int, ...]
     closing: tuple[int, ...]
     end_of_document: int | None
-    """Left out of the text: what stands before it would be another document to the model."""
+    """Token id that is removed from the text, since attention may not reach across it."""
 
     def row(self, length: int, depth: float, sample: int) -> Row:
-        """A context of `length` tokens and the value behind it; the fact stands behind `depth` percent of the text."""
+        """Return a context of `length` tokens and then the value; the fact comes after `depth` percent of the text."""
+        # Seeded by the row's own coordinates: a row does not depend on which others are measured.
         draws = np.random.default_rng([self.seed, length, round(depth * 1000), sample])
         value = draws.choice(self.words[:NUM_WORDS], VALUE_TOKENS).tolist()
         cue = draws.choice(self.words[NUM_WORDS:], CUE_TOKENS).tolist()
@@ -59,7 +60,7 @@ class Haystack:
         return Row([*text[:place], *fact, *text[place:], *question, *value], VALUE_TOKENS)
 
     def _text(self, length: int, sample: int) -> list[int]:
-        """Held-out text of one source after the other; where a source has too little, from its beginning again."""
+        """Return `length` tokens of held-out text; sources take turns, and a short one repeats from its beginning."""
         names = self.corpus.validation_names()
         name, turn = names[sample % len(names)], sample // len(names)
         first, end = self.corpus.held_out(name)
@@ -68,34 +69,35 @@ class Haystack:
         while len(text) < length:
             stop = min(end, start + length - len(text))
             read = self.corpus.readers[name].tokens(start, stop).tolist()
+            # `or read`: a stretch of nothing but document ends must still make progress.
             text += [token for token in read if token != self.end_of_document] or read
             start = first if stop == end else stop
         return text[:length]
 
 
 def prepare(asked: Needle, corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int) -> Haystack:
-    """Choose the words, and see that every length holds a fact and its question.
+    """Choose the words, and check that every length has room for a fact and its question.
 
     Raises:
-        ConfigError: a length is too short or too long, or the held-out text has too few words.
+        ConfigError: a length is too short, or the held-out text has too few different tokens.
     """
     opening, middle, closing = (tuple(tokenizer.encode(text)) for text in (OPENING, MIDDLE, CLOSING))
     lengths = asked.lengths or tuple(sorted({sequence_length // 4 or 1, sequence_length // 2 or 1, sequence_length}))
-    # Text before and behind the fact, or depths would mean nothing.
+    # The last 2: some text before and after the fact, or depths would have no meaning.
     least = 2 * (len(opening) + CUE_TOKENS + len(middle)) + VALUE_TOKENS + len(closing) + 2
     if asked.lengths is None:
         lengths = tuple(length for length in lengths if length >= least) or lengths[-1:]
     breaches = [
-        f"evaluation.needle.lengths: {length} tokens do not hold the fact, its question and some text around it: these "
-        f"are {least} tokens in this tokenizer. Use {least} or more."
+        f"evaluation.needle.lengths: {length} tokens are too short for the fact, its question and some text around it, "
+        f"which need {least} tokens with this tokenizer. Use {least} or more."
         for length in lengths
         if length < least
     ]
     words = _words(corpus, tokenizer)
     if len(words) < NUM_WORDS + CUE_TOKENS:
         breaches.append(
-            f"evaluation.needle: the held-out text has {len(words)} different tokens, and {NUM_WORDS + CUE_TOKENS} are "
-            "needed. Raise data.validation_fraction, or leave evaluation.needle out."
+            f"evaluation.needle: the held-out text has {len(words)} different tokens, fewer than the required "
+            f"{NUM_WORDS + CUE_TOKENS}. Raise data.validation_fraction, or remove evaluation.needle."
         )
     if breaches:
         raise ConfigError(*breaches)
@@ -103,11 +105,11 @@ def prepare(asked: Needle, corpus: Corpus, tokenizer: Tokenizer, sequence_length
 
 
 def measure(engine: Engine, haystack: Haystack) -> tuple[Grid, Grid]:
-    """Look for the needle at each length and depth.
+    """Measure retrieval at each length and depth. Collective.
 
     Returns:
-        The share of the value's tokens that are likelier than every other word a value could have had, and the share of
-        the samples whose value is word for word the model's likeliest continuation.
+        Share of the values' tokens that are more likely than every other word that a value could have; share of the
+        samples whose value is exactly the model's most likely continuation.
     """
     chosen, exact = Grid(), Grid()
     asked = haystack.asked
@@ -116,15 +118,15 @@ def measure(engine: Engine, haystack: Haystack) -> tuple[Grid, Grid]:
         scores = score(engine, rows, haystack.words[:NUM_WORDS])
         chosen[str(length)], exact[str(length)] = {}, {}
         for number, depth in enumerate(asked.depths):
-            own = scores[number * asked.num_samples : (number + 1) * asked.num_samples]
-            right = sum(VALUE_TOKENS - one.beaten for one in own) / (VALUE_TOKENS * len(own))
+            samples = scores[number * asked.num_samples : (number + 1) * asked.num_samples]
+            right = sum(VALUE_TOKENS - one.beaten for one in samples) / (VALUE_TOKENS * len(samples))
             chosen[str(length)][f"{depth:g}"] = round(right, 4)
-            exact[str(length)][f"{depth:g}"] = round(sum(one.not_likeliest == 0 for one in own) / len(own), 4)
+            exact[str(length)][f"{depth:g}"] = round(sum(one.not_likeliest == 0 for one in samples) / len(samples), 4)
     return chosen, exact
 
 
 def words_of(chosen: Grid, exact: Grid) -> str:
-    """Both grids in a line."""
+    """Return both grids as one line of text for the console."""
     parts = []
     for length, by_depth in chosen.items():
         worst = min(by_depth, key=lambda depth: by_depth[depth])
@@ -139,7 +141,7 @@ def _mean(by_depth: dict[str, float]) -> float:
 
 
 def _words(corpus: Corpus, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Frequent tokens of held-out text that are whole words as far as the tokenizer shows, else the most frequent ones."""
+    """Return the most frequent tokens of held-out text that look like whole words; if too few do, the most frequent."""
     names = corpus.validation_names()
     counts: Counter[int] = Counter()
     for name in names:

@@ -1,4 +1,4 @@
-"""Open and run tasks of lm-evaluation-harness."""
+"""Open and run tasks of lm-evaluation-harness, which is imported only here and only when needed."""
 
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 
 def open_harness(asked: Tasks, tokenizer: Tokenizer, longest: int, *, place: str = "evaluation.tasks") -> "Harness":
-    """Open tasks of lm-evaluation-harness; the arguments are those of `Harness`.
+    """Open tasks of lm-evaluation-harness. The arguments are those of `Harness`.
 
     Raises:
-        ConfigError: it is not installed, or as for `Harness`.
+        ConfigError: lm-evaluation-harness is not installed, or as for `Harness`.
     """
     try:
         from igla_mega.evaluate.harness import Harness
     except ImportError as error:
+        # Anything else that is missing is a fault of the installation, and must not be reported as a missing extra.
         if error.name is not None and error.name.split(".")[0] not in ("lm_eval", "datasets", "huggingface_hub"):
             raise
         raise ConfigError(
@@ -29,10 +30,11 @@ def open_harness(asked: Tasks, tokenizer: Tokenizer, longest: int, *, place: str
 
 
 def run_tasks(engine: Engine, harness: "Harness | None", seed: int) -> dict[str, float] | str:
-    """Run tasks on the model in its current state. Every rank calls it; the harness is the main rank's.
+    """Run tasks on the model with its current weights. Collective; `harness` is None on all but the main rank.
 
     Returns:
-        On the main rank `task/metric` -> value, or why a task failed outside of the model; nothing on the others.
+        On the main rank `task/metric` -> value, or the reason if a task's own code failed; an empty dictionary on the
+        others.
 
     Raises:
         RuntimeError: a forward pass failed.
@@ -48,7 +50,7 @@ def run_tasks(engine: Engine, harness: "Harness | None", seed: int) -> dict[str,
     except Exception as error:
         if asker.failed:
             raise
-        # A task's own code has failed (its metric, its filter), which is no reason to end a run.
+        # The task's own code failed (its metric or filter), which must not end a training run.
         return f"failed ({type(error).__name__}: {error})"
     finally:
         asker.close()

@@ -1,11 +1,9 @@
-"""What a run folder says of its run, read once and then followed: only what was appended is read again."""
+"""Read the files of a run folder, and follow them: each update reads only what was appended."""
 
-import json
 import math
-import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -13,118 +11,25 @@ from typing import Any
 
 import numpy as np
 
-FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl", "ledger.jsonl", "recipe.yaml")
-"""What a run's folder is known by, and read from."""
+from igla_mega.report.lines import Lines
 
-MAX_LINE_BYTES = 1 << 24
-"""A longer line is no entry of a run: it is passed over without being held."""
+FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl", "ledger.jsonl", "recipe.yaml")
+"""Files of a run folder; a folder with none of them is not a run's."""
+
 MAX_COLUMNS = 400
-"""Columns of a heat map: a longer run is kept as means over equal stretches of steps."""
+"""Maximum number of columns of a heat map; of a longer run, each column is the mean over equally many steps."""
 MAX_SERIES, MAX_POINTS = 400, 4000
-"""Kinds of numbers that are kept, and points of one that is measured at intervals; beyond, every other point goes."""
+"""Maximum number of columns or series; points of a series, beyond which every other point is dropped."""
 MAX_CELLS = 1 << 16
-"""Numbers of one table in an entry, such as layers x experts."""
+"""Maximum number of values in one table of an entry, such as layers x experts."""
 MAX_EVENTS, MAX_SAMPLES, MAX_GRIDS, MAX_TEXT, MAX_NAME = 5000, 400, 100, 4000, 200
 MAX_STEP = 1 << 48
-BLOCK_BYTES = 1 << 22
 HISTOGRAM_STEP = math.log(1.02)
-"""Times of ranks are counted in bins 2 % wide: quantiles without keeping every time."""
-
-
-class Lines:
-    """Objects of a JSONL file, from where the last read has stopped.
-
-    A last line without its end is being written: it is left for the next read. What is no JSON object is counted.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.offset = 0
-        self.number = 0
-        self.broken: list[tuple[int, str]] = []
-        self.num_broken = 0
-        self._inode: int | None = None
-        self._tail = b""
-        self._skipping = False
-
-    def replaced(self) -> bool:
-        """Whether the file is another one than was read, or shorter: a resumed run rewrites its files."""
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return self.offset > 0
-        return self._inode is not None and (found.st_ino != self._inode or found.st_size < self.offset)
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        """What was appended since the last call."""
-        try:
-            file = open(self.path, "rb")  # noqa: SIM115 (closed by `with` below)
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError) and not self.num_broken:
-                self._break(str(error.strerror))
-            return
-        with file:
-            self._inode = os.fstat(file.fileno()).st_ino
-            file.seek(self.offset)
-            while block := file.read(BLOCK_BYTES):
-                self.offset += len(block)
-                *whole, rest = block.split(b"\n")
-                if whole:
-                    whole[0] = self._tail + whole[0]
-                    self._tail = rest
-                elif not self._skipping:
-                    self._tail += rest
-                for line in whole:
-                    yield from self._parse(line)
-                if len(self._tail) > MAX_LINE_BYTES:
-                    self._tail, self._skipping = b"", True
-
-    @property
-    def half_written(self) -> bool:
-        """Whether the file ends without the end of its last line."""
-        return bool(self._tail.strip()) or self._skipping
-
-    def _parse(self, line: bytes) -> Iterator[dict[str, Any]]:
-        self.number += 1
-        if self._skipping:
-            self._skipping = False
-            self._break(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-            return
-        if not line.strip():
-            return
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            self._break("not JSON")
-            return
-        if isinstance(entry, dict):
-            yield entry
-        else:
-            self._break("not an object")
-
-    def _break(self, why: str) -> None:
-        self.num_broken += 1
-        if len(self.broken) < 5:
-            self.broken.append((self.number, why))
-
-    def refuse(self, why: str) -> None:
-        """Count the line just read among the broken ones."""
-        self._break(why)
-
-    def problems(self) -> Iterator[str]:
-        """What could not be read, in words."""
-        name = self.path.name
-        if self.num_broken:
-            first = ", ".join(f"line {number} ({why})" for number, why in self.broken)
-            more = ", ..." if self.num_broken > len(self.broken) else ""
-            lines = "1 line is" if self.num_broken == 1 else f"{self.num_broken:,} lines are"
-            yield f"{name}: {lines} left out: {first}{more}."
-        if self.half_written:
-            yield f"{name}: the last line is half-written: it is left out."
+"""Width of the histogram bins of step times, 2 % on a logarithmic scale: quantiles need not keep every time."""
 
 
 class Heat:
-    """Values of several things over steps; of a long run, means over equal stretches of steps."""
+    """Vectors over steps, one column a step; of a long run, each column is the mean over equally many steps."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.shape = shape
@@ -134,6 +39,7 @@ class Heat:
         self._sum = np.zeros(sum(shape))
 
     def add(self, step: float, values: np.ndarray) -> None:
+        """Add the values [rows] of a step; halves the resolution where there are too many columns."""
         self._sum = self._sum + values
         self._held += 1
         if self._held < self._size:
@@ -147,7 +53,7 @@ class Heat:
             self._size *= 2
 
     def drawn(self) -> tuple[list[float], np.ndarray]:
-        """Steps at which the columns end, and `[rows, columns]`; the stretch that is not full is the last."""
+        """Return the last step of each column, and the values [rows, columns], at most MAX_COLUMNS of them."""
         steps, columns = list(self.steps), list(self.columns)
         size = math.ceil(len(columns) / MAX_COLUMNS) or 1
         if size > 1:
@@ -159,7 +65,7 @@ class Heat:
 
 @dataclass
 class Metrics:
-    """metrics.jsonl as columns. A row is a training step; what is measured at intervals stands beside them."""
+    """metrics.jsonl as columns: a row is a training step; what is measured at intervals is a separate series."""
 
     steps: array = field(default_factory=lambda: array("d"))
     columns: dict[str, array] = field(default_factory=dict)
@@ -176,10 +82,10 @@ class Metrics:
     ordered: bool = True
 
     def add(self, entry: Mapping[str, Any]) -> str | None:
-        """Take in one object.
+        """Add one entry of the file.
 
         Returns:
-            Why it is of no use; None when it is.
+            Reason if the entry cannot be used; None if it was added.
         """
         step = step_of(entry)
         if step is None:
@@ -207,20 +113,20 @@ class Metrics:
         return None
 
     def column(self, key: str) -> np.ndarray:
-        """Values of every row, NaN where there is none."""
+        """Return one value for each row, NaN where there is none."""
         held = self.columns.get(key, array("d"))
         return np.concatenate([np.array(held, np.float64), np.full(len(self.steps) - len(held), np.nan)])
 
     def put_in_order(self) -> bool:
-        """Sort rows by step; of those taken twice the one written last stays.
+        """Sort rows by step; of several rows of one step the last written one is kept.
 
         Returns:
-            Whether something had to move.
+            True if the order had to change.
         """
         if self.ordered:
             return False
         steps = np.array(self.steps)
-        # The first of equal steps, seen from the end, is the one written last.
+        # np.unique returns the first occurrence: of the reversed array, that is the last written one.
         unique, index = np.unique(steps[::-1], return_index=True)
         rows = len(steps) - 1 - index
         columns = {key: self.column(key)[rows] for key in self.columns}
@@ -234,7 +140,7 @@ class Metrics:
         return True
 
     def quantiles(self) -> list[list[float]]:
-        """Of each rank's seconds a step: 5, 25, 50, 75, 95 %."""
+        """Return the 5, 25, 50, 75 and 95 % quantiles of each rank's step times, in seconds."""
         found = []
         for times in self.rank_times:
             bins = sorted(times)
@@ -244,6 +150,7 @@ class Metrics:
         return found
 
     def _cell(self, key: str, value: Any) -> None:
+        """Set a value of the current row; earlier rows without this key become NaN."""
         column = self.columns.get(key)
         if column is None:
             if len(self.columns) >= MAX_SERIES:
@@ -257,6 +164,7 @@ class Metrics:
         column.append(math.nan if found is None else found)
 
     def _point(self, key: str, step: float, value: Any) -> None:
+        """Append a point to a series; a second one of the same step replaces the first."""
         if (found := number(value)) is None:
             return
         if key not in self.series:
@@ -276,6 +184,7 @@ class Metrics:
             self.series[key] = steps[1::2], values[1::2]
 
     def _group(self, step: float, key: str, group: Mapping[str, Any]) -> None:
+        """Add the values of a nested object, each under the name `key/name`."""
         if key == "needle":
             if grid := needle_grid(group):
                 self.needle.append({"step": step, **grid})
@@ -294,12 +203,13 @@ class Metrics:
                 self._point(f"{key}/{name[:MAX_NAME]}", step, value)
 
     def _exact(self, step: float, grid: Mapping[str, Any] | None) -> None:
-        """Word for word, beside the grid of the same contexts."""
+        """Add the shares of exact matches to the last needle grid, if it has the same step, lengths and depths."""
         last = self.needle[-1] if self.needle else {}
         if grid and [last.get(key) for key in ("step", "lengths", "depths")] == [step, grid["lengths"], grid["depths"]]:
             last["exact"] = grid["values"]
 
     def _table(self, step: float, key: str, value: list, entry: Mapping[str, Any]) -> None:
+        """Add a list: the forgetting matrix, the step times of all ranks, or the rows of a heat map."""
         if key == "forgetting_matrix":
             self.matrix = matrix_of(entry) or self.matrix
         elif key == "rank_step_seconds":
@@ -313,9 +223,11 @@ class Metrics:
             self._heat(step, key, value)
 
     def _heat(self, step: float, key: str, table: list) -> None:
+        """Add a table of finite numbers as a column of the heat map `key`; anything else is ignored."""
         if not all(isinstance(row, list) and row for row in table) or sum(map(len, table)) > MAX_CELLS:
             return
         try:
+            # Checked by the dtype of the result: faster than looking at each value.
             values = np.array(list(chain.from_iterable(table)))
         except (TypeError, ValueError, OverflowError):
             return
@@ -324,11 +236,13 @@ class Metrics:
         shape = tuple(len(row) for row in table)
         if key not in self.heats and len(self.heats) >= 16:
             return
-        if key not in self.heats or self.heats[key].shape != shape:  # stages may differ: the newest is shown
+        # The stages of a run may have different models: only the newest shape is kept.
+        if key not in self.heats or self.heats[key].shape != shape:
             self.heats[key] = Heat(shape)
         self.heats[key].add(step, values)
 
     def _stage(self, step: float, name: Any) -> None:
+        """Record a change of the stage's name."""
         if not isinstance(name, str) or not name or len(self.stages) >= MAX_EVENTS:
             return
         if not self.stages or self.stages[-1][1] != name[:MAX_NAME]:
@@ -336,17 +250,18 @@ class Metrics:
 
 
 class History:
-    """One run's folder, followed."""
+    """Everything read so far from the folder of a run; `update` reads what was appended."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.generation = 0
-        """Grows when rows that were handed out have changed; those that are only added do not."""
+        """Number that increases when existing rows changed, so that a page must load them again."""
         self.sequence_length: int | None = None
         self._lines = {name: Lines(folder / name) for name in FILES[:4]}
         self._forget(*self._lines)
 
     def _forget(self, *names: str) -> None:
+        """Drop everything read from these files, to read them from the beginning."""
         for name in names:
             self._lines[name] = Lines(self.folder / name)
             if name == "metrics.jsonl":
@@ -359,20 +274,20 @@ class History:
                 self.ledger: Counter[tuple[str, int | None]] = Counter()
 
     def update(self) -> bool:
-        """Read what is new.
+        """Read what was written since the last call.
 
         Returns:
-            Whether there was something.
+            True if anything was.
         """
-        anew = [name for name, lines in self._lines.items() if lines.replaced()]
+        replaced = [name for name, lines in self._lines.items() if lines.replaced()]
         before = sum(lines.offset for lines in self._lines.values())
-        self._forget(*anew)
+        self._forget(*replaced)
         lines = self._lines["metrics.jsonl"]
         for entry in lines.new():
             if why := self.metrics.add(entry):
                 lines.refuse(why)
         moved = self.metrics.put_in_order()
-        self.generation += moved or "metrics.jsonl" in anew
+        self.generation += moved or "metrics.jsonl" in replaced
         for entry in self._lines["events.jsonl"].new():
             self.events.append(_event(entry))
         for entry in self._lines["samples.jsonl"].new():
@@ -382,31 +297,33 @@ class History:
         for entry in self._lines["ledger.jsonl"].new():
             if not _count(entry, self.ledger):
                 self._lines["ledger.jsonl"].refuse("no samples of sources")
-        return bool(anew) or before != sum(one.offset for one in self._lines.values())
+        return bool(replaced) or before != sum(one.offset for one in self._lines.values())
 
     def problems(self) -> list[str]:
-        """What is broken or missing, in words."""
+        """Return a sentence for each thing that is broken or missing."""
         found = [problem for lines in self._lines.values() for problem in lines.problems()]
         metrics = self.metrics
         if not (self.folder / "metrics.jsonl").is_file():
-            found.insert(0, "metrics.jsonl: there is none. The run has not taken a step yet, or writes elsewhere.")
+            found.insert(
+                0, "metrics.jsonl: does not exist. The run has not taken a step yet, or writes to another folder."
+            )
         elif not metrics.steps:
-            found.insert(0, "metrics.jsonl: no training step in it yet.")
+            found.insert(0, "metrics.jsonl: contains no training step yet.")
         if metrics.not_finite:
             first = metrics.not_finite[0]
             found.append(
-                f"metrics.jsonl: the loss of {len(metrics.not_finite):,} steps is no number, first {first:,.0f}."
+                f"metrics.jsonl: the loss of {len(metrics.not_finite):,} steps is not finite, first at {first:,.0f}."
             )
         if metrics.taken_again:
             found.append(
-                f"metrics.jsonl: {metrics.taken_again:,} steps stand there twice; what was written last is shown."
+                f"metrics.jsonl: {metrics.taken_again:,} steps were written twice; the last written values are shown."
             )
         if metrics.unkept:
-            found.append(f"metrics.jsonl: more than {MAX_SERIES} kinds of numbers; the first are shown.")
+            found.append(f"metrics.jsonl: more than {MAX_SERIES} different keys; only the first ones are shown.")
         return found
 
     def tokens_by_source(self) -> dict[str, int]:
-        """Tokens of each source that the run has consumed by its ledger; samples where their length is not known."""
+        """Return the tokens consumed from each source according to the ledger; samples, if their length is unknown."""
         totals: dict[str, int] = {}
         for (name, length), samples in self.ledger.items():
             each = (length or self.sequence_length or 1) if self.sequence_length else 1
@@ -414,7 +331,7 @@ class History:
         return totals
 
     def written_at(self) -> float | None:
-        """Unix seconds of the last write to the metrics or the events."""
+        """Return the Unix time of the last write to the metrics or the events, in seconds."""
         times = []
         for name in ("metrics.jsonl", "events.jsonl"):
             try:
@@ -425,7 +342,7 @@ class History:
 
 
 def number(value: object) -> float | None:
-    """A finite number, else None."""
+    """Return a finite number as a float, None for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
@@ -436,13 +353,13 @@ def number(value: object) -> float | None:
 
 
 def step_of(entry: Mapping[str, Any]) -> float | None:
-    """The entry's step; None where it has none that a run can take."""
+    """Return the step of an entry; None if it has none or an impossible one."""
     step = number(entry.get("step"))
     return step if step is not None and 0 <= step < MAX_STEP else None
 
 
 def matrix_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A forgetting matrix with its names as text and its losses as numbers or None; None where it is none."""
+    """Return a forgetting matrix with text names and losses that are finite or None; None if it is malformed."""
     names, phases, rows = (entry.get(key) for key in ("domains", "phases", "forgetting_matrix"))
     if not (isinstance(names, list) and isinstance(phases, list) and isinstance(rows, list)):
         return None
@@ -459,7 +376,7 @@ def matrix_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def needle_grid(group: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Accuracy by length (rows) and depth (columns), each in rising order."""
+    """Return accuracy by length (rows) and depth (columns), both ascending; None if it is malformed."""
     if not all(isinstance(row, dict) for row in group.values()) or len(group) > 100:
         return None
     if any(len(name) > MAX_NAME for name in chain(group, *group.values())):
@@ -471,13 +388,14 @@ def needle_grid(group: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def thin(columns: Mapping[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
-    """At most about `most` rows: of each stretch the least and the most value of every column, in their order.
+    """Reduce columns to about `most` rows: the minimum and maximum of every column in each interval, in their order.
 
-    Rows of one stretch are at its first and its last step.
+    The two rows of an interval carry its first and its last step.
     """
     count = len(columns["step"])
     if count <= most:
         return dict(columns)
+    # Minimum and maximum, not the mean: a spike of one step must stay visible.
     size = math.ceil(2 * count / most)
     whole = count // size * size
     found = {}
@@ -500,27 +418,27 @@ def thin(columns: Mapping[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
 
 
 def events_of(history: History) -> list[dict[str, Any]]:
-    """What happened, in order: the run's own events, and changes of stage and losses without a value that it has not
-    told of itself."""
+    """Return all events by step, with changes of stage and non-finite losses that the run wrote no event for."""
     found = list(history.events)
-    told = {event["step"] for event in found if event["event"] == "nonfinite"}
+    reported = {event["step"] for event in found if event["event"] == "nonfinite"}
     for (_, before), (step, name) in pairwise(history.metrics.stages):
         found.append({"time": None, "step": step, "event": "stage", "message": f"{name}, after {before}"})
     for step in history.metrics.not_finite[:MAX_EVENTS]:
-        if step not in told:
-            found.append({"time": None, "step": step, "event": "nonfinite", "message": "the loss is no number"})
+        if step not in reported:
+            found.append({"time": None, "step": step, "event": "nonfinite", "message": "the loss is not finite"})
     return sorted(found, key=lambda event: event["step"])
 
 
 def _event(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of events.jsonl as the page shows it, with every text cut to its maximum."""
     more = {k: v for k, v in entry.items() if k not in ("time", "step", "event", "message")}
     message = str(entry.get("message") or "")
     if more and not message:
         message = ", ".join(f"{key} {value}" for key, value in more.items())
-    # What the message leaves out: whose save it was, and where more is to be read.
+    # Details that the message may not contain: which store was saved to, and the file of a hang's report.
     for key in ("where", "report"):
-        if isinstance(told := entry.get(key), str) and told not in message:
-            message = f"{message} ({told})"
+        if isinstance(detail := entry.get(key), str) and detail not in message:
+            message = f"{message} ({detail})"
     kind = str(entry.get("event") or "event")[:40]
     step, when = step_of(entry), number(entry.get("time"))
     found = {"time": when, "step": step or 0.0, "event": kind, "message": message[:MAX_TEXT]}
@@ -529,6 +447,7 @@ def _event(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count(entry: Mapping[str, Any], totals: Counter) -> bool:
+    """Add the samples of a ledger entry to the totals; False if it has none."""
     sources = entry.get("sources")
     if not isinstance(sources, dict):
         return False
@@ -543,6 +462,7 @@ def _count(entry: Mapping[str, Any], totals: Counter) -> bool:
 
 
 def _as_number(text: str) -> tuple[float, str]:
+    """Return a sort key: numbers by value, then other texts."""
     try:
         return float(text), text
     except ValueError:

@@ -1,4 +1,4 @@
-"""A run on one page: `report.html`, with its numbers and all that draws them inside the file."""
+"""Write the page of a run: `report.html`, one file with all numbers and the code that draws them."""
 
 import base64
 import hashlib
@@ -24,29 +24,29 @@ from igla_mega.report.history import FILES, Heat, History, events_of, thin
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("data", "catalog", "plots", "heats", "tables", "page", "live")
-"""Files of the page's script, in the order in which they are joined; any may call what a later one declares."""
+"""Files of the page's script, in the order in which they are joined; each may call functions of later ones."""
 
 MAX_ROWS = 150_000
-"""Training steps a page holds one by one; a longer run is held as the least and the most of equal stretches."""
+"""Maximum number of rows in a page; a longer run is reduced to the minimum and maximum of equal intervals."""
 EXACT_ROWS = 20_000
-"""Above so many rows values have 16 bits of precision: five digits, and half the page."""
+"""Number of rows above which values keep 17 of 24 bits of precision: five digits, at half the size."""
 MAX_DIFFERENCES, MAX_SLOWEST = 400, 16
 MAX_KEYS, MAX_DEPTH = 20_000, 16
 MAX_RECIPE_BYTES = 1 << 20
 RECENT_STEPS = 50
-"""Steps whose median is the run's pace."""
+"""Number of last steps whose median is the current step time, throughput and MFU."""
 STEPS_TO_COMPARE = 8
-"""A plan is set beside what was measured after so many steps: the first ones are slow."""
+"""Minimum number of steps before a plan is compared with the measurements: the first steps are slow."""
 STALE_SECONDS, STALE_STEPS = 90.0, 12
-"""A run is stale when it has written nothing for so long, and for so many of its steps."""
+"""A run is stale if it has written nothing for this many seconds, and for this many of its own steps."""
 POLL_SECONDS = 2.0
 
 
 class Page:
-    """Several runs' folders, and the page that shows them; the first one is the page's own.
+    """Page of one or more runs; its title is that of the first one.
 
     Raises:
-        ConfigError: a folder is not there, or is none of a run.
+        ConfigError: a folder does not exist, or is not the folder of a run.
     """
 
     def __init__(self, folders: Sequence[Path]):
@@ -55,24 +55,24 @@ class Page:
         self.runs = [_Run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
     def update(self) -> None:
-        """Read what the runs have written since."""
+        """Read what the runs have written since the last call."""
         for run in self.runs:
             run.history.update()
 
     def news(self, since: Sequence[str | None]) -> dict[str, Any]:
-        """What the page does not have yet.
+        """Return what an open page does not have yet.
 
         Args:
-            since: what `news` gave of each run before, under that name; None for everything.
+            since: value of `since` in the previous result, for each run; None for everything.
         """
         marks = [*since, *[None] * len(self.runs)]
         return {"runs": [{"index": i, **run.news(marks[i])} for i, run in enumerate(self.runs)]}
 
     def html(self, *, live: bool = False) -> str:
-        """The whole page.
+        """Return the whole page.
 
         Args:
-            live: it asks the server it came from for what is new.
+            live: True if the page shall poll its server for new data.
         """
         data = {
             "runs": [{"name": run.name, "title": run.title, **news} for run, news in self._all()],
@@ -91,7 +91,7 @@ class Page:
         )
 
     def difference(self) -> dict[str, Any]:
-        """Keys of the recipes whose values differ, with the value of each run."""
+        """Return the recipe keys whose values differ, with the value of each run."""
         flat = [_flat(run.recipe_text) for run in self.runs]
         keys = sorted(set().union(*flat))
         rows = [[key, *[one.get(key) for one in flat]] for key in keys if len({one.get(key) for one in flat}) > 1]
@@ -99,26 +99,31 @@ class Page:
         return {"heads": [run.name for run in self.runs], "rows": shown, "more": len(rows) - len(shown)}
 
     def _all(self) -> Iterator[tuple["_Run", dict[str, Any]]]:
+        """Yield each run with everything about it."""
         for index, news in enumerate(self.news(())["runs"]):
             yield self.runs[index], news
 
 
 class _Run:
-    """One run of a page."""
+    """A run as a page shows it."""
 
     def __init__(self, folder: Path, name: str):
         self.name = name
         self.history = History(folder)
         self.recipe_text, self.recipe, self.recipe_problem = _recipe(folder / "recipe.yaml")
         self.history.sequence_length = self.recipe.sequence_length if self.recipe else None
-        # A recipe without a name is called by its file's.
+        # A recipe without a name is loaded with the name of its file.
         title = self.recipe.name if self.recipe and self.recipe.name not in ("", "recipe") else name
-        self.title = title.encode("utf-8", "replace").decode()  # a name may hold what no text can
+        self.title = title.encode("utf-8", "replace").decode()  # a file name may have lone surrogates
         self._total: int | None = None
         self._planned: dict[str, Any] | None = None
         self.history.update()
 
     def news(self, since: str | None) -> dict[str, Any]:
+        """Return rows after those that the page has, and the other parts that changed.
+
+        `since` is `generation.rows.checksums`, with one checksum for each part of `rest`.
+        """
         history, metrics = self.history, self.history.metrics
         generation, first, known = _mark(since)
         if generation != history.generation or first > len(metrics.steps):
@@ -137,7 +142,7 @@ class _Run:
         return found
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Every row's values; `seconds` is the time spent in steps."""
+        """Return the values of every row; `seconds` is the cumulative step time."""
         metrics = self.history.metrics
         found = {"step": np.array(metrics.steps)}
         found |= {key: metrics.column(key) for key in metrics.columns}
@@ -146,13 +151,13 @@ class _Run:
         return {key: values for key, values in found.items() if key in ("step", "loss") or not np.isnan(values).all()}
 
     def rest(self) -> dict[str, Any]:
-        """What is not of every step."""
+        """Return everything but the rows: series, events, tables, the recipe, and problems."""
         history, metrics = self.history, self.history.metrics
         problems = history.problems() + ([self.recipe_problem] if self.recipe_problem else [])
         count = len(metrics.steps)
         if count > MAX_ROWS:
             problems.append(
-                f"{count:,} steps: drawn are the least and the most of each {-(-2 * count // MAX_ROWS)} steps."
+                f"{count:,} steps: the minimum and the maximum of each {-(-2 * count // MAX_ROWS)} steps are drawn."
             )
         return {
             "series": {key: [list(at), _rounded(values)] for key, (at, values) in metrics.series.items()},
@@ -170,14 +175,14 @@ class _Run:
         }
 
     def summary(self, now: float | None = None) -> dict[str, Any]:
-        """The state of the run, and the numbers that are asked for first."""
+        """Return the state of the run and the numbers of the page's head. `now` is a Unix time in seconds."""
         metrics, recipe = self.history.metrics, self.recipe
         step, total = int(metrics.steps[-1]) if metrics.steps else 0, self.total_steps
-        pace = self._recent("step_seconds")
-        state, says = self._state(step, total, pace, time.time() if now is None else now)
+        step_seconds = self._recent("step_seconds")
+        state, says = self._state(step, total, step_seconds, time.time() if now is None else now)
         facts = [("step", f"{step:,}" + (f" of {total:,}" if total else ""))]
-        if state == "running" and total and pace and total > step:
-            facts.append(("time left", _clock((total - step) * pace)))
+        if state == "running" and total and step_seconds and total > step:
+            facts.append(("time left", _clock((total - step) * step_seconds)))
         loss = self._recent("loss", last=1)
         if loss is not None:
             facts.append(("loss now", _loss(loss)))
@@ -205,7 +210,8 @@ class _Run:
             "loss_unit": "nats per pair" if recipe and recipe.form == "preference_pairs" else "nats per target token",
         }
 
-    def _state(self, step: int, total: int | None, pace: float | None, now: float) -> tuple[str, str]:
+    def _state(self, step: int, total: int | None, step_seconds: float | None, now: float) -> tuple[str, str]:
+        """Return the state of the run, and the same as a phrase for the reader."""
         written = self.history.written_at()
         if written is None:
             return "empty", "nothing written yet"
@@ -217,22 +223,23 @@ class _Run:
         if last == "stopping":
             return "stopped", f"stopped, {since}"
         if last == "hang":
-            return "hung", f"ended because it was stuck, {since}"
-        if ago > max(STALE_SECONDS, STALE_STEPS * (pace or 0.0)):
+            return "hung", f"ended by the watchdog, {since}"
+        if ago > max(STALE_SECONDS, STALE_STEPS * (step_seconds or 0.0)):
             return "stale", f"nothing new for {_clock(ago)}"
         return ("running", "running") if step else ("empty", "no step yet")
 
     def _recent(self, key: str, last: int = RECENT_STEPS) -> float | None:
+        """Return the median of the last values of a column; None if there are none."""
         column = self.history.metrics.columns.get(key)
-        found = [value for value in (column[-last:] if column else ()) if value == value]
+        found = [value for value in (column[-last:] if column else ()) if value == value]  # without NaN
         return statistics.median(found) if found else None
 
     @property
     def devices(self) -> int | None:
-        """Ranks of the run: as it said when it began, as many as have told their step times, else by its metrics."""
+        """Number of ranks: from the last event that has it, else from the reported step times or the metrics."""
         metrics = self.history.metrics
-        if said := next((event["ranks"] for event in reversed(self.history.events) if "ranks" in event), None):
-            return said
+        if ranks := next((event["ranks"] for event in reversed(self.history.events) if "ranks" in event), None):
+            return ranks
         if metrics.rank_times:
             return len(metrics.rank_times)
         try:
@@ -242,6 +249,7 @@ class _Run:
 
     @property
     def _finished(self):
+        """The run's last measurements, as `plan` compares them with a forecast."""
         from igla_mega.plan.finished import FinishedRun
 
         metrics = self.history.metrics
@@ -252,22 +260,22 @@ class _Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of all stages, where the recipe says them; the data may."""
+        """Number of steps of all stages; None if it depends on the size of the data."""
         if self._total is not None or self.recipe is None:
             return self._total
         from igla_mega.plan.choose import stages_of
 
-        def said(recipe: Recipe, _) -> int:
+        def from_recipe(recipe: Recipe, _) -> int:
             if recipe.training.total_steps is None:
-                raise ConfigError("the data's size says how many steps")
+                raise ConfigError("the number of steps depends on the size of the data")
             return recipe.training.total_steps
 
         with suppress(ConfigError):
-            self._total = stages_of(self.recipe, self.devices or 1, "cpu", said)[-1].last_step
+            self._total = stages_of(self.recipe, self.devices or 1, "cpu", from_recipe)[-1].last_step
         return self._total
 
     def _plan(self) -> dict[str, Any] | None:
-        """What was planned beside what was measured; None where there is nothing to plan or to compare."""
+        """Return measured and planned numbers side by side; None if either is missing."""
         enough = len(self.history.metrics.steps) >= STEPS_TO_COMPARE
         if self._planned is not None or not enough or self.recipe is None or self.recipe.stages is not None:
             return self._planned
@@ -283,8 +291,9 @@ class _Run:
         return self._planned
 
     def _sources(self) -> dict[str, Any] | None:
+        """Return the consumption of each source next to its share in data.mix; None if there is no ledger."""
         consumed = self.history.tokens_by_source()
-        # Phases draw from mixes of their own.
+        # With a curriculum each phase has a different mix, and no single share is the right one to compare with.
         mix = self.recipe.data.mix if self.recipe and self.recipe.curriculum is None else {}
         if not consumed:
             return None
@@ -299,16 +308,17 @@ class _Run:
 
 
 _TURNS = ("started", "resumed", "stopping", "hang", "finished")
+"""Events that change the state of a run."""
 
 
 def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
-    """Write a page about a run, beside others if asked, from what they have written so far.
+    """Write the page of a run, compared with other runs if given, from what they have written so far.
 
     Args:
-        out: the file; `RUN/report.html` without it.
+        out: path of the page; None for `RUN/report.html`.
 
     Raises:
-        ConfigError: no folder of a run, or the file cannot be written.
+        ConfigError: a folder is not that of a run, or the file cannot be written.
     """
     page = Page([run, *others]).html()
     path = out or run / "report.html"
@@ -320,22 +330,23 @@ def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}.\n  Give another place: --out FILE.") from None
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}.\n  Give another path: --out FILE.") from None
     return path
 
 
 def policy(*, live: bool) -> str:
-    """Content-Security-Policy of the page: its own code and style, and nothing from elsewhere."""
+    """Return the Content-Security-Policy of the page: only its own code and style, nothing from other origins."""
     code = _code()
-    reached = "'self'" if live else "'none'"
+    connect = "'self'" if live else "'none'"
     scripts = " ".join(_digest(code[name]) for name in ("library", "script"))
     return (
         f"default-src 'none'; script-src {scripts}; style-src {_digest(code['style'])}; img-src data:; "
-        f"connect-src {reached}; base-uri 'none'; form-action 'none'"
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
 
 
 def _expect_run(folder: Path) -> None:
+    """Raise ConfigError if a folder is not that of a run."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise ConfigError(f"{folder}: {what}.\n  Give the folder of a run (`train --run DIR`).")
@@ -347,7 +358,7 @@ def _expect_run(folder: Path) -> None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """A name for each: the folder's, with its parent's where two are the same."""
+    """Return a name for each run: that of its folder, preceded by its parent's where two are equal."""
     paths = [folder.resolve() for folder in folders]
     names = [path.name for path in paths]
     return [
@@ -357,7 +368,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _recipe(path: Path) -> tuple[str, Recipe | None, str | None]:
-    """Its text, the recipe, and why there is none."""
+    """Return the text of a recipe, the recipe, and the reason if it cannot be loaded."""
     if not path.is_file():
         return "", None, None
     try:
@@ -373,13 +384,13 @@ def _recipe(path: Path) -> tuple[str, Recipe | None, str | None]:
 
 
 def _flat(text: str) -> dict[str, str]:
-    """A recipe's leaves as dotted keys; of what is no YAML, nothing."""
+    """Return the leaves of a recipe by their dotted keys; an empty dictionary if the text is not YAML."""
     try:
         tree = yaml_text.parse(text, "recipe.yaml")
     except (ConfigError, RecursionError):
         return {}
     found: dict[str, str] = {}
-    left = MAX_KEYS  # aliases can make a small file a large tree
+    left = MAX_KEYS  # YAML aliases can expand a small file to a huge tree
 
     def walk(node: Any, key: str, depth: int) -> None:
         nonlocal left
@@ -400,7 +411,11 @@ def _flat(text: str) -> dict[str, str]:
 
 
 def _pack_rows(columns: Mapping[str, np.ndarray], first: int) -> dict[str, Any]:
-    """Columns as one deflated block: bytes of equal weight side by side, rising ones as differences."""
+    """Return columns as one compressed block, from row `first` on.
+
+    Ascending columns are stored as differences, and the bytes of a column are grouped by significance: both make long
+    runs of equal bytes. `assets/data.js` has the inverse.
+    """
     count = len(columns["step"]) - first
     part = {key: values[first:] for key, values in columns.items()}
     trimmed = count > EXACT_ROWS
@@ -418,6 +433,7 @@ def _pack_rows(columns: Mapping[str, np.ndarray], first: int) -> dict[str, Any]:
                 single = values.astype(np.float32)
             single[~np.isfinite(single)] = np.nan
             if trimmed:
+                # Round to the nearest value whose low 7 bits of the mantissa are 0; NaN stays as it is.
                 bits = single.view(np.uint32)
                 single = np.where(np.isnan(single), bits, (bits + 0x40) & 0xFFFFFF80).astype(np.uint32).view(np.float32)
             names.append([key, "f", 1])
@@ -426,29 +442,30 @@ def _pack_rows(columns: Mapping[str, np.ndarray], first: int) -> dict[str, Any]:
 
 
 def _pack_heat(key: str, heat: Heat) -> dict[str, Any]:
-    """A heat map in 16 bits a value; the load of experts as a multiple of the fair share."""
+    """Return a heat map in 16 bits per value; the load of experts becomes a multiple of the fair share."""
     steps, values = heat.drawn()
     if key == "expert_load":
         values = values * np.repeat([float(count) for count in heat.shape], heat.shape)[:, None]
-    most = float(values.max(initial=0.0)) or 1.0
-    levels = np.clip(np.round(values / most * 65535), 0, 65535).astype(np.uint16)
+    largest = float(values.max(initial=0.0)) or 1.0
+    levels = np.clip(np.round(values / largest * 65535), 0, 65535).astype(np.uint16)
     return {
         "key": key,
         "steps": steps,
         "shape": list(heat.shape),
         "rows": sum(heat.shape),
-        "scale": most / 65535,
+        "scale": largest / 65535,
         "blob": _deflated(_shuffled(levels.reshape(-1))),
     }
 
 
 def _filled(values: np.ndarray) -> np.ndarray:
-    """Gaps take the value before them."""
+    """Return the values with each NaN replaced by the value before it."""
     last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
     return np.nan_to_num(values[last])
 
 
 def _shuffled(values: np.ndarray) -> bytes:
+    """Return the bytes of an array grouped by significance: the first byte of every value, then the second."""
     return values.view(np.uint8).reshape(len(values), values.itemsize).T.tobytes()
 
 
@@ -461,6 +478,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def _mark(since: str | None) -> tuple[int, int, list[str]]:
+    """Parse a `since` of `_Run.news`; a malformed one is treated as nothing received."""
     parts = (since or "").split(".")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts[:2]):
         return -1, 0, []
@@ -469,30 +487,35 @@ def _mark(since: str | None) -> tuple[int, int, list[str]]:
 
 @cache
 def _code() -> dict[str, str]:
+    """Return the page's style and scripts."""
+
     def read(*names: str) -> str:
         return "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in names)
 
-    # One scope for all of them, and none of their names in the window.
+    # One function scope for all files, so that none of their names becomes a property of `window`.
     joined = '"use strict";\n(() => {\n' + read(*(f"{name}.js" for name in SCRIPTS)) + "})();\n"
     return {"style": read("uPlot.min.css", "page.css"), "library": read("uPlot.min.js"), "script": joined}
 
 
 def _digest(text: str) -> str:
+    """Return a hash source for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _inside_script(data: Any) -> str:
-    """JSON that nothing inside can end: no `<` is written as itself."""
+    """Return JSON that cannot end the script element around it: `<`, `>` and `&` are escaped."""
     text = json.dumps(data, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _fill(template: str, **values: str) -> str:
+    """Replace each {{name}} of the template once; a value that contains {{ is not expanded again."""
     parts = template.split("{{")
     return parts[0] + "".join(values[name] + rest for name, rest in (part.split("}}", 1) for part in parts[1:]))
 
 
 def _subtitle(recipe: Recipe | None) -> str:
+    """Describe the model and its training in one line."""
     if recipe is None or recipe.model is None:
         return "A training run of igla_mega"
     parts = [f"{_short(recipe.model.num_parameters(recipe.moe))} parameters"]
@@ -506,7 +529,7 @@ def _loss(nats: float) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits and a unit: 1.23M."""
+    """Format a number with three digits and a unit: 1.23M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
@@ -514,6 +537,7 @@ def _short(number: float) -> str:
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration with its two largest units."""
     days, hours, minutes = int(seconds // 86400), int(seconds % 86400 // 3600), int(seconds % 3600 // 60)
     if days:
         return f"{days} d {hours} h"

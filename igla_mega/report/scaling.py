@@ -1,4 +1,4 @@
-"""How a recipe scales, on one page: tokens a second, days and cost over numbers of devices."""
+"""Write a page that shows how a recipe scales: tokens per second, days and cost by number of devices."""
 
 import html
 import math
@@ -27,14 +27,14 @@ td, th { padding: 3px 16px 3px 0; text-align: left; border-bottom: 1px solid var
 
 
 def write_scaling(table: Sequence[Row], path: Path) -> Path:
-    """Write a page with the plot and the table of a plan over several numbers of devices, all inside one file.
+    """Write one HTML file with the plot and the table of a plan for several numbers of devices.
 
     Raises:
-        ConfigError: no number of devices has a plan.
+        ConfigError: there is no plan for any number of devices.
     """
     plans = [(gpus, found) for gpus, found, _ in table if isinstance(found, Forecast)]
     if not plans:
-        raise ConfigError("--out: none of these numbers of GPUs has a layout; there is nothing to draw.")
+        raise ConfigError("--out: none of these numbers of GPUs has a layout, so there is nothing to draw.")
     name, title = html.escape(plans[0][1].name), html.escape(plans[0][1].hardware.title)
     heads = ("GPUs", "tokens/s", "MFU", "days", "cost", "GiB a GPU", "layout")
     cells = "".join(_row(row) for row in table)
@@ -42,7 +42,7 @@ def write_scaling(table: Sequence[Row], path: Path) -> Path:
     path.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: scaling</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f"<body><h1>{name}</h1><p>planned on {title}; nothing here was run</p>{_plot(plans)}"
+        f"<body><h1>{name}</h1><p>planned on {title}; nothing here was measured</p>{_plot(plans)}"
         f"<div><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{cells}</table></div></body></html>\n",
         encoding="utf-8",
     )
@@ -50,7 +50,7 @@ def write_scaling(table: Sequence[Row], path: Path) -> Path:
 
 
 def _plot(plans: Sequence[tuple[int, Forecast]]) -> str:
-    """Tokens a second over devices, both on logarithmic axes, as SVG."""
+    """Return an SVG of tokens per second over the number of devices, both axes logarithmic."""
     gpus = [count for count, _ in plans]
     rates = [found.parts[0].tokens_per_second for _, found in plans]
     perfect = [rates[0] * count / gpus[0] for count in gpus]
@@ -76,8 +76,8 @@ def _plot(plans: Sequence[tuple[int, Forecast]]) -> str:
         parts.append(f'<text x="{x(count):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{count:,}</text>')
     parts += [line("perfect", perfect), line("plan", rates)]
     for count, rate in zip(gpus, rates, strict=True):
-        said = f"{count:,} GPUs: {rate:,.0f} tokens/s"
-        parts.append(f'<circle cx="{x(count):.1f}" cy="{y(rate):.1f}" r="4"><title>{said}</title></circle>')
+        label = f"{count:,} GPUs: {rate:,.0f} tokens/s"
+        parts.append(f'<circle cx="{x(count):.1f}" cy="{y(rate):.1f}" r="4"><title>{label}</title></circle>')
     for number, (kind, words) in enumerate((("plan", "the plan"), ("perfect", "perfect scaling"))):
         at = TOP + 14 + 20 * number
         parts.append(f'<polyline class="{kind}" points="{LEFT + 14},{at} {LEFT + 50},{at}"/>')
@@ -85,11 +85,12 @@ def _plot(plans: Sequence[tuple[int, Forecast]]) -> str:
     parts.append(
         f'<text x="{WIDTH / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">GPUs; tokens per second upwards</text>'
     )
-    label = 'role="img" aria-label="tokens per second over GPUs"'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>{"".join(parts)}</svg>'
+    described = 'role="img" aria-label="tokens per second over GPUs"'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {described}>{"".join(parts)}</svg>'
 
 
 def _row(row: Row) -> str:
+    """Return a row of the table, with the first breach in place of numbers where there is no plan."""
     gpus, found, note = row
     if not isinstance(found, Forecast):
         return f"<tr><td>{gpus:,}</td><td colspan='6'>{html.escape(found.breaches[0].splitlines()[0])}</td></tr>"

@@ -1,4 +1,4 @@
-"""The run page, live: a server of that page and of what is new, and of nothing else."""
+"""Serve the page of a run live: the page and its new data, and nothing else."""
 
 import errno
 import ipaddress
@@ -16,14 +16,14 @@ from igla_mega.report.page import Page, policy
 
 DEFAULT_PORT = 8400
 PORTS_TRIED = 50
-"""Ports after a taken one that are looked at for a free one."""
+"""Number of ports tried after one that is in use."""
 REQUEST_SECONDS = 30
-"""A connection that says nothing for so long is closed."""
+"""Time after which an idle connection is closed."""
 MAX_CONNECTIONS = 64
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves `/` (the page) and `/data?since=...` (what it lacks) to whoever names this host."""
+    """HTTP server of `/` (the page) and `/data?since=...` (its new data) for requests to this host's own name."""
 
     daemon_threads = True
 
@@ -36,13 +36,14 @@ class PageServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        # The base class asks the name service who it is, which may take minutes where there is none.
+        # The base class resolves the host's own name, which may take minutes where there is no name service.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.host, self.server_address[1]
 
     def process_request(self, request, client_address) -> None:
+        """Start a thread for a connection, or close it if there are too many."""
         if not self._slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
@@ -56,7 +57,7 @@ class PageServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address) -> None:
         error = sys.exc_info()[1]
-        if not isinstance(error, ConnectionError | TimeoutError):  # a browser that went away is none
+        if not isinstance(error, ConnectionError | TimeoutError):  # not when the browser disconnects
             print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     @property
@@ -65,10 +66,10 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{host}:{self.server_port}/"
 
     def knows(self, named: str | None) -> bool:
-        """Whether a Host header may ask: an address, `localhost`, or the name given with --host.
+        """Return True if a Host header is acceptable: an IP address, `localhost`, or the name given with --host.
 
-        A page of elsewhere can make its own name point here (DNS rebinding), but not these.
-        The port is not looked at: a tunnel may have another.
+        A foreign site can make its own name resolve to this machine (DNS rebinding), but none of these.
+        The port is ignored: a tunnel may use a different one.
         """
         try:
             name = urlsplit(f"//{named or ''}").hostname or ""
@@ -87,9 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = REQUEST_SECONDS
 
     def do_GET(self) -> None:
+        """Answer a request for the page or its new data."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            self._answer(403, "text/plain", b"This server answers to its own address only; see --host.\n")
+            self._answer(403, "text/plain", b"This server accepts only its own address as Host; see --host.\n")
             return
         path, query = self.path.partition("?")[::2]
         if path == "/":
@@ -104,11 +106,12 @@ class _Handler(BaseHTTPRequestHandler):
                 news = self.server.page.news(since[: len(self.server.page.runs)])
             self._answer(200, "application/json", json.dumps(news, allow_nan=False, separators=(",", ":")).encode())
         else:
-            self._answer(404, "text/plain", b"There is / and nothing else.\n")
+            self._answer(404, "text/plain", b"Not found. The page is at /.\n")
 
     do_HEAD = do_GET
 
     def _answer(self, status: int, kind: str, content: bytes) -> None:
+        """Send a response with headers that keep other sites from embedding or reading it."""
         self.send_response(status)
         for name, value in (
             ("Content-Type", kind),
@@ -126,24 +129,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args) -> None:
-        """A poll every two seconds is no news."""
+        """Log nothing: an open page polls every two seconds."""
 
 
 def open_server(folders: Sequence[Path], host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> PageServer:
-    """Open the page's server; port 0 takes a free one.
+    """Open the server of the page; port 0 selects a free one.
 
     Raises:
-        ConfigError: no run there, the port is taken or not allowed, or the host is not this machine's.
+        ConfigError: a folder is not that of a run, the port is in use or not permitted, or the host is not an address
+            of this machine.
     """
     host = host.strip("[]")
     if not host:
-        raise ConfigError("--host: empty. Take 127.0.0.1; 0.0.0.0 answers on every address of this machine.")
+        raise ConfigError("--host: is empty. Use 127.0.0.1, or 0.0.0.0 to listen on every address of this machine.")
     page = Page(folders)
     try:
         return PageServer(page, host, port)
-    except (TypeError, ValueError):  # what the name service cannot be asked
+    except (TypeError, ValueError):  # raised by the resolver for a name that cannot be encoded
         raise ConfigError(
-            f"--host {host}: not a host's name.\n  Take 127.0.0.1, and a tunnel from elsewhere."
+            f"--host {host}: is not a host name.\n  Use 127.0.0.1, and a tunnel from other machines."
         ) from None
     except OSError as error:
         raise ConfigError(_why(error, host, port)) from None
@@ -157,28 +161,32 @@ def serve(folders: Sequence[Path], host: str = "127.0.0.1", port: int = DEFAULT_
     """
     try:
         with open_server(folders, host, port) as server:
-            print(f"{', '.join(map(str, folders))}: {server.url}  (Ctrl-C ends it)", flush=True)
+            print(f"{', '.join(map(str, folders))}: {server.url}  (Ctrl-C stops it)", flush=True)
             if not _is_loopback(server.host):
-                print(f"note: whoever reaches {server.host} can read this page: it has no password.", flush=True)
+                print(f"note: everyone who can reach {server.host} can read this page: it has no password.", flush=True)
             server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
-        print("\nended", flush=True)
+        print("\nstopped", flush=True)
 
 
 def _why(error: OSError, host: str, port: int) -> str:
+    """Return the error text for a server that could not be opened."""
     if error.errno == errno.EADDRINUSE:
         free = _free_port(host, port)
-        way = f"Take the next free one: --port {free}." if free else "Take a free one: --port 0."
-        return f"--port {port}: already in use on {host}.\n  {way}"
+        remedy = f"Use the next free one: --port {free}." if free else "Use any free one: --port 0."
+        return f"--port {port}: already in use on {host}.\n  {remedy}"
     if error.errno == errno.EACCES:
-        return f"--port {port}: not allowed to this user: below 1024 it is the system's.\n  Take --port {DEFAULT_PORT}."
+        return (
+            f"--port {port}: not permitted for this user: ports below 1024 are reserved.\n  Use --port {DEFAULT_PORT}."
+        )
     return (
         f"--host {host}: {error.strerror}: not an address of this machine.\n"
-        "  Take 127.0.0.1, and a tunnel from elsewhere."
+        "  Use 127.0.0.1, and a tunnel from other machines."
     )
 
 
 def _free_port(host: str, port: int) -> int | None:
+    """Return the next free port after `port`; None if there is none among the next ones."""
     for candidate in range(port + 1, min(port + 1 + PORTS_TRIED, 65536)):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
             try:
@@ -190,6 +198,7 @@ def _free_port(host: str, port: int) -> int | None:
 
 
 def _is_loopback(host: str) -> bool:
+    """Return True if only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

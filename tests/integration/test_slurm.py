@@ -121,7 +121,7 @@ def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(cluster, recipe
     cluster.command("scontrol", "update", f"jobid={job}", f"timelimit={60 * hours + minutes + 2}")
     wait_for(cluster, run, "the signal", lambda: "queued again" in log_of(run))
     cluster.command("scancel", job)
-    assert "saved, as it was asked to; queued again" in log_of(run)
+    assert "saved as requested; queued again" in log_of(run)
     assert list((run / "checkpoints").glob("step_*"))
 
 

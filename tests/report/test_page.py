@@ -128,7 +128,7 @@ def test_a_folder_of_no_run_is_refused_in_words(tmp_path):
 
 def test_a_page_that_cannot_be_written_names_the_way_out(run_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="Give another place: --out FILE"):
+    with pytest.raises(ConfigError, match="Give another path: --out FILE"):
         write_report(run_dir, out=tmp_path / "file" / "page.html")
     assert write_report(run_dir, out=tmp_path / "new" / "page.html").is_file()
     assert not (run_dir / "report.html").exists()
@@ -197,7 +197,7 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
     [run] = Page([tmp_path]).news(())["runs"]
     assert (
         run["rows"]["rows"] == 1000
-        and "5,000 steps: drawn are the least and the most of each 10" in run["rest"]["problems"][0]
+        and "5,000 steps: the minimum and the maximum of each 10" in run["rest"]["problems"][0]
     )
     assert rows_of(run["rows"])["loss"].max() == pytest.approx(train_entry(1)["loss"])
 

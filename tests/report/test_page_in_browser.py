@@ -150,7 +150,7 @@ def test_a_run_that_went_back_and_then_hung_tells_it_in_the_order_of_the_clock(v
     view = visit(write_report(tmp_path))
     told = view.eval_on_selector_all("#events tbody td:nth-child(2)", "all => all.map(td => td.textContent)")
     assert told == ["• __proto__", "‖ hang", "↶ rewound", "✕ nonfinite", "▾ saved", "▶ started"]
-    assert "ended because it was stuck" in view.text_content("#state .hung")
+    assert "ended by the watchdog" in view.text_content("#state .hung")
     assert "5010" in view.text_content("#needle-0 tbody")
     view.click("#needle-0 button")
     assert view.text_content("#needle-0 tbody") == "642575"
@@ -316,12 +316,12 @@ def test_what_is_broken_stands_on_the_page_with_what_could_be_read(visit, tmp_pa
     (tmp_path / "metrics.jsonl").write_text("junk\n" + json.dumps(train_entry(1)) + "\n" + '{"step": 2, "lo')
     view = visit(write_report(tmp_path))
     said = view.text_content("#problems")
-    assert "1 line is left out: line 1 (not JSON)" in said and "half-written" in said
+    assert "1 line is skipped: line 1 (not JSON)" in said and "incomplete" in said
     assert lines(view, "loss")["training"][0] == [1]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     empty = visit(write_report(tmp_path / "empty"))
-    assert "no training step in it yet" in empty.text_content("#problems") and empty.evaluate("runPage.ids()") == []
+    assert "contains no training step yet" in empty.text_content("#problems") and empty.evaluate("runPage.ids()") == []
 
 
 @pytest.mark.parametrize("width", [360, 800, 1280])

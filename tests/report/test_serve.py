@@ -114,7 +114,7 @@ def test_ctrl_c_ends_the_server_without_a_traceback(tmp_path):
     assert "http://127.0.0.1:" in line
     os.kill(process.pid, signal.SIGINT)
     said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and said.strip() == "ended" and errors == ""
+    assert process.returncode == 0 and said.strip() == "stopped" and errors == ""
 
 
 def test_the_verb_takes_several_runs_after_compare(tmp_path):

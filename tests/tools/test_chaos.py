@@ -99,7 +99,7 @@ def test_a_run_that_survives_every_kill_is_passed(tmp_path):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("writes in place", "half-written under its final name"),
+        ("writes in place", "incomplete under its final name"),
         ("logs twice", "each once"),
         ("forgets its state", "differ"),
         ("loses a save", "resumed at step 0"),

@@ -31,7 +31,7 @@ def test_a_part_that_dies_or_hangs_is_a_result_too(monkeypatch, tmp_path):
     hangs.write_text("#!/bin/sh\nexec sleep 30\n")
     hangs.chmod(0o755)
     monkeypatch.setattr(gpu_check.sys, "executable", str(hangs))
-    assert gpu_check.run_part("ring", 0.5)["reason"] == "ended after 0 s, its most"
+    assert gpu_check.run_part("ring", 0.5)["reason"] == "killed after 0 s, its limit"
 
 
 def test_what_has_no_time_left_is_not_begun(monkeypatch):
@@ -52,4 +52,4 @@ def test_an_unknown_part_is_refused_with_the_known_ones():
         [sys.executable, "tools/gpu_check.py", "tets"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "no such part: tets; there are build, tests, calibration" in done.stderr
+    assert "no such part: tets; the parts are build, tests, calibration" in done.stderr

@@ -29,6 +29,7 @@ from igla_mega.engine.step import train_step
 from igla_mega.evaluate import needle, scoring
 from igla_mega.evaluate.checkpoint import evaluate_tasks
 from igla_mega.evaluate.tasks import open_harness, run_tasks
+from igla_mega.plan.choose import choose_layout
 
 pytest.importorskip("lm_eval")
 VOCAB, LENGTH = 320, 64
@@ -185,7 +186,7 @@ def alone(checkpoint: Path, asked: Tasks):
 
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name)
-    return evaluate_tasks(checkpoint, asked)
+    return evaluate_tasks(checkpoint, asked, choose_layout)
 
 
 def test_a_resumed_run_takes_back_the_samples_of_steps_it_repeats(tmp_path):
@@ -261,7 +262,9 @@ def test_the_needle_is_found_by_a_model_that_learned_to_and_only_by_chance_by_on
 
 
 def test_a_context_too_short_for_the_fact_is_refused_with_both_numbers(corpus):
-    with pytest.raises(ConfigError, match=r"evaluation.needle.lengths: 12 tokens .* are \d+ tokens in this tokenizer"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation.needle.lengths: 12 tokens .* need \d+ tokens with this tokenizer"
+    ):
         haystack(corpus, lengths=(12,))
 
 
@@ -391,8 +394,8 @@ def test_tasks_that_cannot_run_are_refused_in_words_before_the_first_step(corpus
     (tmp_path / "drawn.yaml").write_text(
         shared.replace("task: write", "task: drawn").replace("do_sample: false", "do_sample: true, top_p: 0.9")
     )
-    assert "include_path /nowhere is no folder" in refused(("choose",), "/nowhere", corpus)
-    assert "remote does not open" in (said := refused(("remote",), str(tmp_path), corpus))
+    assert "include_path /nowhere is not a folder" in refused(("choose",), "/nowhere", corpus)
+    assert "remote cannot be opened" in (said := refused(("remote",), str(tmp_path), corpus))
     assert "Nothing is downloaded" in said
     assert '{"top_p": 0.9}' in refused(("drawn",), str(tmp_path), corpus)
     assert "did you mean `choose`?" in refused(("chose",), str(task_files), corpus)

@@ -1,9 +1,8 @@
-"""Seconds and peak memory of `import` and `export` of model B, beside loading and saving it with transformers.
+"""Measure seconds and peak memory of `import` and `export` of model B, and of transformers loading and saving it.
 
-Whole commands, Python and imports included: what a user waits for. transformers reads a folder and writes another one.
+Whole commands are timed, with the start of Python and its imports: the time that a user waits.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -12,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import REPOSITORY, transformers_sizes, write
+from _common import REPOSITORY, arguments, rounded, transformers_llama, write
 
 PEER = (
     "import sys; from transformers import AutoModelForCausalLM as M;"
@@ -20,20 +19,11 @@ PEER = (
 )
 
 
-def made(folder: Path) -> Path:
-    """Model B of random weights, as transformers saves it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(**transformers_sizes("B"), tie_word_embeddings=False)).save_pretrained(folder)
-    return folder
-
-
 def run(command: list[str]) -> tuple[float, int]:
-    """Seconds of a command, and the most memory that it held, bytes."""
+    """Return the seconds of a command and its peak memory in bytes."""
     started = time.perf_counter()
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        # wait4, not wait: it reports the peak of this one child.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -42,14 +32,12 @@ def run(command: list[str]) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=3).parse_args()
     ours = [sys.executable, "-m", "igla_mega"]
     found: dict[str, list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as temporary:
-        source = made(Path(temporary, "hf"))
+        source = Path(temporary, "hf")
+        transformers_llama("B").save_pretrained(source)
         for number in range(args.rounds):
             checkpoint, again, peer = (Path(temporary, f"{name}{number}") for name in ("native", "exported", "peer"))
             for name, command in {
@@ -63,7 +51,7 @@ def main() -> None:
         table[name] = {
             "median_seconds": round(statistics.median(seconds for seconds, _ in rows), 2),
             "peak_rss_mib": max(size for _, size in rows) >> 20,
-            "seconds": [round(seconds, 2) for seconds, _ in rows],
+            "seconds": rounded([seconds for seconds, _ in rows], 2),
         }
         print(f"{name:30} {table[name]['median_seconds']:7.2f} s {table[name]['peak_rss_mib']:7} MiB")
     if args.write:

@@ -1,32 +1,35 @@
-"""The fused ops of csrc/ against what torch offers for the same result: 48M elements, far more than any cache holds."""
+"""Compare the fused ops of csrc/ with torch's own operations: 48M elements, far more than fit into any cache."""
 
-import argparse
 import statistics
 from collections.abc import Callable
 
-from _common import Variant, paired, ratio, text, write
+from _common import Variant, arguments, paired, ratio, rounded, text, write
 
 NUM_TENSORS, ROWS, COLUMNS = 12, 2000, 2000
 ATTENTION = (1, 32, 11720, 128)  # batch, heads, queries, head size
 EWC_LAMBDA, WEIGHT = 30.0, 0.5
 
-# Every builder returns a step that leaves its result in tensors made beforehand, where the way allows it, and returns
-# one number of it: all ways of a case must return the same.
 Step = Callable[[], float]
+"""Function that runs an operation once and returns one number of its result.
+
+The number must be equal for all variants of a case. The result is written into existing tensors where possible.
+"""
 
 
 def seeded(*names: str) -> list:
-    """A list of NUM_TENSORS fp32 tensors for each name, the same in every process."""
+    """Return a list of NUM_TENSORS fp32 tensors for each name, with the same values in every process."""
     import torch
 
     from igla_mega.distributed import host
 
-    host.keep_freed_memory()  # as a run of igla_mega does; it spares all ways the page faults of their temporaries
+    # As in a run of igla_mega. Without it the variants with temporaries would mostly measure page faults.
+    host.keep_freed_memory()
     generator = torch.Generator().manual_seed(1)
     return [[torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(NUM_TENSORS)] for _ in names]
 
 
 def partials(num_partials: int, type_name: str) -> tuple:
+    """Return attention partials: outputs [B, H, S, D] and fp32 log-sum-exps [B, H, S]."""
     import torch
 
     from igla_mega.distributed import host
@@ -95,6 +98,7 @@ def accumulate_torch() -> Step:
 
 
 def ewc_tensors() -> tuple:
+    """Return gradients, weights close to their anchors, the anchors, and a positive Fisher."""
     grads, anchors, drifts, fisher = seeded("grads", "anchors", "drifts", "fisher")
     weights = [a.add(d, alpha=0.1) for a, d in zip(anchors, drifts, strict=True)]
     return grads, weights, anchors, [f.abs_() for f in fisher]
@@ -108,7 +112,7 @@ def pull_fused() -> Step:
 
 
 def pull_foreach() -> Step:
-    """The gradient and the penalty only: without the two norms that the fused op returns as well."""
+    """Compute gradient and penalty only, without the two norms that the fused op returns as well."""
     import torch
 
     grads, weights, anchors, fisher = ewc_tensors()
@@ -161,7 +165,7 @@ def fisher_foreach(type_name: str) -> Step:
     grads = [g.to(getattr(torch, type_name)) for g in grads]
 
     def step() -> float:
-        wide = [g.float() for g in grads]  # no copy where it is fp32
+        wide = [g.float() for g in grads]  # no copy of fp32 gradients
         torch._foreach_addcmul_(fisher, wide, wide, value=WEIGHT)
         return fisher[3][1, 2].item()
 
@@ -169,6 +173,7 @@ def fisher_foreach(type_name: str) -> Step:
 
 
 def cases() -> dict[str, dict[str, Variant]]:
+    """Return the variants of each case, the fused op first."""
     found = {
         f"merge_partials, {count} partials, {name}": {
             "fused": Variant(merge_fused, (count, name)),
@@ -194,10 +199,8 @@ def cases() -> dict[str, dict[str, Variant]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--write", action="store_true")
+    parser = arguments(__doc__, rounds=21)
+    parser.add_argument("--only", default="", help="run only the cases whose name contains this text")
     args = parser.parse_args()
     table: dict[str, dict[str, dict]] = {}
     print(f"{'':42} {'':9} {'median ms':>9} {'least ms':>9} {'time / fused':>20}")
@@ -208,13 +211,13 @@ def main() -> None:
         fused = timings["fused"]
         for way, timing in timings.items():
             if abs(timing.first_loss - fused.first_loss) > 1e-4 * abs(fused.first_loss):
-                raise SystemExit(f"{name}: {way} gives {timing.first_loss}, not {fused.first_loss}")
+                raise SystemExit(f"{name}: {way} returns {timing.first_loss}, and the fused op {fused.first_loss}")
             row = {
                 "median_ms": round(timing.median * 1e3, 2),
                 "least_ms": round(min(timing.seconds) * 1e3, 2),
                 "time_over_fused": ratio(timing.seconds, fused.seconds),
                 "result": timing.first_loss,
-                "milliseconds": [round(s * 1e3, 2) for s in timing.seconds],
+                "milliseconds": rounded([s * 1e3 for s in timing.seconds], 2),
             }
             table.setdefault(name, {})[way] = row
             median, quartiles = statistics.median(timing.seconds) * 1e3, text(row["time_over_fused"])

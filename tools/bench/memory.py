@@ -1,16 +1,16 @@
-"""Peak memory of a rank's step by the plan and by torch's allocator, over layouts and recomputation.
+"""Compare the planned peak memory of a step with that of torch's allocator, over layouts and recomputation.
 
-What is measured is exact to the byte: the most that is allocated at once within a step, beyond what the
-engine holds before it. Each case runs in processes of its own, one a rank; the largest rank of each stage counts.
+The measurement is exact to the byte: the maximum allocated at once within a step, in addition to what the engine holds
+before it. Each case runs in new processes, one per rank; the largest rank of each pipeline stage counts. `--write`
+keeps the other cases in today's file of results.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from _common import Processes, Variant, cases_of, write
+from _common import PLAIN, PROJECTIONS, Variant, arguments, batch_of, cases_of, lay_out, steps_of, write
 
 MODEL = {
     "hidden_size": 256,
@@ -22,24 +22,23 @@ MODEL = {
     "max_position": 256,
 }
 ROWS = 8
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": PROJECTIONS}}
 NF4 = {**LORA, "quantization": {"bits": 4, "compute_dtype": "float32"}}
 MOE = {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "force_balanced": True}}
-"""Balanced, as the plan takes them to be."""
+"""Mixture of experts with forced balance, which the plan assumes."""
 FSDP = {"strategy": "FSDP", "micro_batch_size": 4}
 BF16_FULL = {"precision": "BF16", "gradient_checkpointing": "full"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """An engine to measure."""
+    """Layout, model and training method of one measurement."""
 
     ranks: int = 1
     distributed: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
     sections: dict = field(default_factory=dict)
-    """More of the recipe: `moe`, `lora`, ..."""
+    """Further sections of the recipe: `moe`, `lora`, ..."""
 
 
 CASES: dict[str, Case] = {
@@ -104,9 +103,10 @@ CASES: dict[str, Case] = {
 
 
 def allocated_peak(step: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator has handed out at once during `step`, beyond those it had before.
+    """Return the peak of bytes allocated by torch's CPU allocator during `step`.
 
-    What was there before and is freed is not taken off (with FSDP the gradients of the step before).
+    Only blocks that `step` allocates count. Freeing an older block (with FSDP, the gradients of the previous step) does
+    not reduce the sum.
     """
     import torch
     from torch._C._profiler import _EventType
@@ -120,20 +120,21 @@ def allocated_peak(step: Callable[[], object]) -> int:
         if event.tag == _EventType.Allocation:
             found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
         waiting.extend(event.children)
-    now = most = 0
-    own: dict[int, int] = {}
+    now = peak = 0
+    blocks: dict[int, int] = {}
     for _, address, size in sorted(found, key=lambda allocation: allocation[0]):
-        # A block that another thread freed (gloo's) is not heard of again until its place is given out anew.
-        now -= own.pop(address, 0)
+        # The profiler does not see a block being freed by another thread (gloo's). It is counted as freed when its
+        # address is allocated again.
+        now -= blocks.pop(address, 0)
         if size > 0:
-            own[address] = size
+            blocks[address] = size
             now += size
-        most = max(most, now)
-    return most
+        peak = max(peak, now)
+    return peak
 
 
 def recipe_of(case: Case):
-    """The case as a recipe."""
+    """Return the recipe of a case."""
     from igla_mega.config.schema import Recipe
 
     pairs = 2 if "dpo" in case.sections else 1
@@ -143,10 +144,7 @@ def recipe_of(case: Case):
             "model": {**MODEL, **case.model},
             "training": {"learning_rate": 1e-3, "batch_size": ROWS // pairs, "total_steps": 10},
             "distributed": {
-                "strategy": "DDP",
-                "precision": "FP32",
-                "tensor_parallel": 1,
-                "pipeline_parallel": 1,
+                **PLAIN,
                 "micro_batch_size": ROWS,
                 **case.distributed,
             },
@@ -157,32 +155,49 @@ def recipe_of(case: Case):
 
 
 def measure(case: Case) -> dict:
-    """Build this rank's engine, take a few steps, and compare the smallest of them with the plan.
+    """Build this rank's engine, take a few steps, and compare the smallest peak with the plan.
 
     Returns:
-        Pipeline rank; bytes that stay, bytes of weights, and bytes of the step's peak beyond what stays, measured and
-        predicted; and when the peak is.
+        Pipeline rank; predicted bytes held between steps; bytes of weights and of the step's peak in addition to what
+        is held, measured and predicted; and the moment of the predicted peak.
     """
-    import torch
-    import torch.distributed as dist
     from megatron.core.parallel_state import get_global_memory_buffer
 
-    from igla_mega.distributed import host
-    from igla_mega.distributed.mesh import build_mesh, init_process_groups
+    from igla_mega.plan import activations, parameters
+
+    recipe = recipe_of(case)
+    layout, mesh, device = lay_out(recipe, seed=1)
+    engine, step = _engine_and_step(recipe, layout, mesh, device)
+    step()
+    # A message that was sent stays allocated for a random time, which can only add to the peak.
+    peak = min(allocated_peak(step) for _ in range(3))
+    if layout.sequence_parallel and layout.tensor > 1:
+        # megatron-core gathers sequences into buffers that it allocates in the first step and keeps.
+        peak += sum(t.nbytes for t in get_global_memory_buffer().buffer.values())
+    stage = mesh.pipeline.rank
+    planned = activations.peak(recipe, layout, stage, "cpu")
+    held = parameters.held(recipe, layout, stage, device="cpu", data_rank=mesh.data_context.rank)
+    gradients = 0 if layout.strategy == "FSDP" else held.gradients
+    return {
+        "stage": stage,
+        "held_bytes": held.weights + held.optimizer + held.memory + gradients,
+        "weights_measured_bytes": _weight_bytes(engine.chunks),
+        "weights_predicted_bytes": held.weights,
+        "measured_bytes": peak,
+        "predicted_bytes": planned.total,
+        "moment": planned.moment,
+    }
+
+
+def _engine_and_step(recipe, layout, mesh, device) -> tuple:
+    """Build the engine of a recipe, with its reference model and Fisher, and the function that takes a step."""
+    import torch
+
     from igla_mega.engine.build import build_engine, frozen_chunks
     from igla_mega.engine.step import train_step
     from igla_mega.objective.ewc import PER_TOKEN, Ewc, FisherMetadata
-    from igla_mega.plan import activations, parameters
-    from igla_mega.plan.choose import choose_layout
     from igla_mega.train import dpo_reference
 
-    recipe = recipe_of(case)
-    assert recipe.model is not None
-    device = host.prepare()
-    if not dist.is_initialized():
-        init_process_groups(device)
-    layout = choose_layout(recipe, dist.get_world_size(), "cpu")
-    mesh = build_mesh(layout, 1)
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
         base = _saved_base(recipe, layout, mesh, device, Path(folder)) if recipe.quantization is not None else None
         engine, _ = build_engine(recipe, layout, mesh, device, base=base)
@@ -197,47 +212,17 @@ def measure(case: Case) -> dict:
         engine = replace(engine, ewc=ewc)
     length, rows = recipe.model.max_position, layout.micro_batch_size * layout.rows_per_sample
 
-    from igla_mega.data.micro_batch import MicroBatch
-
-    def batches() -> Iterator[MicroBatch]:
+    def batches() -> Iterator:
         for _ in range(layout.num_microbatches):
-            tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1))  # type: ignore[union-attr]
-            yield MicroBatch(
-                tokens[:, :-1].contiguous(),
-                tokens[:, 1:].contiguous(),
-                torch.ones(rows, length),
-                torch.arange(length).expand(rows, length),
-                reference=torch.zeros(rows) if recipe.dpo is not None else None,
-            )
+            tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1))
+            batch = batch_of(tokens)
+            yield batch._replace(reference=torch.zeros(rows)) if recipe.dpo is not None else batch
 
-    def step() -> float:
-        return train_step(engine, batches(), step=0, seed=1, learning_rate=1e-3).loss
-
-    step()
-    # How long a message that was sent lingers is chance, and only adds.
-    peak = min(allocated_peak(step) for _ in range(3))
-    if layout.sequence_parallel and layout.tensor > 1:
-        # Kept from the first step on: what megatron-core gathers sequences into.
-        peak += sum(t.nbytes for t in get_global_memory_buffer().buffer.values())
-    stage = mesh.pipeline.rank
-    planned = activations.peak(recipe, layout, stage, "cpu")
-    held = parameters.held(recipe, layout, stage, device="cpu", data_rank=mesh.data_context.rank)
-    return {
-        "stage": stage,
-        "held_bytes": held.weights
-        + held.optimizer
-        + held.memory
-        + (0 if layout.strategy == "FSDP" else held.gradients),
-        "weights_measured_bytes": _weight_bytes(engine.chunks),
-        "weights_predicted_bytes": held.weights,
-        "measured_bytes": peak,
-        "predicted_bytes": planned.total,
-        "moment": planned.moment,
-    }
+    return engine, lambda: train_step(engine, batches(), step=0, seed=1, learning_rate=1e-3).loss
 
 
 def _weight_bytes(chunks) -> int:
-    """Of all parameters, and of the buffers that hold codes."""
+    """Return the bytes of all parameters and of the buffers with 4-bit weights; shared storage counts once."""
     from igla_mega.model.nf4 import Nf4
 
     found = [getattr(p, "_local_tensor", p) for chunk in chunks for p in chunk.parameters()]
@@ -247,7 +232,7 @@ def _weight_bytes(chunks) -> int:
 
 
 def _saved_base(recipe, layout, mesh, device, folder: Path) -> Path:
-    """A checkpoint of random weights, to be coded in 4 bits."""
+    """Save a checkpoint of random weights, to be quantized to 4 bits."""
     from igla_mega.checkpoint import store
     from igla_mega.engine.build import build_engine
 
@@ -258,7 +243,7 @@ def _saved_base(recipe, layout, mesh, device, folder: Path) -> Path:
 
 
 def largest(reports: list[dict]) -> list[dict]:
-    """The rank of each pipeline stage that took most, with the plan's error."""
+    """Return the rank with the highest peak of each pipeline stage, with the error of the plan."""
     found = []
     for stage in sorted({report["stage"] for report in reports}):
         one = max((r for r in reports if r["stage"] == stage), key=lambda r: r["measured_bytes"])
@@ -267,20 +252,13 @@ def largest(reports: list[dict]) -> list[dict]:
 
 
 def _case(case: Case) -> Callable[[], dict]:
+    """Build a variant whose steps return the measurement."""
     report = measure(case)
     return lambda: report
 
 
-class _EveryRank(Processes):
-    def results(self) -> list[dict]:
-        for pipe in self._pipes:
-            pipe.send("step")
-        return [pipe.recv()[1] for pipe in self._pipes]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="beside what the same day's file has of other cases")
+    parser = arguments(__doc__, rounds=None)
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
     args = parser.parse_args()
     table: dict[str, list[dict]] = {}
@@ -288,9 +266,8 @@ def main() -> None:
     for name, case in CASES.items():
         if args.only and name not in args.only:
             continue
-        processes = _EveryRank(Variant(_case, (case,), case.ranks, threads=1))
-        table[name] = largest(processes.results())
-        processes.stop()
+        [step] = steps_of(Variant(_case, (case,), case.ranks, threads=1), 1, warm_up=0)
+        table[name] = largest(list(step.results))
         for row in table[name]:
             print(
                 f"{name:38} {row['stage']:5} {row['measured_bytes'] / 2**20:12.1f} "

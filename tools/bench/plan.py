@@ -1,11 +1,11 @@
-"""Tokens a second of real training steps against the plan's, with this machine calibrated in the same run.
+"""Compare tokens per second of real training steps with the plan, on a machine that is calibrated in the same run.
 
 Each case is the engine of a model of `_common.MODELS` in one layout; ranks share the cores, as they do in training.
-Both by the CPU's own clock, the time of all threads of all ranks over the cores, so that what else runs shows less. A
-shared machine's cores may be half as fast a minute later: calibration and cases take turns, the median of each counts.
+Calibration and steps are both measured in CPU time (of all threads of all ranks, divided by the cores), which other
+programs disturb less. The cores of a shared machine may be half as fast a minute later: calibration and cases therefore
+take turns, and the median of each counts.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, REPOSITORY, VOCAB, Processes, Variant, engine_step, write
+from _common import MODELS, REPOSITORY, Variant, arguments, engine_step, recipe_of, rounded, steps_of, write
 
 CORES = 2
 CASES: dict[str, tuple[str, int, dict]] = {
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, int, dict]] = {
 
 
 def engine(model: str, distributed: dict) -> Callable[[], float]:
-    """A step that returns the CPU seconds it took."""
+    """Build a step that returns the CPU seconds it took."""
     step = engine_step(model, **distributed)
 
     def timed() -> float:
@@ -46,35 +46,23 @@ def engine(model: str, distributed: dict) -> Callable[[], float]:
 
 
 def planned(model: str, num_ranks: int, distributed: dict, path: Path) -> float:
-    """Tokens a second by the plan."""
-    from igla_mega.config.schema import Recipe
+    """Return the planned tokens per second, and print the parts of the planned step."""
     from igla_mega.layout import hardware
     from igla_mega.plan import calibration
     from igla_mega.plan.choose import choose_layout
     from igla_mega.plan.time import Clock
 
-    sizes = dict(MODELS[model])
-    rows, sequence = sizes.pop("rows"), sizes.pop("sequence")
-    shape = {"vocab_size": VOCAB, **sizes, "num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS}
-    where = {"strategy": "DDP", "precision": "FP32", "tensor_parallel": 1, "pipeline_parallel": 1}
-    recipe = Recipe.model_validate(
-        {
-            "name": model,
-            "model": {**shape, "max_position": sequence},
-            "training": {"learning_rate": 3e-4, "batch_size": rows, "total_steps": 1000},
-            "distributed": {**where, "micro_batch_size": rows, **distributed},
-        }
-    )
+    recipe = recipe_of(model, **distributed)
     cpu = hardware.cpu()
     used, _ = calibration.of(cpu, recipe.distributed.precision, path)
     step = Clock(recipe, choose_layout(recipe, num_ranks, "cpu"), cpu, used.rates).step()
     print("    " + ", ".join(f"{name} {value * 1e3:.0f}" for name, value in step.parts().items() if value > 5e-4), "ms")
-    return rows * sequence / step.seconds
+    return MODELS[model]["rows"] * MODELS[model]["sequence"] / step.seconds
 
 
 def calibrate(precision: str, folder: str) -> dict:
-    """Calibrate this machine in a process of its own."""
-    # A thread that spins while its peer is not scheduled would count as work.
+    """Calibrate this machine in a separate process."""
+    # A thread that spins while it waits for another would count as work in CPU time.
     passive = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
     command = [sys.executable, str(REPOSITORY / "tools" / "calibrate.py"), "--cpu-time", "--precision", precision]
     path = Path(folder) / "turn.json"
@@ -83,7 +71,7 @@ def calibrate(precision: str, folder: str) -> dict:
 
 
 def middle(calibrations: list[dict]) -> dict:
-    """The calibration of the median rates."""
+    """Return a calibration with the median of each rate."""
     rates = {name: statistics.median(one["rates"][name] for one in calibrations) for name in calibrations[0]["rates"]}
     sizes = zip(*(one["gemm_sizes"] for one in calibrations), strict=True)
     shares = [[size[0][0], statistics.median(share for _, share in size)] for size in sizes]
@@ -91,24 +79,22 @@ def middle(calibrations: list[dict]) -> dict:
 
 
 def measure(case: tuple[str, int, dict], rounds: int) -> dict:
-    """Seconds of a case's steps, by the CPU's clock over the cores and by the wall's."""
+    """Return the seconds of a case's steps: CPU time divided by the cores, and wall time."""
     model, num_ranks, distributed = case
-    processes = Processes(Variant(engine, (model, distributed), num_ranks, threads=CORES // num_ranks))
-    processes.step(), processes.step()
-    found = [processes.step() for _ in range(rounds)]
-    processes.stop()
-    # Ranks are alike; the cores are two.
-    cpu = [round(step[1] * num_ranks / CORES, 4) for step in found]
-    return {"cpu_seconds_over_cores": cpu, "wall_seconds": [round(step[0], 4) for step in found],
-            "peak_rss_mib": [size >> 20 for size in found[-1][2]]}  # fmt: skip
+    variant = Variant(engine, (model, distributed), num_ranks, threads=CORES // num_ranks)
+    steps = steps_of(variant, rounds, warm_up=2)
+    return {
+        # The CPU time of rank 0 stands for all ranks, which do equal work.
+        "cpu_seconds_over_cores": rounded([step.results[0] * num_ranks / CORES for step in steps]),
+        "wall_seconds": rounded([step.seconds for step in steps]),
+        "peak_rss_mib": [size >> 20 for size in steps[-1].memory_bytes],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="steps of each case in a turn")
-    parser.add_argument("--turns", type=int, default=5)
+    parser = arguments(__doc__, rounds=2)
+    parser.add_argument("--turns", type=int, default=5, help="turns of a calibration and `rounds` steps of every case")
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
-    parser.add_argument("--write", action="store_true", help="into bench/results/")
     args = parser.parse_args()
     cases = {name: case for name, case in CASES.items() if not args.only or name in args.only}
     table: dict[str, dict] = {name: {} for name in cases}
@@ -143,10 +129,7 @@ def main() -> None:
                 flush=True,
             )
     if args.write:
-        write(
-            "plan",
-            {"turns": args.turns, "rounds": args.rounds, "cases": table, "calibrations": calibrations},
-        )
+        write("plan", {"turns": args.turns, "rounds": args.rounds, "cases": table, "calibrations": calibrations})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Preparation against Megatron-LM's whole-file gigatoken script on the same file, and what reads the result.
+"""Measure preparation against Megatron-LM's gigatoken script on the same file, and the reading of the result.
 
-The corpus is the installed packages' source text, the tokenizers are trained on its begin: a byte-level BPE, and a
-byte-fallback one of Llama 2's kind. Run on an otherwise idle machine.
+The corpus is the source text of the installed packages. The tokenizers are trained on its beginning: a byte-level BPE,
+and one with byte fallback as in Llama 2. Run it on an otherwise idle machine.
 """
 
-import argparse
 import filecmp
 import json
 import os
@@ -18,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from _common import REPOSITORY, write
+from _common import REPOSITORY, arguments, rounded, write
 
 CORPUS_BYTES = 157_000_000
 VOCAB = 32_000
@@ -26,7 +25,7 @@ TOOL = REPOSITORY / "tools" / "preprocess_data.py"
 
 
 def corpus(folder: Path) -> Path:
-    """Source text of the installed packages, each file once, one a line."""
+    """Write the source text of the installed packages as JSONL, each different file as one line."""
     path = folder / "code.jsonl"
     seen: set[str] = set()
     size = 0
@@ -44,13 +43,14 @@ def corpus(folder: Path) -> Path:
 
 
 def _sources() -> Iterator[Path]:
+    """Yield the text files of the installed packages, in the same order at every call."""
     root = Path(sysconfig.get_path("purelib"))
     for pattern in ("*.py", "*.h", "*.pyi", "*.hpp", "*.cuh", "*.md", "*.txt", "*.js"):
         yield from (file for file in sorted(root.rglob(pattern)) if file.stat().st_size < 400_000)
 
 
 def tokenizers(folder: Path, text: Path) -> dict[str, Path]:
-    """A byte-level BPE and one with byte fallback, trained on the first 10 MB."""
+    """Train a byte-level BPE and one with byte fallback on the first 10 MB; return their folders."""
     import tokenizers as library
 
     from igla_mega.data.tokenizer import train_bpe
@@ -60,6 +60,7 @@ def tokenizers(folder: Path, text: Path) -> dict[str, Path]:
         sample.write_bytes(source.read(10_000_000).rpartition(b"\n")[0] + b"\n")
     train_bpe([sample], VOCAB, folder / "bytes")
 
+    # The trainer cannot make a vocabulary with all 256 byte tokens, so they are added to its result.
     engine = library.Tokenizer(library.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     prepend = [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
     engine.normalizer = library.normalizers.Sequence(prepend)
@@ -86,11 +87,13 @@ atexit.register(peak)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a script and prints its peak: what the system reports to a parent begins with the parent's own."""
+"""Program that runs a script and prints its peak memory in KiB.
+
+The peak that the system reports to the parent would include the parent's own size at the fork."""
 
 
 def timed(command: list, **environment) -> dict:
-    """A script's seconds, the most memory it held, and the lines it wrote."""
+    """Run a script; return its seconds, its peak memory, and the lines it printed."""
     words = [sys.executable, "-c", _WATCHED, *map(str, command)]
     started = time.perf_counter()
     run = subprocess.run(
@@ -108,6 +111,7 @@ def timed(command: list, **environment) -> dict:
 
 
 def ours(text: Path, tokenizer: Path, out: Path) -> dict:
+    """Time igla_mega's preparation, without the result of an earlier round, which it would resume."""
     for file in out.parent.glob(f"{out.name}*"):
         file.unlink()
     words = ["--input", text, "--output-prefix", out, "--tokenizer-model", tokenizer, "--append-eod"]
@@ -115,6 +119,7 @@ def ours(text: Path, tokenizer: Path, out: Path) -> dict:
 
 
 def megatron(text: Path, tokenizer: Path, out: Path, script: Path) -> dict:
+    """Time Megatron-LM's preparation."""
     words = ["--input", text, "--output-prefix", out, "--tokenizer-type", "HuggingFaceTokenizer", "--use-gigatoken"]
     path = os.pathsep.join([str(script.resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     words += ["--tokenizer-model", tokenizer, "--append-eod"]
@@ -122,7 +127,7 @@ def megatron(text: Path, tokenizer: Path, out: Path, script: Path) -> dict:
 
 
 def running_rate(text: Path, tokenizer: Path) -> float:
-    """MB/s of the input once all is loaded, in a process of its own."""
+    """Return MB of input per second after everything is loaded, measured in a separate process."""
     code = (
         "import sys, time; from igla_mega.data import encoding, fast, formats; "
         "from igla_mega.data.tokenizer import load_tokenizer; from pathlib import Path; "
@@ -140,7 +145,7 @@ def running_rate(text: Path, tokenizer: Path) -> float:
 
 
 def sampling() -> dict:
-    """Seconds to find source and window of 10 million samples of the card's mix."""
+    """Time the lookup of source and window for 10 million samples of a mix of five sources."""
     import numpy as np
 
     from igla_mega.data.blend import Blend
@@ -155,7 +160,7 @@ def sampling() -> dict:
 
 
 def loading(prefix: Path) -> dict:
-    """Tokens a second of the loader alone, samples of 2048."""
+    """Measure the tokens per second of the loader alone, with samples of 2048 tokens."""
     from igla_mega.data.batches import BatchShard, Corpus, Sampling
 
     sampling = Sampling(sequence_length=2048, seed=1, vocab_size=VOCAB + 300, validation_fraction=0.01)
@@ -169,11 +174,9 @@ def loading(prefix: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--corpus", type=Path, help="JSONL in the place of the installed packages' source text")
-    parser.add_argument("--megatron", type=Path, help="Megatron-LM's tools/preprocess_data_fast.py")
-    parser.add_argument("--write", action="store_true")
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--corpus", type=Path, help="JSONL file to use instead of the source text of the packages")
+    parser.add_argument("--megatron", type=Path, help="path of Megatron-LM's tools/preprocess_data_fast.py")
     args = parser.parse_args()
     table: dict = {}
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as name:
@@ -193,14 +196,14 @@ def main() -> None:
                 if runs:
                     seconds = [run["seconds"] for run in runs]
                     table[f"{who}, {kind}"] = {
-                        "seconds": [round(s, 3) for s in seconds],
+                        "seconds": rounded(seconds, 3),
                         "median_seconds": round(statistics.median(seconds), 3),
                         "megabytes_per_second": round(megabytes / statistics.median(seconds), 1),
                         "peak_mib": round(max(run["peak_mib"] for run in runs)),
                     }
-            table[f"ours, {kind}"]["running_megabytes_per_second"] = [round(rate, 1) for rate in rates]
+            table[f"ours, {kind}"]["running_megabytes_per_second"] = rounded(rates, 1)
             if args.megatron:
-                same = filecmp.cmp(folder / "ours_text_document.bin", _theirs(folder), shallow=False)
+                same = filecmp.cmp(folder / "ours_text_document.bin", _megatron_bin(folder), shallow=False)
                 table[f"ours, {kind}"]["same_bin"] = same
         table["blend and sample 10M"] = sampling()
         table["load"] = loading(folder / "ours_text_document")
@@ -211,7 +214,7 @@ def main() -> None:
         write("prepare", {"rounds": args.rounds, "measures": table})
 
 
-def _theirs(folder: Path) -> Path:
+def _megatron_bin(folder: Path) -> Path:
     (path,) = folder.glob("theirs*.bin")
     return path
 

@@ -1,15 +1,14 @@
-"""Ring attention, forward and backward, causal: against the bare op on one rank, against torch's own ring on several.
+"""Measure causal ring attention, forward and backward: against the bare op on one rank, torch's own ring on several.
 
 `torch.distributed.tensor.experimental.context_parallel` does not run on CPU: it finds no sharding strategy for
-aten._scaled_dot_product_flash_attention_for_cpu. What it would call does, and is timed here with that op: the ring of
-torch 2.13 with its two ways of passing keys on, called directly, without the cost of its dispatch.
+aten._scaled_dot_product_flash_attention_for_cpu. The ring of torch 2.13 that it would call does run with that op, and
+is called here directly with both of its rotation methods, without the cost of its dispatch.
 
     one rank    seconds of ring_attention over those of F.scaled_dot_product_attention, in turns in one process
     CPU time    user seconds of all ranks over those of one rank at the same total length, and the busiest over the mean
     torch       its seconds over ours, our peak bytes over its: of tensors, above the inputs, of the worst rank
 """
 
-import argparse
 import itertools
 import math
 import resource
@@ -17,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from _common import Processes, Variant, ratio, text, write
+from _common import Variant, arguments, in_turns, ratio, text, write
 
 HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 64
 SCHEDULES = ("p2p", "allgather", "a2a+p2p")
@@ -25,7 +24,7 @@ TORCHS = {"torch, all-gather": "allgather", "torch, all-to-all": "alltoall"}
 
 
 def inputs(length: int) -> list:
-    """This rank's q, k, v [S, B, H, D] and the gradient of the output."""
+    """Return this rank's shards of q, k, v [S, B, H, D] and of the gradient of the output."""
     import torch
     import torch.distributed as dist
 
@@ -38,6 +37,7 @@ def inputs(length: int) -> list:
 
 
 def ours(length: int, schedule: str) -> Callable[[], dict]:
+    """Build the step of igla_mega's ring attention."""
     import torch
     import torch.distributed as dist
 
@@ -56,6 +56,7 @@ def ours(length: int, schedule: str) -> Callable[[], dict]:
 
 
 def torchs(length: int, rotate: str) -> Callable[[], dict]:
+    """Build the step of torch's ring attention."""
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
@@ -66,7 +67,7 @@ def torchs(length: int, rotate: str) -> Callable[[], dict]:
     attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     theirs.set_rotate_method(rotate)
     group = dist.group.WORLD
-    assert group is not None, "several ranks"
+    assert group is not None, "torch's ring needs several ranks"
 
     def run() -> list:
         out, lse = theirs._templated_ring_attention(group, 2, attend, q, k, v, **options)
@@ -80,7 +81,7 @@ def torchs(length: int, rotate: str) -> Callable[[], dict]:
 
 
 def measured(run: Callable[[], list]) -> Callable[[], dict]:
-    """A step that tells of all ranks: seconds of the slowest, user CPU seconds, peak bytes, norm of the gradients."""
+    """Build a step that returns seconds of the slowest rank, user CPU seconds of each, peak bytes and gradient norm."""
     import torch
     import torch.distributed as dist
 
@@ -95,7 +96,7 @@ def measured(run: Callable[[], list]) -> Callable[[], dict]:
     peak_bytes = max(of_all(_peak_bytes(run)))
 
     def step() -> dict:
-        of_all(0.0)  # all start together
+        of_all(0.0)  # a barrier: all ranks start together
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter()
         run()
         seconds = time.perf_counter() - started
@@ -111,6 +112,7 @@ def measured(run: Callable[[], list]) -> Callable[[], dict]:
 
 
 def _peak_bytes(run: Callable[[], list]) -> int:
+    """Return the peak of bytes that torch's allocator holds during `run`, in addition to those before it."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -120,7 +122,7 @@ def _peak_bytes(run: Callable[[], list]) -> int:
 
 
 def one_rank(length: int) -> Callable[[], dict]:
-    """The bare op and ring_attention in turns."""
+    """Build a step that runs the bare op and ring_attention, and returns the seconds of each."""
     import torch
     from torch.nn import functional as F
 
@@ -150,47 +152,43 @@ def one_rank(length: int) -> Callable[[], dict]:
     return step
 
 
-def in_turns(variants: dict[str, Variant], rounds: int) -> dict[str, list[dict]]:
-    """What a step of every variant tells in every round, all alive at once, the order reversed from round to round."""
-    alive = {name: Processes(variant) for name, variant in variants.items()}
-    told: dict[str, list[dict]] = {name: [] for name in alive}
-    for processes in alive.values():
-        processes.step()
-    for index in range(rounds):
-        for name in list(alive)[:: -1 if index % 2 else 1]:
-            told[name].append(alive[name].step()[1])
-    for processes in alive.values():
-        processes.stop()
-    return told
+def results_of(variants: dict[str, Variant], rounds: int) -> dict[str, list[dict]]:
+    """Return what the steps of every variant return on rank 0."""
+    _, steps = in_turns(variants, rounds)
+    return {name: [step.results[0] for step in taken] for name, taken in steps.items()}
 
 
 def compare_one_rank(lengths: list[int], rounds: int) -> dict:
+    """Compare ring_attention with the bare op on one rank, for each length in tokens."""
     table = {}
     print(f"one rank, 2 threads: {'tokens':>8} {'bare ms':>9} {'ring / bare':>20}")
     for length in lengths:
-        told = in_turns({"": Variant(one_rank, (length,))}, rounds)[""]
-        bare, ring = ([taken[name] for taken in told] for name in ("bare", "ring"))
+        results = results_of({"": Variant(one_rank, (length,))}, rounds)[""]
+        bare, ring = ([seconds[name] for seconds in results] for name in ("bare", "ring"))
         table[length] = {"bare_ms": round(statistics.median(bare) * 1e3, 2), "ring_over_bare": ratio(ring, bare)}
         print(f"{'':20} {length:8d} {table[length]['bare_ms']:9.2f} {text(table[length]['ring_over_bare']):>20}")
     return table
 
 
 def compare_ranks(length: int, num_ranks: int, rounds: int) -> dict:
+    """Compare our schedules and torch's on several ranks with one rank, for sequences of `length` tokens in total."""
     several = {"num_ranks": num_ranks, "threads": 1}
     variants = {"one rank": Variant(ours, (length, "p2p"), threads=1)}
     variants |= {schedule: Variant(ours, (length, schedule), **several) for schedule in SCHEDULES}
     variants |= {name: Variant(torchs, (length, rotate), **several) for name, rotate in TORCHS.items()}
-    told = in_turns(variants, rounds)
+    results = results_of(variants, rounds)
     table: dict[str, dict] = {}
     print(f"{length} tokens on {num_ranks} ranks of one thread, {rounds} rounds")
     print(
         f"{'':18} {'median ms':>9} {'CPU / one rank':>17} {'busiest / mean':>17} {'MiB':>6} "
         f"{'p2p is faster by':>17} {'p2p MiB / its':>13}"
     )
-    for name, steps in told.items():
-        if abs(steps[0]["norm"] / told["one rank"][0]["norm"] - 1) > 1e-5:
-            raise SystemExit(f"{name}: gradients of norm {steps[0]['norm']}, not {told['one rank'][0]['norm']}")
-        cpu_seconds = {which: [sum(step["cpu_seconds"]) for step in told[which]] for which in (name, "one rank")}
+    for name, steps in results.items():
+        if abs(steps[0]["norm"] / results["one rank"][0]["norm"] - 1) > 1e-5:
+            raise SystemExit(
+                f"{name}: gradient norm {steps[0]['norm']}; on one rank it is {results['one rank'][0]['norm']}"
+            )
+        cpu_seconds = {which: [sum(step["cpu_seconds"]) for step in results[which]] for which in (name, "one rank")}
         row = table[name] = {
             "median_ms": round(statistics.median(step["seconds"] for step in steps) * 1e3, 1),
             "cpu_over_one_rank": ratio(cpu_seconds[name], cpu_seconds["one rank"]),
@@ -198,8 +196,8 @@ def compare_ranks(length: int, num_ranks: int, rounds: int) -> dict:
                 [max(step["cpu_seconds"]) for step in steps], [statistics.mean(step["cpu_seconds"]) for step in steps]
             ),
             "peak_mib": round(steps[0]["peak_bytes"] / 2**20, 2),
-            "p2p_faster_by": ratio([step["seconds"] for step in steps], [step["seconds"] for step in told["p2p"]]),
-            "p2p_peak_over_its": round(told["p2p"][0]["peak_bytes"] / steps[0]["peak_bytes"], 3),
+            "p2p_faster_by": ratio([step["seconds"] for step in steps], [step["seconds"] for step in results["p2p"]]),
+            "p2p_peak_over_its": round(results["p2p"][0]["peak_bytes"] / steps[0]["peak_bytes"], 3),
         }
         print(
             f"{name:18} {row['median_ms']:9.0f} {text(row['cpu_over_one_rank']):>17} "
@@ -210,11 +208,9 @@ def compare_ranks(length: int, num_ranks: int, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384], help="tokens in all")
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384], help="total tokens of the sequences")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     one = compare_one_rank([256, 2048, *args.lengths], 4 * args.rounds)
     several = {length: compare_ranks(length, args.ranks, args.rounds) for length in args.lengths}

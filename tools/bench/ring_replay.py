@@ -1,8 +1,8 @@
-"""Ring attention without the wire: what W ranks compute, replayed one after another on one device, against one call.
+"""Measure ring attention without communication: the work of W ranks, replayed in turn on one device, against one call.
 
-A ring can lose time to its messages, and to cutting attention into blocks that are merged. This measures the second:
-the blocks, merges and sums of every rank, with keys handed over in memory, against attention in one piece, which does
-the same work. `make gpu-check` runs it on a GPU at 131,072 tokens.
+A ring loses time to its messages and to the division of attention into blocks that are merged. This measures the second
+part: the blocks, merges and sums of every rank, with keys passed in memory, against attention in one piece, which does
+the same work. `make gpu-check` runs it on a GPU with 131,072 tokens.
 
     python tools/bench/ring_replay.py [--device cpu|cuda] [--tokens N] [--ranks W]
 """
@@ -28,7 +28,7 @@ ROUNDS = 5
 
 
 class Place:
-    """A rank of a ring whose others are not there."""
+    """Stand-in for a process group: a rank of a ring without any other process."""
 
     def __init__(self, rank: int, size: int):
         self._rank, self._size = rank, size
@@ -41,7 +41,7 @@ class Place:
 
 
 def replay(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, size: int) -> tuple[Tensor, ...]:
-    """Output, and with `grad_out` also dq, dk, dv, of all `size` ranks in turn; tensors are [S, B, H, D], whole."""
+    """Run all `size` ranks in turn; return the output, and with `grad_out` also dq, dk, dv, all whole [S, B, H, D]."""
     queries, keys, values = (zigzag_split(t, size, 0) for t in (q, k, v))
     kv = [torch.stack(pair) for pair in zip(keys, values, strict=True)]
     gradients = [torch.zeros_like(pair, dtype=torch.float32) for pair in kv]
@@ -56,13 +56,13 @@ def replay(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, size: int) 
             scale=1 / math.sqrt(q.size(3)),
             deterministic=False,
         )
-        own = queries[rank], keys[rank], values[rank]
+        shards = queries[rank], keys[rank], values[rank]
         with mock.patch.object(ring, "_pass_on", _Handed(rank, size, kv, gradients)):
-            forward.append(ring._ring_forward(*own, task))
+            forward.append(ring._ring_forward(*shards, task))
         if grad_out is not None:
             with mock.patch.object(ring, "_pass_on", _Handed(rank, size, kv, gradients)):
-                share = zigzag_split(grad_out, size, 0)[rank]
-                grad_q.append(ring._ring_backward(share, *own, *forward[-1], task)[0])
+                grad_shard = zigzag_split(grad_out, size, 0)[rank]
+                grad_q.append(ring._ring_backward(grad_shard, *shards, *forward[-1], task)[0])
     out = zigzag_join([out for out, _ in forward], 0)
     if grad_out is None:
         return (out,)
@@ -71,7 +71,7 @@ def replay(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, size: int) 
 
 
 class _Handed:
-    """Stands in for the ring: the next message is the previous rank's keys, or its sums of their gradients."""
+    """Stand-in for the ring's exchange: returns the previous rank's keys, or zeros for the sums of their gradients."""
 
     def __init__(self, rank: int, size: int, kv: list[Tensor], gradients: list[Tensor]):
         self.rank, self.size, self.kv, self.gradients = rank, size, kv, gradients
@@ -81,13 +81,16 @@ class _Handed:
         if tag == ring._KV_TAG:
             self.step += 1
             return _Message(self.kv[(self.rank - self.step) % self.size])
-        # Ranks take turns instead of passing sums on: what this one adds is kept for the chunk's owner.
+        # Ranks run one after the other and cannot pass partial sums on: each adds its part to the sum of the chunk's
+        # owner, which gives the same total.
         self.gradients[(self.rank - self.added) % self.size] += message
         self.added += 1
         return _Message(torch.zeros_like(message))
 
 
 class _Message:
+    """Message that has already arrived."""
+
     def __init__(self, message: Tensor):
         self.message = message
 
@@ -96,17 +99,18 @@ class _Message:
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None) -> tuple[Tensor, ...]:
-    """The same on one device in one piece."""
+    """Compute the same as `replay` in one call."""
     if grad_out is None:
         with torch.no_grad():
             return (ring.ring_attention(q, k, v, None),)  # type: ignore[return-value]
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     out = ring.ring_attention(q, k, v, None)
-    assert isinstance(out, Tensor), "asked for without its log-sum-exp"
+    assert isinstance(out, Tensor), "called without return_lse"
     return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
 
 
 def seconds(call, device: str) -> float:
+    """Return the seconds of a call, with everything it started on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -119,6 +123,7 @@ def seconds(call, device: str) -> float:
 def inputs(
     tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v and the gradient of the output, [S, B, H, D]."""
     generator = torch.Generator(device).manual_seed(1)
 
     def normal(count: int) -> Tensor:
@@ -127,15 +132,20 @@ def inputs(
     return normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
 
 
-def measure(device: str, tokens: int, size: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> dict:
-    """Medians of the paired ratios, replay to one piece, and errors of both against fp64 on fewer tokens."""
-    q, k, v, grad_out = inputs(tokens, heads, kv_heads, dim, dtype, device)
+def measure(device: str, tokens: int, size: int, heads: tuple[int, int, int], dtype: torch.dtype) -> dict:
+    """Return the medians of the paired time ratios, and the errors of both variants against fp64 on fewer tokens.
+
+    Args:
+        size: number of ranks of the ring.
+        heads: number of query heads, number of key-value heads, head size.
+    """
+    q, k, v, grad_out = inputs(tokens, *heads, dtype, device)
     ratios: dict[str, list[float]] = {"forward": [], "forward and backward": []}
     for _ in range(ROUNDS + 1):
         for name, gradient in (("forward", None), ("forward and backward", grad_out)):
             one = seconds(lambda: whole(q, k, v, gradient), device)  # noqa: B023
             ratios[name].append(one / seconds(lambda: replay(q, k, v, gradient, size), device))  # noqa: B023
-    small = inputs(min(tokens, 4096), 4, 2, dim, dtype, device)
+    small = inputs(min(tokens, 4096), 4, 2, heads[2], dtype, device)
     exact = whole(small[0].double(), small[1].double(), small[2].double(), small[3].double())
     errors = {
         name: [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
@@ -145,7 +155,7 @@ def measure(device: str, tokens: int, size: int, heads: int, kv_heads: int, dim:
         "device": device,
         "tokens": tokens,
         "ranks": size,
-        "heads": [heads, kv_heads, dim],
+        "heads": list(heads),
         "dtype": str(dtype).removeprefix("torch."),
         "one piece / ring, time": {name: round(statistics.median(found[1:]), 4) for name, found in ratios.items()},
         "error against fp64 (out, dq, dk, dv)": errors,
@@ -159,9 +169,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     options = parser.parse_args()
     cuda = options.device == "cuda"
-    heads, kv_heads, dim, dtype = (32, 8, 128, torch.bfloat16) if cuda else (4, 1, 64, torch.float32)
+    heads, dtype = ((32, 8, 128), torch.bfloat16) if cuda else ((4, 1, 64), torch.float32)
     tokens = options.tokens or (131072 if cuda else 8192)
-    print(json.dumps(measure(options.device, tokens, options.ranks, heads, kv_heads, dim, dtype), indent=1))
+    print(json.dumps(measure(options.device, tokens, options.ranks, heads, dtype), indent=1))
 
 
 if __name__ == "__main__":

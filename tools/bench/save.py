@@ -1,22 +1,21 @@
-"""How much an asynchronous save of the laptop model delays the steps that run while it is written, and seconds to save
-and to load model B's weights and moments, beside torch's distributed checkpoint and safetensors."""
+"""Measure how much an asynchronous save delays the steps during which it is written, and the seconds of saving and
+loading the weights and moments of model B, next to torch's distributed checkpoint and safetensors."""
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import Processes, Variant, engine_and_step, ratio, text, write
+from _common import Variant, arguments, engine_and_step, ratio, steps_of, text, write
 
 from igla_mega.checkpoint.load import load_states
 
 STEPS = 4
-"""Steps timed without a save, and as many after one was asked for: it is on disk before they end."""
+"""Number of steps timed without a save, and as many from a save on; enough for it to reach the disk."""
 
 
 def saving(folder: str, distributed: dict) -> Callable[[], dict]:
-    """Each call returns seconds of steps without a save, and of as many from a save on, its copy included."""
+    """Build a step that returns the seconds of steps without a save, and of as many from a save on, with its copy."""
     from igla_mega.checkpoint.progress import Progress, Retention
     from igla_mega.checkpoint.store import CheckpointWriter
 
@@ -38,6 +37,7 @@ def saving(folder: str, distributed: dict) -> Callable[[], dict]:
         nonlocal number
         number += 1
         taken, waited = {}, 0.0
+        # The order alternates, so that neither always runs on the warmer machine.
         for save in (False, True) if number % 2 else (True, False):
             taken[save] = timed(save)
             started = time.perf_counter()
@@ -49,7 +49,7 @@ def saving(folder: str, distributed: dict) -> Callable[[], dict]:
 
 
 def store_and_peers(folder: str) -> Callable[[], dict]:
-    """Each call saves and loads the same tensors in each way, and returns seconds: {way: (save, load)}."""
+    """Build a step that saves and loads the same tensors with each library; it returns {library: [save, load]} in s."""
     import shutil
 
     import safetensors.torch
@@ -97,7 +97,7 @@ def store_and_peers(folder: str) -> Callable[[], dict]:
 
 
 def print_stores(rounds: list[dict]) -> dict:
-    """Medians of saving and of loading; the size is of all tensors together."""
+    """Print and return the medians of saving and loading; `bytes` is the size of all tensors."""
     table: dict = {"bytes": rounds[0]["bytes"]}
     print(f"{rounds[0]['bytes'] / 2**20:.0f} MiB {'save ms':>20} {'load ms':>9}")
     for name in (name for name in rounds[0] if name != "bytes"):
@@ -108,10 +108,7 @@ def print_stores(rounds: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     table = {}
     print(
         f"{'':20} {'step ms':>8} {'step with the copy':>20} {f'{STEPS} steps from it on':>20} {'still writing ms':>17}"
@@ -122,10 +119,7 @@ def main() -> None:
             "TP2": Variant(saving, (f"{folder}/2", {"tensor_parallel": 2}), num_ranks=2, threads=1),
         }
         for name, variant in variants.items():
-            processes = Processes(variant)
-            processes.step()
-            rounds = [processes.step()[1] for _ in range(args.rounds)]
-            processes.stop()
+            rounds = [step.results[0] for step in steps_of(variant, args.rounds)]
             plain = [sum(r["without"]) / STEPS for r in rounds]
             first = ratio([r["with"][0] for r in rounds], plain)
             all_ = ratio([sum(r["with"]) / STEPS for r in rounds], plain)
@@ -139,10 +133,8 @@ def main() -> None:
                 "rounds": rounds,
             }
             print(f"{name:20} {step_ms:8.0f} {text(first):>20} {text(all_):>20} {waited * 1e3:17.0f}")
-        processes = Processes(Variant(store_and_peers, (folder,)))
-        processes.step()
-        stores = print_stores([processes.step()[1] for _ in range(args.rounds)])
-        processes.stop()
+        steps = steps_of(Variant(store_and_peers, (folder,)), args.rounds)
+        stores = print_stores([step.results[0] for step in steps])
     if args.write:
         write("save", {"rounds": args.rounds, "variants": table, "stores": stores})
 

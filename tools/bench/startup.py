@@ -1,6 +1,5 @@
-"""Seconds until the command line answers, and until a two-rank run of the laptop model has taken its first step."""
+"""Measure seconds until the command line answers, and until a two-rank run of the laptop model took its first step."""
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -8,19 +7,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import REPOSITORY, write
+from _common import REPOSITORY, arguments, rounded, write
 
 COMMAND = [str(Path(sys.executable).with_name("igla-mega"))]
 
 
 def answer_seconds(*words: str) -> float:
+    """Return the seconds of one command."""
     started = time.perf_counter()
     subprocess.run([*COMMAND, *words], check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
     return time.perf_counter() - started
 
 
 def first_step_seconds() -> float:
-    """From the command to the first line of metrics.jsonl that holds a loss."""
+    """Return the seconds from the command to the first line of metrics.jsonl that has a loss."""
     with tempfile.TemporaryDirectory(prefix="igla-bench-") as folder:
         words = ["train", "pretrain_7b", "--scale", "laptop", "--nproc", "2", "--set", "training.total_steps=1"]
         metrics = Path(folder, "metrics.jsonl")
@@ -40,11 +40,8 @@ def first_step_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
-    first_step_seconds()  # makes the corpus where there is none, and fills the page cache
+    args = arguments(__doc__).parse_args()
+    first_step_seconds()  # not counted: creates the corpus if necessary, and fills the page cache
     measures = {
         "igla-mega --help": lambda: answer_seconds("--help"),
         "igla-mega check pretrain_7b": lambda: answer_seconds("check", "pretrain_7b"),
@@ -55,7 +52,7 @@ def main() -> None:
         seconds = [measure() for _ in range(args.rounds)]
         table[name] = {
             "median_seconds": round(statistics.median(seconds), 3),
-            "seconds": [round(s, 3) for s in seconds],
+            "seconds": rounded(seconds, 3),
         }
         print(f"{name:28} {table[name]['median_seconds']:7.2f} s  ({min(seconds):.2f} to {max(seconds):.2f})")
     if args.write:

@@ -1,10 +1,10 @@
-"""What each switch of the fast path gains: a step with it on against one with it off, all else as it stands.
+"""Measure the gain of each performance switch: a step with the switch on against one with it off, all else equal.
 
-Each pair lives side by side and takes turns, the order reversed every round. On CUDA the model is eight layers of
-recipe 1's width. A switch that this machine cannot try says why; one that fails does not stop the others.
+The two variants of a pair run alternately, in an order that is reversed every round. On CUDA the model is eight layers
+of recipe 1's width. For a switch that this machine cannot try, the reason is reported; one that fails does not stop the
+others.
 """
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -12,7 +12,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _common import MODELS, NUM_HEADS, NUM_KV_HEADS, VOCAB, Variant, paired, random_tokens, ratio, text, write
+from _common import (
+    MODELS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    PLAIN,
+    VOCAB,
+    Variant,
+    arguments,
+    batch_of,
+    lay_out,
+    paired,
+    random_tokens,
+    ratio,
+    text,
+    write,
+)
 
 GPU_MODEL = {
     "hidden_size": 4096,
@@ -26,18 +41,21 @@ GPU_ROWS, GPU_MICRO_BATCH, GPU_LENGTH = 8, 2, 4096
 
 @dataclass(frozen=True)
 class Switch:
+    """Recipe keys that turn a feature on and off, and what the machine needs for it."""
+
     on: dict = field(default_factory=dict)
+    """Values by key of the recipe, `section.key`, with the switch on; empty if that is the default."""
     off: dict = field(default_factory=dict)
-    """Keys of the recipe, `section.key`."""
+    """The same with the switch off."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     num_ranks: int = 1
     transformer_engine: bool = False
     precision: str | None = None
-    """Unset: FP32 on a CPU, BF16 on a GPU."""
+    """Precision of both variants; None for FP32 on a CPU and BF16 on a GPU."""
 
 
 def switches(device: str) -> dict[str, Switch]:
-    """Every switch by name; what is off is what the recipe says without it."""
+    """Return every switch by name."""
     whole = GPU_MICRO_BATCH * GPU_LENGTH if device == "cuda" else MODELS["A"]["rows"] * MODELS["A"]["sequence"]
     return {
         "distributed.fused_layers": Switch(off={"distributed.fused_layers": False}),
@@ -73,19 +91,29 @@ def switches(device: str) -> dict[str, Switch]:
 
 
 def engine(device_name: str, precision: str, changed: dict) -> Callable[[], float]:
-    """Build an engine on this rank; returns the function that takes a step and gives its loss."""
-    import torch
-    import torch.distributed as dist
-
-    from igla_mega.config.schema import Recipe
-    from igla_mega.data.micro_batch import MicroBatch
+    """Build an engine on this rank with some recipe keys changed; return the function that takes a step."""
     from igla_mega.distributed import host
-    from igla_mega.distributed.mesh import build_mesh, init_process_groups
     from igla_mega.engine.build import build_engine
     from igla_mega.engine.step import train_step
-    from igla_mega.plan.choose import choose_layout
 
-    cuda = device_name == "cuda"
+    recipe, length = changed_recipe(device_name == "cuda", precision, changed)
+    if recipe.distributed.keep_freed_memory:
+        host.keep_freed_memory()
+    layout, mesh, device = lay_out(recipe, device_name)
+    built, _ = build_engine(recipe, layout, mesh, device)
+    micro_batches = random_tokens(recipe.training.batch_size, length + 1).split(layout.micro_batch_size)
+
+    def batches() -> Iterator:
+        for tokens in micro_batches[mesh.data.rank :: layout.data]:
+            yield batch_of(tokens.to(device))
+
+    return lambda: train_step(built, batches(), step=0, seed=1, learning_rate=1e-4).loss
+
+
+def changed_recipe(cuda: bool, precision: str, changed: dict) -> tuple:
+    """Return a recipe with some keys changed, and its sequence length in tokens."""
+    from igla_mega.config.schema import Recipe
+
     sizes = {**MODELS["A"], "num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS}
     rows, length = sizes.pop("rows"), sizes.pop("sequence")
     if cuda:
@@ -94,11 +122,8 @@ def engine(device_name: str, precision: str, changed: dict) -> Callable[[], floa
         "training": {"learning_rate": 1e-4, "batch_size": rows, "total_steps": 1000},
         "optimizer": {},
         "distributed": {
-            "strategy": "DDP",
+            **PLAIN,
             "precision": precision,
-            "gradient_checkpointing": "none",
-            "tensor_parallel": 1,
-            "pipeline_parallel": 1,
             "micro_batch_size": GPU_MICRO_BATCH if cuda else rows,
         },
     }
@@ -106,34 +131,11 @@ def engine(device_name: str, precision: str, changed: dict) -> Callable[[], floa
         section, name = key.split(".")
         sections[section][name] = value
     model = {**sizes, "vocab_size": VOCAB, "max_position": length}
-    recipe = Recipe.model_validate({"name": "switches", "model": model, **sections})
-    device = host.prepare()
-    if recipe.distributed.keep_freed_memory:
-        host.keep_freed_memory()
-    if not dist.is_initialized():
-        init_process_groups(device)
-    layout = choose_layout(recipe, dist.get_world_size(), device_name)
-    mesh = build_mesh(layout, recipe.training.seed)
-    built, _ = build_engine(recipe, layout, mesh, device)
-    size = layout.micro_batch_size
-    tokens = random_tokens(rows, length + 1).split(size)[mesh.data.rank :: layout.data]
-    positions = torch.arange(length).expand(size, length)
-
-    def batches() -> Iterator[MicroBatch]:
-        for own in tokens:
-            batch = MicroBatch(
-                tokens=own[:, :-1].contiguous(),
-                labels=own[:, 1:].contiguous(),
-                loss_mask=torch.ones(size, length),
-                position_ids=positions,
-            )
-            yield batch.map_tensors(lambda tensor: tensor.to(device))
-
-    return lambda: train_step(built, batches(), step=0, seed=1, learning_rate=1e-4).loss
+    return Recipe.model_validate({"name": "switches", "model": model, **sections}), length
 
 
 def reason_not(switch: Switch, device: str) -> str | None:
-    """Why this machine cannot try a switch."""
+    """Return the reason if this machine cannot try a switch, else None."""
     if device not in switch.devices:
         return f"only on {switch.devices[0]}"
     if switch.transformer_engine and importlib.util.find_spec("transformer_engine") is None:
@@ -147,7 +149,7 @@ def reason_not(switch: Switch, device: str) -> str | None:
 
 
 def measure(switch: Switch, device: str, rounds: int, threads: int) -> dict:
-    """Times of a step on and off, and how far the losses are apart."""
+    """Return the times of a step with the switch on and off, and the difference of the first losses."""
     precision = switch.precision or ("BF16" if device == "cuda" else "FP32")
     pair = {
         name: Variant(engine, (device, precision, changed), switch.num_ranks, threads)
@@ -159,8 +161,8 @@ def measure(switch: Switch, device: str, rounds: int, threads: int) -> dict:
         "off_ms": round(timings["off"].median * 1e3, 2),
         "gain": ratio(timings["off"].seconds, timings["on"].seconds),
         "loss_difference": abs(timings["on"].first_loss - timings["off"].first_loss),
-        "on_peak_rss_mib": timings["on"].memory_bytes[0] >> 20,
-        "off_peak_rss_mib": timings["off"].memory_bytes[0] >> 20,
+        "on_peak_rss_mib": timings["on"].peak_rss_mib,
+        "off_peak_rss_mib": timings["off"].peak_rss_mib,
     }
 
 
@@ -171,10 +173,13 @@ def benchmark(
     only: list[str] | None = None,
     keep: Callable[[dict[str, dict]], None] = lambda table: None,
 ) -> dict[str, dict]:
-    """A row for each switch whose name holds one of `only`: its times, why it was not tried, or how it failed.
+    """Measure each switch whose name contains one of `only`.
 
     Args:
-        keep: called with all rows after each.
+        keep: called after each switch with all rows so far, so that a killed benchmark loses only the current one.
+
+    Returns:
+        For each switch its times, the reason if it was not tried, or the error if it failed.
     """
     table: dict[str, dict] = {}
     for name, switch in switches(device).items():
@@ -188,21 +193,18 @@ def benchmark(
             except (RuntimeError, ValueError, EOFError, ConnectionError) as error:
                 table[name] = {"failed": f"{type(error).__name__}: {error}"}
         row = table[name]
-        said = f"{text(row['gain'])} x as fast" if "gain" in row else next(iter(row.values()))
+        outcome = f"{text(row['gain'])} x as fast" if "gain" in row else next(iter(row.values()))
         rss = f", RSS {row['on_peak_rss_mib']} against {row['off_peak_rss_mib']} MiB" if "gain" in row else ""
-        print(f"{name:58} {said}{rss}", flush=True)
+        print(f"{name:58} {outcome}{rss}", flush=True)
         keep(table)
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = arguments(__doc__, threads=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
     parser.add_argument("--only", nargs="*", help="parts of names; default: all")
-    parser.add_argument("--json", type=Path, help="file for the table")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--json", type=Path, help="file to write the table to after each switch")
     args = parser.parse_args()
     if args.device is None:
         import torch

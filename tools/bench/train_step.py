@@ -1,46 +1,41 @@
-"""Seconds of a training step, and peak memory, against Hugging Face transformers on the same tokens and threads.
+"""Measure seconds and peak memory of a training step against Hugging Face transformers on the same tokens and threads.
 
-Both clip the gradient to 1. `+malloc`: freed pages stay in the process (`distributed.keep_freed_memory`). Beside them a
-large fp32 product in the same rounds: the share of its rate that a step reaches.
+Both clip the gradient to 1. `+malloc`: freed pages stay in the process (`distributed.keep_freed_memory`). A large fp32
+product is timed in the same rounds, for the share of its rate that a step reaches.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
 
 from _common import (
     MODELS,
-    NUM_HEADS,
-    NUM_KV_HEADS,
     VOCAB,
     Variant,
+    arguments,
     engine_step,
     paired,
-    random_tokens,
     ratio,
+    recipe_of,
     text,
-    transformers_sizes,
+    transformers_llama,
     transformers_step,
+    transformers_tokens,
     write,
 )
 
 PRODUCT = 4096
+"""Rows and columns of the matrices of the product."""
 
 
 def hugging_face(model: str, keep: bool) -> Callable[[], float]:
-    """Stock LlamaForCausalLM in fp32 with torch's default AdamW."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """Build the step of a stock LlamaForCausalLM in fp32 with torch's default AdamW."""
     from igla_mega.distributed import host
 
     if keep:
         host.keep_freed_memory()
-    torch.manual_seed(1)
-    tokens = random_tokens(MODELS[model]["rows"], MODELS[model]["sequence"])
-    llama = LlamaForCausalLM(LlamaConfig(**transformers_sizes(model), tie_word_embeddings=False))
-    return transformers_step(llama, tokens, tokens)
+    tokens = transformers_tokens(model)
+    return transformers_step(transformers_llama(model), tokens, tokens)
 
 
 def ours(model: str, precision: str) -> Callable[[], float]:
@@ -48,7 +43,7 @@ def ours(model: str, precision: str) -> Callable[[], float]:
 
 
 def product(size: int) -> Callable[[], float]:
-    """Of two square fp32 matrices."""
+    """Build the product of two square fp32 matrices of `size` rows."""
     import torch
 
     left, right = torch.randn(size, size), torch.randn(size, size)
@@ -62,24 +57,15 @@ def product(size: int) -> Callable[[], float]:
 
 
 def step_flops(model: str) -> float:
-    """Of a step's products, attention counted causal, nothing counted twice."""
-    from igla_mega.config.schema import Recipe
+    """Return the FLOPs of the matrix products of a step: attention counted as causal, recomputation not counted."""
     from igla_mega.plan.time import model_flops_per_token
 
-    sizes = dict(MODELS[model])
-    rows, sequence = sizes.pop("rows"), sizes.pop("sequence")
-    heads = {"num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS}
-    recipe = Recipe.model_validate({"model": {"vocab_size": VOCAB, "max_position": sequence, **sizes, **heads}})
-    return rows * sequence * model_flops_per_token(recipe, sequence)
+    rows, sequence = MODELS[model]["rows"], MODELS[model]["sequence"]
+    return rows * sequence * model_flops_per_token(recipe_of(model), sequence)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["A", "B"], help="default: both")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, threads=True, models=True).parse_args()
     tables: dict[str, dict] = {}
     for model in [args.model] if args.model else ["A", "B"]:
         variants = {
@@ -97,18 +83,20 @@ def main() -> None:
         print(f"model {model}, {num_tokens} tokens a step, {args.threads} threads, {args.rounds} rounds")
         print(f"{'':10} {'median ms':>9} {'tok/s':>6} {'x hf':>17} {'x hf+malloc':>17} {'RSS MiB':>8} {'/hf':>5}")
         for name, timing in timings.items():
-            # Fresh weights know nothing: any other first loss means that not the same model is timed.
+            # Random weights predict uniformly, so any other first loss means that a different model was timed.
             if abs(timing.first_loss - math.log(VOCAB)) > 0.5:
-                raise SystemExit(f"{name}: first loss {timing.first_loss:.3f}, not about ln V = {math.log(VOCAB):.3f}")
+                raise SystemExit(
+                    f"{name}: first loss {timing.first_loss:.3f}, not close to ln V = {math.log(VOCAB):.3f}"
+                )
             row = table[name] = {
-                "median_ms": round(timing.median * 1e3, 1),
+                "median_ms": timing.median_ms,
                 "tokens_per_second": round(num_tokens / timing.median),
                 "faster_than_hf": ratio(timings["hf"].seconds, timing.seconds),
                 "faster_than_hf_malloc": ratio(timings["hf+malloc"].seconds, timing.seconds),
-                "peak_rss_mib": timing.memory_bytes[0] >> 20,
+                "peak_rss_mib": timing.peak_rss_mib,
                 "peak_rss_over_hf": round(timing.memory_bytes[0] / timings["hf"].memory_bytes[0], 3),
                 "first_loss": round(timing.first_loss, 4),
-                "step_seconds": [round(s, 4) for s in timing.seconds],
+                "step_seconds": timing.step_seconds,
             }
             print(
                 f"{name:10} {row['median_ms']:9.0f} {row['tokens_per_second']:6d} {text(row['faster_than_hf']):>17} "

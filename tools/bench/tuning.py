@@ -1,26 +1,27 @@
-"""Seconds of a LoRA step against PEFT on transformers, and the peak memory of preference optimization against SFT.
+"""Measure a LoRA step against PEFT on transformers, and the peak memory of preference optimization against SFT.
 
-Recipe 3's adapters (rank 64 on all seven projections, dropout 0.05) on a frozen base of random weights; the second half
-of each row are targets. All keep freed pages (`distributed.keep_freed_memory`), as glibc would give them back.
+Adapters of recipe 3 (rank 64 on all seven projections, dropout 0.05) on a frozen base of random weights; the second
+half of each row are targets. All variants keep freed pages (`distributed.keep_freed_memory`), which glibc would return
+to the system.
 """
 
-import argparse
 from collections.abc import Callable
 
 from _common import (
     MODELS,
+    PROJECTIONS,
     Variant,
+    arguments,
     engine_and_step,
     paired,
-    random_tokens,
     ratio,
     text,
-    transformers_sizes,
+    transformers_llama,
     transformers_step,
+    transformers_tokens,
     write,
 )
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, DROPOUT = 64, 128, 0.05
 LORA = {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "target_modules": PROJECTIONS}
 TARGET_SHARE = 0.5
@@ -37,20 +38,16 @@ def ours(model: str, name: str) -> Callable[[], float]:
 
 
 def peft_step(model: str) -> Callable[[], float]:
-    """LlamaForCausalLM in fp32 under PEFT's adapters, with torch's default AdamW."""
+    """Build the step of LlamaForCausalLM in fp32 with PEFT's adapters and torch's default AdamW."""
     import peft
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from igla_mega.distributed import host
 
     host.keep_freed_memory()
-    torch.manual_seed(1)
-    length = MODELS[model]["sequence"]
-    tokens = random_tokens(MODELS[model]["rows"], length)
+    tokens = transformers_tokens(model)
     labels = tokens.clone()
-    labels[:, : round((1 - TARGET_SHARE) * length)] = -100
-    llama = LlamaForCausalLM(LlamaConfig(**transformers_sizes(model), tie_word_embeddings=False))
+    labels[:, : round((1 - TARGET_SHARE) * MODELS[model]["sequence"])] = -100  # ignored by transformers' loss
+    llama = transformers_llama(model)
     section = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
     )
@@ -58,12 +55,7 @@ def peft_step(model: str) -> Callable[[], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["A", "B"], help="default: both")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, threads=True, models=True).parse_args()
     tables: dict[str, dict] = {}
     for model in [args.model] if args.model else ["A", "B"]:
         variants = {"peft": Variant(peft_step, (model,), threads=args.threads)}
@@ -73,11 +65,11 @@ def main() -> None:
         print(f"model {model}, {MODELS[model]['rows']} x {MODELS[model]['sequence']} tokens, {args.rounds} rounds")
         for name, timing in timings.items():
             table[name] = {
-                "median_ms": round(timing.median * 1e3, 1),
+                "median_ms": timing.median_ms,
                 "time_over_peft": ratio(timing.seconds, timings["peft"].seconds),
-                "peak_rss_mib": timing.memory_bytes[0] >> 20,
+                "peak_rss_mib": timing.peak_rss_mib,
                 "first_loss": round(timing.first_loss, 4),
-                "step_seconds": [round(s, 4) for s in timing.seconds],
+                "step_seconds": timing.step_seconds,
             }
             row = table[name]
             times = text(row["time_over_peft"])

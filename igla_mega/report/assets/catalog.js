@@ -1,6 +1,7 @@
-// What is drawn: plots and heat maps by the names that metrics.jsonl has for their numbers, and the kinds of events.
+// What the page draws: plots and heat maps by the keys of metrics.jsonl, and the kinds of events.
 
-// `rows` have a value of every step; `points` are measured at intervals: "name/" takes all below it, "a/*b" the middle.
+// `rows` have a value at every step; `points` are measured at intervals: "name/" matches all keys with that prefix, and
+// "a/*b" all keys with that prefix and suffix. The rest of the key becomes part of the label.
 const PLOTS = [
   ...inGroup("Learning", [
     {
@@ -27,21 +28,21 @@ const PLOTS = [
     },
     {
       id: "ewc_nats",
-      title: "What is held",
-      note: "penalty of Elastic Weight Consolidation, nats per token",
+      title: "EWC penalty",
+      note: "Elastic Weight Consolidation, nats per token",
       rows: { ewc_nats: "penalty" },
       zero: true,
     },
     {
       id: "ewc_grad_norm",
-      title: "Gradient norm of the pull",
-      note: "L2, beside the task's own",
-      rows: { ewc_grad_norm: "the pull", task_grad_norm: "the task" },
+      title: "Gradient norm of the EWC penalty",
+      note: "L2, next to that of the task's loss",
+      rows: { ewc_grad_norm: "penalty", task_grad_norm: "task" },
     },
     {
       id: "backward_transfer",
       title: "Backward transfer",
-      note: "nats per token over earlier domains; below 0 is forgotten",
+      note: "nats per token over earlier domains; below 0: forgetting",
       points: { backward_transfer: "transfer" },
     },
   ]),
@@ -68,8 +69,8 @@ const PLOTS = [
     },
     {
       id: "dpo_preferred",
-      title: "Likelier answer",
-      note: "pairs whose chosen answer is the likelier one",
+      title: "Preferred answer",
+      note: "pairs whose chosen answer is more likely than the rejected one",
       rows: { dpo_preferred: "training" },
       points: { "validation/*dpo_preferred": "validation, " },
       format: percent,
@@ -105,22 +106,22 @@ const PLOTS = [
     },
     {
       id: "moe_drop_rate",
-      title: "Dropped visits",
-      note: "of the tokens' visits to experts, mean over layers",
+      title: "Dropped tokens",
+      note: "share of the assignments of tokens to experts, mean over layers",
       rows: { moe_drop_rate: "dropped" },
       zero: true,
       format: percent,
     },
     {
       id: "moe_router_entropy",
-      title: "Entropy of the routers",
+      title: "Router entropy",
       note: "nats, mean over layers and tokens",
       rows: { moe_router_entropy: "entropy" },
     },
     {
       id: "moe_max_violation",
       title: "Busiest expert",
-      note: "by how much it exceeds its fair share, worst layer",
+      note: "excess over its fair share, worst layer",
       rows: { moe_max_violation: "excess" },
       zero: true,
       format: percent,
@@ -155,7 +156,7 @@ const PLOTS = [
     {
       id: "step_seconds",
       title: "Step time",
-      note: "seconds; of ranks where they were asked",
+      note: "seconds; of the ranks at the steps where they are compared",
       rows: { step_seconds: "step" },
       points: { "rank_step_seconds/": "ranks, " },
       zero: true,
@@ -177,23 +178,23 @@ const HEATS = [
   ...inGroup("Experts", [
     {
       key: "expert_load",
-      title: "Load of the experts",
+      title: "Expert load",
       fair: true,
-      note: "visits of each expert (layer.expert) over its fair share; blue starves, orange is crowded",
+      note: "tokens of each expert (layer.expert) over its fair share; blue: underloaded, orange: overloaded",
       say: (v) => `${v.toFixed(2)} × its share`,
     },
     {
       key: "moe_layers/max_violation",
       title: "Busiest expert by layer",
       rows: "layer",
-      note: "by how much it exceeds its fair share",
+      note: "excess over its fair share",
       say: percent,
     },
     {
       key: "moe_layers/drop_rate",
-      title: "Dropped visits by layer",
+      title: "Dropped tokens by layer",
       rows: "layer",
-      note: "share of the visits that found no room",
+      note: "share of the assignments beyond the capacity of their expert",
       say: percent,
       onlyAboveZero: true,
     },
@@ -204,17 +205,17 @@ const HEATS = [
       title: "Step time by rank",
       rows: "rank",
       relative: true,
-      note: "over the median rank of the same step; orange is slower",
+      note: "over the median rank of the same step; orange: slower",
       say: (v) => `${v.toFixed(3)} × the median`,
     },
   ]),
 ];
 
 const GROUPS = ["Learning", "Preferences", "Evaluation", "Experts", "Speed", "Data", "Everything else"];
-// Axes, or shown as another number, or in a table.
+// Keys without a plot: axes, and numbers shown in another form or in a table.
 const NOT_DRAWN = ["step", "tokens", "seconds", "tflops_per_device", "domain_loss/", "read_tokens/"];
 
-// A Map, for a kind may have any name. Quiet ones are many: a tick at the foot, no line.
+// A Map, since a kind may have any name. Quiet ones are frequent: a tick at the bottom instead of a line.
 const EVENTS = new Map([
   ["started", { glyph: "▶" }],
   ["resumed", { glyph: "▶" }],

@@ -1,10 +1,10 @@
-// What came with the page or from its server, as columns; what of it is seen; words for numbers.
+// The page's data as columns, the state of the view, and the formatting of numbers.
 
 const byId = (id) => document.getElementById(id);
 const DATA = JSON.parse(byId("data").textContent);
 const MODES = { step: "step", tokens: "tokens", seconds: "training time" };
 
-// ---- words and numbers
+// ---- formatting
 const rate = (v) => (v ? v.toExponential(2).replace(/[.]?0*e/, "e") : "0");
 const percent = (v) => `${short(100 * v)} %`;
 const gib = (v) => `${short(v / 2 ** 30)} GiB`;
@@ -46,7 +46,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-// ---- unpacking: columns are bytes, shuffled, deflated, base64
+// ---- unpacking: the inverse of page.py's _pack_rows (bytes grouped by significance, deflate, base64)
 async function unpack(packed) {
   const text = atob(packed.blob),
     bytes = new Uint8Array(text.length);
@@ -61,13 +61,13 @@ function unshuffle(bytes, at, count, size) {
   return out.buffer;
 }
 async function columns(packed) {
-  const found = Object.create(null), // a column may have any name
+  const found = Object.create(null), // no prototype: a column may be named __proto__
     bytes = await unpack(packed),
     n = packed.rows;
   let at = 0;
   for (const [name, kind, scale] of packed.names) {
     if (kind === "d") {
-      // rising whole numbers, as differences
+      // ascending integers, stored as differences
       const values = new Float64Array(unshuffle(bytes, at, n, 8));
       for (let i = 1; i < n; i++) values[i] += values[i - 1];
       if (scale !== 1) for (let i = 0; i < n; i++) values[i] *= scale;
@@ -126,9 +126,9 @@ const shownRuns = () => runs.filter((run) => run.shown);
 const comparing = () => runs.length > 1;
 const allEvents = () => shownRuns().flatMap((run) => (run.events ?? []).map((event) => ({ ...event, run })));
 
-// ---- where a value stands
+// ---- search and interpolation
 function lower(xs, x) {
-  // first index whose value is not below x
+  // Return the first index whose value is not below x.
   let a = 0,
     b = xs.length;
   while (a < b) {
@@ -143,7 +143,7 @@ function nearest(xs, x) {
   return i > 0 && (i === xs.length || x - xs[i - 1] <= xs[i] - x) ? i - 1 : i;
 }
 function between(xs, ys, x) {
-  // ys at x, on straight lines
+  // Interpolate ys linearly at x; outside of xs the end values continue.
   if (!xs.length) return x;
   const i = Math.min(Math.max(lower(xs, x), 1), xs.length - 1);
   if (xs.length === 1 || xs[i] === xs[i - 1]) return ys[Math.min(i, ys.length - 1)];
@@ -175,8 +175,8 @@ function extent() {
 }
 const view = () => state.view ?? extent();
 
-// ---- lines made shorter
-// Exponential mean, free of the start's bias (Kingma and Ba 2014, section 3).
+// ---- smoothing and reduction of lines
+// Exponential moving average with bias correction (Kingma and Ba 2014, section 3).
 function smoothed(run, key) {
   const window = 2 ** state.smooth,
     id = `${key} ${window}`;
@@ -188,6 +188,7 @@ function smoothed(run, key) {
       weight = 0;
     for (let i = 0; i < values.length; i++) {
       const v = values[i];
+      // NaN: this step has no value.
       if (v === v) {
         mean = decay * mean + (1 - decay) * v;
         weight = decay * weight + (1 - decay);
@@ -198,7 +199,7 @@ function smoothed(run, key) {
   }
   return run.smooth.get(id);
 }
-// What a line shows between two x: all of it, or of each stretch of about a pixel its least and its most value.
+// Return the points of a line between two x: all of them, or the minimum and maximum of each interval of about a pixel.
 function visible(xs, ys, from, to, pixels) {
   const first = Math.max(lower(xs, from) - 1, 0),
     end = Math.min(lower(xs, to) + 2, xs.length),

@@ -1,4 +1,4 @@
-// Heat maps over the run, on canvases of their own: experts, layers, ranks.
+// Heat maps over the run (experts, layers, ranks), each on a separate canvas.
 
 class HeatMap {
   constructor(spec, run) {
@@ -35,7 +35,7 @@ class HeatMap {
     return heatOf(this.run, this.spec);
   }
   rowsOf(data) {
-    // [first row, names]
+    // Return [first row, names of the rows] of the chosen layer, or of all.
     if (!this.spec.fair) return [0, Array.from({ length: data.rows }, (_, i) => `${this.spec.rows} ${i}`)];
     const names = data.shape.flatMap((count, layer) =>
       Array.from({ length: count }, (_, expert) => `${layer}.${expert}`),
@@ -121,7 +121,7 @@ class HeatMap {
       value = (row) => this.data.values[(first + row) * columns + columns - 1];
     let best = 0;
     for (let r = 0; r < names.length; r++) if (value(r) > value(best)) best = r;
-    this.reading.textContent = `most in the last column: ${this.at(best, columns - 1)}`;
+    this.reading.textContent = `maximum of the last column: ${this.at(best, columns - 1)}`;
   }
   hover(x, y) {
     const { left, top, tall, across, xs, from, to, names } = this.scale;

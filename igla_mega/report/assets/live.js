@@ -1,4 +1,4 @@
-// The beginning: what came is unpacked and drawn; a live page then asks its server for what is new.
+// Start of the page: unpack and draw the data; a live page then polls its server for new data.
 
 let failures = 0;
 async function poll() {
@@ -20,13 +20,14 @@ async function poll() {
     failures = 0;
   } catch {
     failures = Math.min(failures + 1, 5);
-    live.textContent = "the server does not answer; shown is what came last";
+    live.textContent = "no answer from the server; the data is not current";
     live.className = "alarm";
   }
+  // Back off when the server fails, and poll slowly while nobody sees the page.
   setTimeout(poll, (document.hidden ? 10 : 1) * DATA.poll_seconds * 1000 * 2 ** failures);
 }
 
-// What the page shows, for tests and for the console.
+// Access to what the page shows, for tests and the console.
 const api = (window.runPage = {
   state,
   runs,
@@ -59,7 +60,7 @@ async function start() {
     button.addEventListener("click", () => setMode(button.dataset.mode));
   }
   document.addEventListener("keydown", (event) => keys(event, null));
-  // Paper is white, whatever the screen is.
+  // Printing uses light colours even with the dark theme.
   for (const what of ["(prefers-color-scheme: dark)", "print"]) matchMedia(what).addEventListener("change", recolor);
   setTheme(themeKept());
   head();

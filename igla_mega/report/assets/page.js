@@ -1,4 +1,4 @@
-// The page as a whole: its head, the order of things on it, and what the reader does with mouse and keys.
+// The page as a whole: its head, its layout, and the handling of mouse and keys.
 
 const STATES = { running: "●", finished: "✓", stopped: "■", stale: "◌", empty: "○", hung: "‖" };
 const THEMES = { auto: "◐ auto", light: "○ light", dark: "● dark" };
@@ -76,8 +76,8 @@ function head() {
   list.replaceChildren(...problems.map((text) => el("li", {}, text)));
 }
 
-// ---- the order of things
-// Numbers that the catalog does not know have a plot of their own.
+// ---- layout
+// Keys that are not in the catalog get one plot each.
 function specsOf() {
   const known = [...PLOTS.flatMap((spec) => Object.keys({ ...spec.rows, ...spec.points })), ...NOT_DRAWN];
   const unknown = (key) => !known.some((pattern) => matches(pattern, key) !== null);
@@ -123,7 +123,7 @@ function layOut() {
     groupOf("Record"),
   );
 }
-// A table is made anew only when what it shows is new: what is open, scrolled or focused in it stays so.
+// Rebuild a table only if its data changed: otherwise it would lose what the reader opened, scrolled or focused.
 function once(id, sources, make) {
   const before = tables.get(id);
   if (before && sources.every((one, i) => one === before.sources[i])) return before.node;
@@ -183,7 +183,7 @@ function render() {
   redraw();
 }
 
-// ---- what the reader does
+// ---- interaction
 function zoom(from, to) {
   const [low, high] = extent(),
     room = (high - low) * 1e-6;
@@ -271,7 +271,7 @@ function chooseTheme() {
   try {
     localStorage.setItem("igla-theme", state.theme);
   } catch {
-    /* a file may have no storage */
+    /* a page opened from a file may have no storage */
   }
 }
 function themeKept() {

@@ -1,4 +1,4 @@
-// Line plots over the run, with uPlot: which lines a plot has, how it is drawn, and the marks of events on it.
+// Line plots over the run, drawn with uPlot: the lines of a plot, the plot itself, and the marks of events on it.
 
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [14, 4], [4, 2, 2, 2, 2, 2]];
 const ROUND = [-3, -2, -1, 0, 1, 2, 3].flatMap((p) => [1, 2, 5].map((v) => v * 10 ** p));
@@ -8,7 +8,7 @@ const CLOCK = [
 
 // ---- lines of a plot
 function matches(pattern, name) {
-  // the rest of the name; null where it does not fit
+  // Return the part of the name that the pattern leaves open; null if the name does not match.
   const star = pattern.indexOf("*");
   if (star >= 0) {
     const [head, tail] = [pattern.slice(0, star), pattern.slice(star + 1)];
@@ -43,7 +43,7 @@ function pointsOf(line) {
   if (line.dense) return [axis(line.run), line.run.rows[line.key] ?? new Float32Array(0)];
   const [steps, values] = line.run.series[line.key] ?? [[], []];
   const xs = state.mode === "step" ? steps : steps.map((step) => toAxis(line.run, step));
-  // One value for the whole run is a level.
+  // A single value for the whole run is drawn as a horizontal line.
   return values.length === 1 && line.key === "unigram_entropy" ? [extent(), [values[0], values[0]]] : [xs, values];
 }
 function valueAt(line, x) {
@@ -141,7 +141,7 @@ class Plot {
     for (let i = 0; i < all.length; i++) if (i === 0 || all[i] !== all[i - 1]) x.push(all[i]);
     const data = [x];
     for (const [xs, ys] of parts) {
-      // both rise: one walk
+      // Both x and xs ascend, so one pass aligns them.
       const column = new Array(x.length).fill(null);
       for (let i = 0, at = 0; i < xs.length; i++) {
         while (x[at] < xs[i]) at++;
@@ -158,6 +158,7 @@ class Plot {
       state.mode === "seconds",
     ]);
     if (this.chart && shape === this.shape && this.chart.width === width && this.chart.height === height) {
+      // `quiet`: uPlot reports the cursor again when data changes, which is not a move of the reader's.
       this.quiet = true;
       this.chart.batch(() => {
         this.chart.setData(data, false);
@@ -284,7 +285,7 @@ class Plot {
     this.read();
   }
 }
-// ---- on plots and beside them
+// ---- line samples and marks
 function sample(color, dash) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"),
     line = document.createElementNS(svg.namespaceURI, "line");

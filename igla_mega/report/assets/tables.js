@@ -1,6 +1,6 @@
 // Tables and texts: forgetting, needle, samples, ranks, sources, events, recipes.
 
-// What the reader chose in a table, by its id: a live page makes tables anew.
+// The reader's choices by table id, which outlive the tables: a live page rebuilds them.
 const chosen = new Map();
 
 const named = (title, run) => (comparing() ? `${title}: ${run.name}` : title);
@@ -65,7 +65,7 @@ function forgetting(run) {
     table(["", ...domains], rows, "Forgetting"),
   );
 }
-// A value that stays chosen when its table is made anew; at the last one a table goes on to what is new.
+// Restore the chosen value of a rebuilt table; if the last one was chosen, the table follows to the newest.
 function stays(id, control, last, show) {
   const before = chosen.get(id);
   control.value = before !== undefined && before < last ? before : last;
@@ -83,7 +83,7 @@ function needle(run) {
       { "aria-label": "step of the grid" },
       ...run.needle.map((grid, i) => el("option", { value: i }, `step ${whole(grid.step)}`)),
     ),
-    exactly = el("button", { class: "small", type: "button", title: "values that are word for word the likeliest" });
+    exactly = el("button", { class: "small", type: "button", title: "values that are exactly the most likely continuation" });
   const show = () => {
     const { lengths, depths, values, exact } = run.needle[+choice.value],
       strict = Boolean(exact && chosen.get(`${id}-exact`));
@@ -109,7 +109,7 @@ function needle(run) {
   stays(id, choice, run.needle.length - 1, show);
   show();
   const note = run.needle.some((grid) => grid.exact)
-    ? "percent of a hidden value's tokens that are likelier than nine other words: 10 by chance; blue: found, orange: lost"
+    ? "percent of a hidden value's tokens that are more likely than nine other words: 10 by chance; blue: found, orange: lost"
     : "percent found, by length of the text and depth of the needle; blue: found, orange: lost";
   const node = sectionOf(run, "needle", "Needle in a haystack", note, true, box);
   node.querySelector(".head").append(exactly, choice);
@@ -132,7 +132,7 @@ function samples(run) {
   };
   stays(`samples-${run.index}`, slider, steps.length - 1, show);
   show();
-  const node = sectionOf(run, "samples", "Samples", "what the model writes after a prompt (bold)", true, box);
+  const node = sectionOf(run, "samples", "Samples", "continuations of the prompts (bold) by the model", true, box);
   node.querySelector(".head").append(el("label", { class: "slide" }, slider, label));
   return node;
 }
@@ -140,7 +140,7 @@ function ranks(run) {
   const most = Math.max(...run.ranks.map((q) => q[4])) * 1.03,
     slowest = run.ranks.reduce((best, q, i) => (q[2] > run.ranks[best][2] ? i : best), 0);
   const order = run.ranks.map((_, rank) => rank);
-  if (order.length > 8) order.sort((a, b) => run.ranks[b][2] - run.ranks[a][2]); // the slow ones first
+  if (order.length > 8) order.sort((a, b) => run.ranks[b][2] - run.ranks[a][2]); // slowest first
   const rows = order.map((rank) => {
     const q = run.ranks[rank];
     const strip = el("span", { class: "strip" });
@@ -167,7 +167,7 @@ function ranks(run) {
     "Step times of ranks",
     "box: middle half; line: 5 to 95 %; ◆ the slowest median",
     false,
-    tall(table(["", "seconds a step", "median", "95 %"], rows, "Step times of ranks")),
+    tall(table(["", "seconds per step", "median", "95 %"], rows, "Step times of ranks")),
   );
 }
 function slowest(run) {
@@ -175,7 +175,7 @@ function slowest(run) {
     run,
     "slowest",
     "Slowest ranks",
-    "how often a rank was the slowest, of the steps that were asked",
+    "number of compared steps in which a rank was the slowest",
     false,
     table(
       ["", "times"],
@@ -213,13 +213,13 @@ function sources(run) {
   );
 }
 function eventList() {
-  let time = 0; // what has none of its own stands behind what comes before it
+  let time = 0; // an event without a time is placed after the one before it
   const events = allEvents().map((event) => ({ ...event, at: (time = event.time ?? time) })),
     kinds = [...new Set(events.map((event) => event.event))],
     quiet = events.filter((event) => looks(event.event).quiet).length;
-  const node = section("events", "Events", `${whole(events.length)}; a step's button brings the plots there`, true);
+  const node = section("events", "Events", `${whole(events.length)}; the button of a step moves the plots to it`, true);
   if (!events.length) {
-    node.querySelector("p").textContent = "none were written";
+    node.querySelector("p").textContent = "no events";
     return node;
   }
   const choice = el(
@@ -250,7 +250,7 @@ function eventList() {
   };
   const show = () => {
     const most = chosen.get("events-most") ?? 12,
-      // By the clock, for a run may go back to an earlier step.
+      // By time, since a run may go back to an earlier step.
       found = events
         .filter(wanted)
         .reverse()
@@ -275,7 +275,7 @@ function eventList() {
 function difference() {
   const { heads, rows, more } = DATA.difference,
     says = more ? `; the first ${rows.length}` : "",
-    note = rows.length ? `${whole(rows.length + more)} keys differ${says}` : "none: they say the same";
+    note = rows.length ? `${whole(rows.length + more)} keys differ${says}` : "none: the recipes are equal";
   const cells = rows.map(([key, ...values]) => [key, ...values.map((v) => el("td", { class: "message" }, v ?? "–"))]),
     node = rows.length ? table(["key", ...heads], cells, "Difference of the recipes") : null;
   return section("difference", "Difference of the recipes", note, true, ...(node ? [node] : []));
@@ -287,7 +287,7 @@ function plan(run) {
     short(planned),
     measured ? `${(planned / measured).toFixed(2)} ×` : "–",
   ]);
-  const title = comparing() ? "Plan" : "The plan beside what was measured";
+  const title = comparing() ? "Plan" : "Plan and measurement";
   return sectionOf(
     run,
     "plan",
