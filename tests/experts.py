@@ -17,7 +17,8 @@ ALLGATHER = {"dispatcher": "allgather"}
 
 
 def recipe(moe=None, training=None, **distributed):
-    whole = {"expert_parallel": 1, **distributed}
+    # A sequence at a time, so that of one rank every scope of balancing and of capacity is one.
+    whole = {"expert_parallel": 1, "micro_batch_size": 1, **distributed}
     return tiny.recipe(moe={**MOE, **(moe or {})}, training=training or STEADY, **whole)
 
 

@@ -155,7 +155,6 @@ def test_a_run_killed_before_its_fisher_was_taken_takes_it_on_resume(unbroken, r
     ("num_ranks", "layout"),
     [
         (2, ["distributed.strategy=FSDP"]),
-        (2, ["distributed.context_parallel=2"]),
         (4, ["distributed.tensor_parallel=2", "distributed.pipeline_parallel=2"]),
     ],
 )

@@ -60,7 +60,6 @@ def ended(process: subprocess.Popen) -> str:
     [
         # Of one rank the command is the rank; of two it passes the signal on.
         (1, signal.SIGUSR1, 75),
-        (1, signal.SIGINT, 130),
         (2, signal.SIGTERM, 75),
         (2, signal.SIGINT, 130),
     ],

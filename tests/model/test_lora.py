@@ -57,17 +57,12 @@ def test_ten_steps_equal_those_of_peft(tmp_path):
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 SP, FULL = {**TP, "sequence_parallel": True}, {"gradient_checkpointing": "full"}
 LAYOUTS = [
-    (1, FULL),
     (1, {"micro_batch_size": 4}),
     (2, {**TP, "sequence_parallel": False}),
-    (2, SP),
     (2, {**SP, **FULL}),
-    (2, PP),
     (2, {**PP, **FULL}),
-    (2, {"distributed_optimizer": True}),
     (2, {"distributed_optimizer": False}),
     (2, {"context_parallel": 2}),
-    (2, {"strategy": "FSDP"}),
     (2, {"strategy": "FSDP", **FULL}),
     (4, {"strategy": "FSDP", **SP}),
     (4, {**SP, **PP, **FULL}),
@@ -83,7 +78,7 @@ CASES = covering(
 
 def trained(recipe, section):
     built, shards, _ = tuned.engine(recipe, section, start=warm(recipe, section))
-    reports = tuned.steps(built, 5, recipe.training.learning_rate, dropout_seed=7)
+    reports = tuned.steps(built, 3, recipe.training.learning_rate, dropout_seed=7)
     return reports, {name: matrix.numpy() for name, matrix in tuned.gathered(built, shards).items()}
 
 
