@@ -2,13 +2,16 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo chaos test lint docs fuzz audit pins bench gpu-check wheelhouse clean
+.PHONY: setup demo chaos test test-quick durations lint docs fuzz audit pins bench gpu-check wheelhouse clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 EXTRAS ?= dev,hf,data,ray
 READY := .venv/.ready
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check
+# Of the 25,000 modules that are installed few are imported; those are compiled when they are.
+INSTALL := $(PIP) install --no-compile
+BUILD_NEEDS := torch numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
 CONSTRAIN := export PIP_CONSTRAINT="$${PIP_CONSTRAINT:-} $$PWD/.venv/constraints.txt"
 # Used only if the configured index has no CPU build.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -36,10 +39,9 @@ $(READY): pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 	  $(PYTHON) -m venv .venv; \
 	  cp constraints-cpu.txt .venv/constraints.txt; \
 	fi
-	@$(CONSTRAIN); $(PIP) install torch 2>/dev/null || $(PIP) install --extra-index-url $(CPU_INDEX) torch
-	@$(CONSTRAIN); $(PIP) install numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
+	@$(CONSTRAIN); $(INSTALL) $(BUILD_NEEDS) 2>/dev/null || $(INSTALL) --extra-index-url $(CPU_INDEX) $(BUILD_NEEDS)
 	@echo "[2/3] csrc/ is built, igla-mega[$(EXTRAS)] installed"
-	@$(CONSTRAIN); $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@$(CONSTRAIN); $(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
 	@echo "[3/3] kernels: $$(.venv/bin/python -c 'from igla_mega import ops; print(ops.why_no_kernels or ops.kernels())')"
 	@touch $@
 
@@ -52,10 +54,20 @@ SEED ?= 0
 chaos: $(READY)
 	@.venv/bin/python tools/chaos.py --kills $(KILLS) --seed $(SEED)
 
-TEST_WORKERS ?= 2
+# One worker more than the cores of a small machine: tests of whole runs wait for their processes. A file stays on one
+# worker (module fixtures are whole runs), and tests/conftest.py has put the longest files first.
+TEST_WORKERS ?= 3
+PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 test: $(READY)
-	@.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu"
-	@.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "slow and not gpu"
+	@$(PYTEST) -m "not gpu"
+
+# What to run before a commit: every test below half a second, and one of each kind of parity.
+test-quick: $(READY)
+	@$(PYTEST) -m "quick and not gpu"
+
+# Measures tests/durations.json, on which the order and `quick` rest.
+durations: $(READY)
+	@$(PYTEST) -m "not gpu" --record-durations
 
 lint: $(READY)
 	@echo "ruff, mypy, plain words, shellcheck, hadolint"

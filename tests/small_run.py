@@ -137,6 +137,25 @@ def own_world() -> dist.TCPStore | None:
     return store
 
 
+def as_rank(function, text: str, run_dir: str, *args):
+    """Call `function(recipe, run_dir, *args)` on this rank in a world of the run's own; return what the run says."""
+    store = own_world()
+    path = Path(run_dir) / f"recipe_{os.environ['RANK']}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        function(load_recipe(path), Path(run_dir), *args)
+    del store
+    return said.getvalue()
+
+
+def train_hurt(recipe, run_dir: Path, fault: Fault):
+    """Train with a fault, for `as_rank`."""
+    fault()
+    engine.train(recipe, run_dir)
+
+
 def lines(run_dir: Path, name: str) -> list[dict]:
     path = run_dir / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -7,8 +7,6 @@ traceback, within seconds, no process left behind.
 import hashlib
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,100 +16,16 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from command_line import LIMIT_SECONDS, VOCAB, environment, igla, metrics, refused, write_dataset, write_recipe
 
 from igla_mega.data.indexed import IndexedWriter
-
-VOCAB = 250
-LIMIT_SECONDS = 60
-"""Of a command; generous, since a loaded machine imports torch slowly."""
-
-
-@pytest.fixture(scope="session")
-def laptop_cache(tmp_path_factory):
-    """$IGLA_CACHE with the laptop corpus, made once by `prepare`."""
-    folder = tmp_path_factory.mktemp("igla_cache")
-    done = igla("prepare", "pretrain_7b", "--scale", "laptop", IGLA_CACHE=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def environment(**variables) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "IGLA_MODELS")}
-    root = str(Path(__file__).resolve().parent.parent)
-    return {**kept, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **{name: str(v) for name, v in variables.items()}}
-
-
-def igla(*arguments, cwd=None, **variables) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "igla_mega", *map(str, arguments)],
-        env=environment(**variables),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-    )
-
-
-def refused(*arguments, code=2, **options) -> str:
-    """Run what must be refused; the message."""
-    done = igla(*arguments, **options)
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said
-    assert "Traceback" not in said and 'File "' not in said, said
-    assert done.stderr.count("error:") <= 1, said
-    return done.stderr
-
-
-def write_dataset(prefix: Path, *, highest_id: int = VOCAB - 1, dtype=np.uint16) -> Path:
-    generator = np.random.default_rng(3)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    tokens = generator.integers(0, VOCAB, 20_000)
-    tokens[150] = highest_id
-    with IndexedWriter(prefix, dtype) as writer:
-        writer.add(tokens, np.full(100, 200))
-    return prefix
-
-
-def write_recipe(folder: Path, **sections) -> Path:
-    """A recipe of a second's training, on the dataset `prepared/words`."""
-    recipe = {
-        "model": {
-            "hidden_size": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "intermediate_size": 96,
-            "vocab_size": VOCAB,
-            "max_position": 32,
-        },
-        "training": {"learning_rate": 1e-2, "batch_size": 8, "total_steps": 8, "warmup_steps": 2},
-        "distributed": {"precision": "FP32", "timeout_seconds": 60},
-        "data": {
-            "mix": {"words": 1.0},
-            "sources": {"words": str(folder / "words.jsonl")},
-            "prepared": str(folder / "prepared"),
-        },
-        "checkpoint": {"every_steps": 2},
-        "evaluation": {"num_batches": 1},
-        "logging": {"tensorboard": False},
-    }
-    for section, changes in sections.items():
-        recipe[section] = {**recipe.get(section, {}), **changes}
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
+from igla_mega.data.tokenizer import train_bpe
 
 
 @pytest.fixture
 def recipe(tmp_path):
     write_dataset(tmp_path / "prepared" / "words")
     return write_recipe(tmp_path)
-
-
-def metrics(run: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm by step."""
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}
 
 
 def digests(run: Path, step: int) -> dict[str, str]:
@@ -228,8 +142,10 @@ def test_a_vocabulary_smaller_than_a_token_id_is_refused(highest_id, recipe, tmp
     assert [word for word in words if word not in said] == [], said
 
 
-def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(laptop_cache, tmp_path):
-    [tokenizer] = laptop_cache.glob("*/tokenizer_4096")
+def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    (tmp_path / "letters.jsonl").write_text('{"text": "one two three four"}\n')
+    train_bpe([tmp_path / "letters.jsonl"], 260, tokenizer)
     (tmp_path / "words.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "thr\n{"text": "four"}\n')
     recipe = write_recipe(tmp_path, data={"tokenizer": str(tokenizer)})
     said = refused("prepare", recipe)
@@ -361,23 +277,6 @@ def test_a_run_stopped_and_resumed_equals_the_unbroken_one_bit_for_bit(finished,
     assert digests(tmp_path / "run", 8) == digests(run, 8)
 
 
-SMALL = ("hidden_size=64", "num_layers=2", "num_heads=4", "num_kv_heads=2", "intermediate_size=96")
-
-
-@pytest.mark.slow
-def test_two_ranks_on_the_laptop_corpus_stopped_and_resumed_equal_the_unbroken_run(laptop_cache, tmp_path):
-    changes = [*(f"model.{change}" for change in SMALL), "training.total_steps=8", "evaluation.num_batches=1"]
-    command = ["train", "pretrain_7b", "--scale", "laptop", "--nproc", 2]
-    command += [part for change in changes for part in ("--set", change)]
-    for run, arguments in (("unbroken", []), ("broken", ["--stop-after", 3]), ("broken", [])):
-        done = igla(*command, "--run", tmp_path / run, *arguments, IGLA_CACHE=laptop_cache)
-        assert done.returncode == 0, done.stderr
-    assert "tensor 2" in done.stderr
-    assert sorted(metrics(tmp_path / "broken")) == list(range(1, 9))
-    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
-    assert digests(tmp_path / "broken", 8) == digests(tmp_path / "unbroken", 8)
-
-
 def start_run(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
     """Start a run of many steps."""
     changes = ("--set", "training.total_steps=100000", "--set", "checkpoint.every_steps=0")
@@ -416,21 +315,6 @@ def ended(process: subprocess.Popen, family: list[psutil.Process], within_second
     return said
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_ends_the_run(nproc, number, recipe, tmp_path):
-    run = tmp_path / "run"
-    process = start_long_run(recipe, run, nproc)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    said = ended(process, family, within_seconds=20)
-    assert "Traceback" not in said, said
-    step = max(metrics(run))
-    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}", said
-    assert re.search(rf"stopping after step {step}\b", said), said
-
-
-@pytest.mark.slow
 def test_when_one_rank_dies_the_command_fails_and_no_process_stays(recipe, tmp_path):
     process = start_long_run(recipe, tmp_path / "run", 2)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -441,7 +325,6 @@ def test_when_one_rank_dies_the_command_fails_and_no_process_stays(recipe, tmp_p
     assert "Traceback" not in said and "error" in said, said
 
 
-@pytest.mark.slow
 def test_when_the_launcher_is_killed_no_rank_trains_on(recipe, tmp_path):
     process = start_long_run(recipe, tmp_path / "run", 2)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -449,7 +332,6 @@ def test_when_the_launcher_is_killed_no_rank_trains_on(recipe, tmp_path):
     ended(process, family, within_seconds=10)
 
 
-@pytest.mark.slow
 def test_when_the_launcher_is_killed_before_its_ranks_have_imported_anything_none_goes_on(recipe, tmp_path):
     process = start_run(recipe, tmp_path / "run", 2)
     deadline = time.monotonic() + LIMIT_SECONDS
@@ -461,7 +343,6 @@ def test_when_the_launcher_is_killed_before_its_ranks_have_imported_anything_non
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_when_one_rank_meets_an_id_out_of_range_the_command_names_it_and_every_rank_ends(recipe, tmp_path):
     # In the middle of the file, beyond what opening it looks at: the rank that draws the sample finds it.
     tokens = np.random.default_rng(3).integers(0, VOCAB, 320_000)

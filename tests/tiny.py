@@ -38,7 +38,7 @@ def recipe(
                 "precision": "FP32",
                 "tensor_parallel": 1,
                 "pipeline_parallel": 1,
-                "micro_batch_size": 1,
+                "micro_batch_size": 2,
                 **distributed,
             },
         }

@@ -43,7 +43,6 @@ def test_the_dtype_is_the_one_megatron_chooses():
     assert token_dtype(65500) == np.int32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_megatron_writes_the_same_bytes_and_reads_ours(tmp_path, dtype):
     import torch
@@ -67,7 +66,6 @@ def test_megatron_writes_the_same_bytes_and_reads_ours(tmp_path, dtype):
     assert all(np.array_equal(read_by_megatron[i], document) for i, document in enumerate(documents))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("multimodal", [False, True])
 def test_documents_of_several_sequences_are_read_as_megatron_wrote_them(tmp_path, multimodal):
     import torch
@@ -235,7 +233,6 @@ def test_opening_reads_a_bounded_part_of_a_large_dataset(tmp_path):
     assert seconds < 0.5
 
 
-@pytest.mark.slow
 def test_a_dataset_of_a_hundred_million_documents_opens_in_a_second_and_50_mb(tmp_path):
     count, length = 100_000_000, 1000
     with open(tmp_path / "set.bin", "wb") as stream:

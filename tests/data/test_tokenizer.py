@@ -33,7 +33,6 @@ def test_a_folder_and_its_tokenizer_json_are_the_same(tokenizer):
     assert (alone.digest(), alone.eod_id) == (tokenizer.digest(), tokenizer.eod_id)
 
 
-@pytest.mark.slow
 def test_transformers_opens_the_folder_and_gives_the_same_ids(tokenizer, texts):
     from transformers import AutoTokenizer
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import command_line
 import pytest
+from command_line import metrics, write_dataset, write_recipe
 from slurm_cluster import free_ports
-from test_cli import metrics, write_dataset, write_recipe
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed import environment
@@ -110,17 +111,18 @@ def test_an_example_is_one_rank_under_srun_and_starts_its_ranks_elsewhere(script
     assert said() == f"train {recipe} --nproc 3 --set a=b"
 
 
-@pytest.mark.slow
 def test_two_machines_of_a_pytorchjob_train_as_one_machine_of_two_ranks(tmp_path):
     write_dataset(tmp_path / "prepared" / "words")
     recipe = write_recipe(tmp_path)
     command = [sys.executable, "-m", "igla_mega", "train", str(recipe), "--run"]
-    subprocess.run([*command, tmp_path / "one", "--nproc", "2"], env=environment(), check=True, timeout=240)
+    subprocess.run(
+        [*command, tmp_path / "one", "--nproc", "2"], env=command_line.environment(), check=True, timeout=240
+    )
     pods = {"PET_NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0], "WORLD_SIZE": 2}
     machines = [
         subprocess.Popen(
             [*command, tmp_path / "two", "--nproc", "1"],
-            env={**environment(**pods, PET_NODE_RANK=rank), "RANK": str(rank)},
+            env={**command_line.environment(**pods, PET_NODE_RANK=rank), "RANK": str(rank)},
             stdout=subprocess.DEVNULL if rank else None,
         )
         for rank in (0, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from test_cli import igla, refused
+from command_line import igla, refused
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.doctor import measure, node_test

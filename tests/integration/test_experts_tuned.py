@@ -8,8 +8,9 @@ import ranks
 import tiny
 import torch
 import torch.distributed as dist
+from experts import CP, EP, FSDP, FULL, MOE, PP, STEADY, TOLERANCE, TP, furthest, recipe, reports
+from layouts import label
 from states import pieces, whole
-from test_experts import CP, EP, FSDP, FULL, MOE, PP, STEADY, TOLERANCE, TP, furthest, label, recipe, reports, slow
 
 from igla_mega.checkpoint import frozen_base, load_model, store
 from igla_mega.checkpoint.adapters import export_adapters, merge_adapters
@@ -75,19 +76,23 @@ def tune(wanted, base: Path, folder: str = "", num_steps: int = 3) -> list[dict]
     return found
 
 
+@pytest.fixture(scope="module")
+def tuned_alone(base):
+    return ranks.run(1, tune, adapted(moe=SHARED), base(SHARED))[0]
+
+
 @pytest.mark.parametrize(
     "case",
-    [(2, {**TP, **EP}), slow((2, EP)), slow((2, {**FSDP, **EP})), slow((4, {**PP, **EP, **FULL}))],
+    [(2, {**TP, **EP}), (2, {**FSDP, **EP}), (4, {**PP, **EP, **FULL})],
     ids=label,
 )
-def test_adapters_of_experts_train_alike_in_every_layout(case, base):
-    expected = ranks.run(1, tune, adapted(moe=SHARED), base(SHARED))[0]
+def test_adapters_of_experts_train_alike_in_every_layout(case, base, tuned_alone):
+    expected = tuned_alone
     assert expected[0]["loss"] - expected[-1]["loss"] != 0
     found = ranks.run(case[0], tune, adapted(moe=SHARED, **case[1]), base(SHARED))[0]
     assert furthest(found, expected) < TOLERANCE
 
 
-@pytest.mark.slow
 def test_dropout_of_adapters_on_experts_repeats_itself(base):
     one, other = (ranks.run(2, tune, adapted(dropout=0.3, **EP), base())[0] for _ in range(2))
     assert one == other
@@ -114,7 +119,6 @@ def test_adapters_of_experts_merge_into_their_base(base, tmp_path):
         export_adapters(checkpoint, tmp_path / "peft")
 
 
-@pytest.mark.slow
 def test_experts_in_four_bits_train_alike_on_two_ranks(base):
     pytest.importorskip("bitsandbytes")
     coded = {"compute_dtype": "float32"}
@@ -157,11 +161,10 @@ def fisher_alone():
     "case",
     [
         (2, EP),
-        slow((2, {**TP, **EP})),
-        slow((2, {**CP, **EP})),
-        slow((4, {**EP, **PP})),
-        slow((2, FSDP)),
-        slow((2, TP)),
+        (2, {**TP, **EP}),
+        (2, {**CP, **EP}),
+        (4, {**EP, **PP}),
+        (2, FSDP),
     ],
     ids=label,
 )

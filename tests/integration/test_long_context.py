@@ -54,7 +54,6 @@ def long_steps(recipe, num_steps: int):
     return reports, grown * 1024
 
 
-@pytest.mark.slow
 def test_steps_of_131072_tokens_happen_on_four_ranks_within_memory():
     results = ranks.run(4, long_steps, long_recipe(4), STEPS, limit_seconds=900)
     reports, grown = results[0][0], max(result[1] for result in results)

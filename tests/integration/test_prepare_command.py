@@ -95,7 +95,6 @@ def test_train_refuses_data_that_is_not_what_its_manifest_says(recipe, tmp_path,
     assert "prepared with another tokenizer" in said
 
 
-@pytest.mark.slow
 def test_a_weight_changed_in_mid_run_takes_effect_at_the_next_step_and_loses_nothing(recipe, tmp_path):
     igla("prepare", recipe)
     run = tmp_path / "run"
@@ -114,7 +113,6 @@ def test_a_weight_changed_in_mid_run_takes_effect_at_the_next_step_and_loses_not
     assert changes[1]["consumed"] == {"web": 24, "code": 8}
 
 
-@pytest.mark.slow
 def test_packed_documents_are_trained_on(recipe, tmp_path):
     igla("prepare", recipe)
     sets = ["--set", "data.document_packing=best_fit", "--set", "data.document_mask=true"]

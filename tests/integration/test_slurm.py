@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import environment, metrics, write_dataset, write_recipe
 from slurm_cluster import Cluster, absent
-from test_cli import environment, metrics, write_dataset, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "examples" / "slurm" / "train.sbatch"
@@ -79,21 +79,6 @@ def ended(cluster: Cluster, job: str, run: Path) -> dict[str, str]:
     return cluster.state(job)
 
 
-@pytest.mark.slow
-def test_a_job_that_is_asked_to_stop_is_queued_again_and_repeats_the_unbroken_run_bit_for_bit(
-    cluster, recipe, unbroken, tmp_path
-):
-    run = tmp_path / "run"
-    job = submit(cluster, run, str(recipe))
-    in_mid_run(cluster, run)
-    cluster.command("scancel", "--signal=TERM", job)
-    found = ended(cluster, job, run)
-    said = log_of(run)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), said
-    assert "queued again" in said and "resuming at step" in said
-    assert metrics(run) == unbroken
-
-
 def test_a_job_that_slurm_preempts_saves_first_and_goes_on_when_the_urgent_one_is_over(
     cluster, recipe, unbroken, tmp_path
 ):
@@ -110,7 +95,6 @@ def test_a_job_that_slurm_preempts_saves_first_and_goes_on_when_the_urgent_one_i
     assert "resuming at step" in said and metrics(run) == unbroken
 
 
-@pytest.mark.slow
 def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(cluster, recipe, tmp_path):
     run = tmp_path / "run"
     options = ("--time=60", "--signal=TERM@120")
@@ -153,7 +137,6 @@ def test_a_bad_node_is_named_before_the_run_and_ends_the_job(cluster, recipe, tm
     assert "bad: node2 (rank 1): disk:" in said and "--exclude those that are bad" in said and not run.exists(), said
 
 
-@pytest.mark.slow
 def test_a_job_that_loses_a_node_goes_on_from_the_last_checkpoint(cluster, recipe, unbroken, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, str(recipe))

@@ -82,7 +82,6 @@ PP = {"pipeline_parallel": 2}
         (2, {"distributed_optimizer": True}),
         (2, {"distributed_optimizer": True, "micro_batch_size": 4}),
         (4, {"distributed_optimizer": True, "tensor_parallel": 2, "sequence_parallel": True}),
-        (4, {"distributed_optimizer": True, **PP}),
         (4, {"distributed_optimizer": True, **PP, "virtual_pipeline": 2}),
     ],
     ids=str,

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from small_run import Fault, lines
-from test_phases import as_rank, call_hurt, entries
+from small_run import Fault, as_rank, lines, train_hurt
 
 from igla_mega import run as engine
 from igla_mega.checkpoint import adapters, load_model, store
@@ -123,7 +122,7 @@ def base(home, recipe_of) -> Path:
 
 def steps(run_dir: Path) -> list[tuple]:
     kept = ("step", "stage", "loss", "grad_norm", "learning_rate", "tokens", "dpo_margin", "dpo_accuracy")
-    return [tuple(entry.get(key) for key in kept) for entry in entries(run_dir) if "loss" in entry]
+    return [tuple(entry.get(key) for key in kept) for entry in lines(run_dir, "metrics.jsonl") if "loss" in entry]
 
 
 def assert_close(found: list[tuple], expected: list[tuple], tolerance: float = 1e-5) -> None:
@@ -144,7 +143,7 @@ def test_adapters_learn_and_the_run_says_how_much(adapted):
     run_dir, _, said = adapted
     losses = [loss for _, _, loss, *_ in steps(run_dir)]
     assert losses[-1] < losses[0] and "loss on held-out answers" in said
-    before, after = (e["validation_loss"]["talk"] for e in entries(run_dir) if "validation_loss" in e)
+    before, after = (e["validation_loss"]["talk"] for e in lines(run_dir, "metrics.jsonl") if "validation_loss" in e)
     assert after < before
 
 
@@ -156,7 +155,7 @@ def measured(run_dir: Path) -> dict:
 def test_eval_measures_the_answers_of_what_was_held_out(fixture, request):
     run_dir = request.getfixturevalue(fixture)[0]
     found = ranks.run(1, measured, run_dir)[0]
-    last = [e for e in entries(run_dir) if "validation_loss" in e][-1]
+    last = [e for e in lines(run_dir, "metrics.jsonl") if "validation_loss" in e][-1]
     if fixture == "adapted":
         assert math.isclose(found["talk"][0], last["validation_loss"]["talk"], abs_tol=1e-5)
     else:
@@ -176,7 +175,7 @@ def test_a_run_of_adapters_goes_on_in_the_middle_of_an_epoch_bit_for_bit(adapted
 @pytest.mark.parametrize("fixture", ["adapted", "preferred"])
 def test_a_fault_that_does_not_come_again_leaves_tuning_as_if_it_had_not_been(fixture, request, tmp_path):
     run_dir, text, _ = request.getfixturevalue(fixture)
-    said = ranks.run(1, as_rank, call_hurt, text, str(tmp_path), Fault(0, 4, "final_layernorm", times=1))[0]
+    said = ranks.run(1, as_rank, train_hurt, text, str(tmp_path), Fault(0, 4, "final_layernorm", times=1))[0]
     assert "a fault of a machine" in said and steps(tmp_path) == steps(run_dir)
     assert lines(tmp_path, "bad_steps.jsonl")[0]["verdict"] == "transient"
 
@@ -245,8 +244,10 @@ def test_adapters_start_from_those_that_peft_saved(adapted, recipe_of, tmp_path)
     export_adapters(checkpoint, tmp_path / "adapter")
     text = recipe_of(TUNING + LORA + SFT, f"lora.adapter={tmp_path / 'adapter'}")
     train(text, tmp_path / "run", stop_after=1)
-    done = [e["validation_loss"]["talk"] for e in entries(adapted[0]) if "validation_loss" in e][-1]
-    begun = next(e["validation_loss"]["talk"] for e in entries(tmp_path / "run") if "validation_loss" in e)
+    done = [e["validation_loss"]["talk"] for e in lines(adapted[0], "metrics.jsonl") if "validation_loss" in e][-1]
+    begun = next(
+        e["validation_loss"]["talk"] for e in lines(tmp_path / "run", "metrics.jsonl") if "validation_loss" in e
+    )
     assert math.isclose(begun, done, abs_tol=1e-6)
 
 
@@ -277,7 +278,7 @@ def preferred(recipe_of, tmp_path_factory):
 
 def test_preferences_are_learned_and_the_run_says_how_much(preferred):
     run_dir, _, said = preferred
-    first, *_, last = [entry for entry in entries(run_dir) if "dpo_margin" in entry]
+    first, *_, last = [entry for entry in lines(run_dir, "metrics.jsonl") if "dpo_margin" in entry]
     assert abs(first["loss"] - math.log(2)) < 1e-6 and last["dpo_margin"] > first["dpo_margin"]
     assert "the chosen answer is more likely in" in said
 
@@ -334,7 +335,7 @@ def test_stages_follow_each_other_each_from_the_weights_of_the_one_before(pipeli
     assert [step for step, _ in found] == list(range(1, len(found) + 1))
     assert list(dict.fromkeys(stage.split(".")[-1] for _, stage in found)) == ["sft", "dpo"]
     assert "loss on held-out answers" in said and "the chosen answer is more likely" in said
-    first = next(entry for entry in entries(run_dir) if "dpo_margin" in entry)
+    first = next(entry for entry in lines(run_dir, "metrics.jsonl") if "dpo_margin" in entry)
     assert abs(first["loss"] - math.log(2)) < 1e-5, "its reference is the model it starts from"
     assert read_recipe(resolve_checkpoint(run_dir)).dpo is not None
 

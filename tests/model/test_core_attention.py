@@ -4,7 +4,7 @@ import pytest
 import ranks
 import tiny
 import torch
-from test_layouts import label, largest_differences
+from layouts import label, largest_differences
 
 from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.engine.step import train_step
@@ -15,35 +15,10 @@ TOLERANCE = 1e-5
 # At a rate of 1e-2 this model is so unsteady that one process with another micro-batch size is 3e-5 off.
 STEADY = {"training": {"learning_rate": 1e-3}, "micro_batch_size": 4}
 CP2 = {"context_parallel": 2}
-TP, PP, FULL, FSDP = (
-    {"tensor_parallel": 2},
-    {"pipeline_parallel": 2},
-    {"gradient_checkpointing": "full"},
-    {"strategy": "FSDP"},
-)
-SP = {**TP, "sequence_parallel": True}
-VPP = {**PP, "virtual_pipeline": 2, "micro_batch_size": 2}
+TP, FULL = {"tensor_parallel": 2}, {"gradient_checkpointing": "full"}
 
-CONTEXTS = [
-    (2, CP2),
-    (2, {**CP2, "context_schedule": "p2p"}),
-    (2, {**CP2, **FULL}),
-    (4, {"context_parallel": 4}),
-    (4, {**CP2, **SP}),
-]
-SLOW_CONTEXTS = [
-    (2, {**CP2, "context_schedule": "allgather"}),
-    (2, {**CP2, **FSDP}),
-    (2, {**CP2, "distributed_optimizer": False}),
-    (4, {**CP2, **TP}),
-    (4, {**CP2, **PP}),
-    (4, {**CP2, **VPP, **FULL}),
-    (4, {**CP2, **FSDP, **FULL}),
-    (4, {**CP2, "distributed_optimizer": True}),
-    (4, {"context_parallel": 4, "context_schedule": "a2a+p2p"}),
-    (8, {"context_parallel": 8}),
-    (8, {**CP2, **SP, **PP, **FULL}),
-]
+# With other layouts, schedules and eight ranks, over six steps: tests/integration/test_layouts.py.
+CONTEXTS = [(2, CP2), (4, {"context_parallel": 4})]
 
 
 def trained(num_ranks: int, **changes) -> list[tuple[float, float]]:
@@ -57,9 +32,7 @@ def one_process():
     return trained(1)
 
 
-@pytest.mark.parametrize(
-    "case", CONTEXTS + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CONTEXTS], ids=label
-)
+@pytest.mark.parametrize("case", CONTEXTS, ids=label)
 def test_a_split_sequence_trains_as_a_whole_one(case, one_process):
     num_ranks, changes = case
     loss, grad_norm = largest_differences(trained(num_ranks, **changes), one_process)

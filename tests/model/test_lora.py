@@ -5,6 +5,8 @@ import ranks
 import tiny
 import torch
 import tuned
+from covering import covering
+from layouts import label
 
 from igla_mega.engine.step import evaluate
 from igla_mega.model import lora
@@ -55,31 +57,28 @@ def test_ten_steps_equal_those_of_peft(tmp_path):
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 SP, FULL = {**TP, "sequence_parallel": True}, {"gradient_checkpointing": "full"}
 LAYOUTS = [
-    (1, FULL),
     (1, {"micro_batch_size": 4}),
     (2, {**TP, "sequence_parallel": False}),
-    (2, SP),
     (2, {**SP, **FULL}),
-    (2, PP),
     (2, {**PP, **FULL}),
-    (2, {"distributed_optimizer": True}),
     (2, {"distributed_optimizer": False}),
     (2, {"context_parallel": 2}),
-    (2, {"strategy": "FSDP"}),
     (2, {"strategy": "FSDP", **FULL}),
     (4, {"strategy": "FSDP", **SP}),
     (4, {**SP, **PP, **FULL}),
     (4, {**SP, "distributed_optimizer": True}),
 ]
 KINDS = {"LoRA with dropout": {"dropout": 0.3}, "DoRA": {"use_dora": True}}
-CASES = [("LoRA with dropout", case) for case in LAYOUTS]
-# What DoRA adds is a norm over ranks.
-CASES += [("DoRA", case) for case in LAYOUTS if "tensor_parallel" in case[1] or "strategy" in case[1]]
+CASES = covering(
+    [(kind, case) for kind in KINDS for case in LAYOUTS],
+    features=lambda case: {**case[1][1], "kind": case[0]},
+    each=lambda case: label(case[1]),
+)
 
 
 def trained(recipe, section):
     built, shards, _ = tuned.engine(recipe, section, start=warm(recipe, section))
-    reports = tuned.steps(built, 5, recipe.training.learning_rate, dropout_seed=7)
+    reports = tuned.steps(built, 3, recipe.training.learning_rate, dropout_seed=7)
     return reports, {name: matrix.numpy() for name, matrix in tuned.gathered(built, shards).items()}
 
 
@@ -92,18 +91,13 @@ def warm(recipe, section) -> dict[str, torch.Tensor]:
     return start
 
 
-def label(case) -> str:
-    num_ranks, layout = case
-    return f"{num_ranks}-" + "-".join(f"{key}={value}" for key, value in layout.items())
-
-
 @pytest.fixture(scope="module")
 def one_process():
     recipe = tiny.recipe(training={"learning_rate": 2e-3})
     return {name: ranks.run(1, trained, recipe, tuned.section(**kind))[0] for name, kind in KINDS.items()}
 
 
-@pytest.mark.parametrize(("kind", "case"), CASES, ids=lambda value: value if isinstance(value, str) else label(value))
+@pytest.mark.parametrize(("kind", "case"), CASES, ids=label)
 def test_a_layout_equals_one_process(kind, case, one_process):
     num_ranks, layout = case
     recipe = tiny.recipe(training={"learning_rate": 2e-3}, **layout)

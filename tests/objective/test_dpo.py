@@ -252,13 +252,10 @@ def stepped(recipe):
     return reports
 
 
+# In whole runs and six layouts: tests/integration/test_tuning.py.
 LAYOUTS = [
     (1, {"micro_batch_size": 4}),
-    (2, {"tensor_parallel": 2, "sequence_parallel": False}),
     (2, {"tensor_parallel": 2, "sequence_parallel": True}),
-    (2, {"pipeline_parallel": 2}),
-    (2, {"context_parallel": 2}),
-    (2, {"distributed_optimizer": True}),
     (2, {"strategy": "FSDP"}),
     (4, {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "gradient_checkpointing": "full"}),
     (4, {"context_parallel": 2, "pipeline_parallel": 2}),

@@ -208,7 +208,6 @@ def test_a_library_that_does_not_load_is_said_and_the_reference_answers(tmp_path
     assert "is not built" in ops._load_kernels(tmp_path / "nowhere")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
 def test_nvcc_compiles_every_kernel_without_a_warning(source, tmp_path):
@@ -219,7 +218,6 @@ def test_nvcc_compiles_every_kernel_without_a_warning(source, tmp_path):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*_cuda.cpp")), ids=lambda path: path.name)
 def test_every_cuda_binding_compiles_against_the_stable_abi(source, tmp_path):

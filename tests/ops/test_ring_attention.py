@@ -166,13 +166,11 @@ def test_ring_attention_equals_dense_attention_on_eight_ranks():
     check(8, matrix([(33, 1)]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 def test_more_lengths_and_batches_equal_dense_attention(num_ranks):
     check(num_ranks, matrix([(48, 3), (2 * num_ranks + 1, 1), (51, 3)]), 300)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_long_and_wide_heads_equal_dense_attention(num_ranks):
     shapes = [Case(1000, 1, (4, 2), 64), Case(96, 3, (8, 2), 128), Case(2 * num_ranks + 1, 3, (8, 1), 64)]
@@ -307,7 +305,6 @@ def test_bf16_on_eight_ranks_errs_at_most_a_quarter_more_than_torch_on_one_devic
         assert all(0 < ratio <= 1.25 for ratio in ratios), case
 
 
-@pytest.mark.slow
 def test_the_bf16_error_hardly_grows_from_two_ranks_to_sixteen():
     cases = list(BF16_CASES.values())
     for case, two, sixteen in zip(cases, errors_in_bf16(2, cases), errors_in_bf16(16, cases), strict=True):

@@ -26,15 +26,14 @@ CASES = [
     (256, 130, [DDP, *sizes(tensor_parallel=8, pipeline_parallel=2, virtual_pipeline=2)]),
     (256, 100, [DDP, *sizes(distributed_optimizer=False)]),
     (256, 255, [DDP, TIED, *sizes(pipeline_parallel=2, precision="FP32")]),
-    (256, 17, []),
-    (256, 255, sizes(tensor_parallel=2)),
+    (256, 17, ["model.num_layers=8"]),
+    (256, 255, ["model.num_layers=8", *sizes(tensor_parallel=2)]),
     (256, 255, [DDP, *MOE, *sizes(expert_parallel=8)]),
     (256, 17, [DDP, *MOE, "moe.shared_intermediate_size=1024", *sizes(tensor_parallel=2, pipeline_parallel=2)]),
     (256, 100, [*LORA, "lora.target_modules=[q_proj,o_proj,gate_proj]", *sizes(tensor_parallel=4)]),
     (4096, 4095, [DDP, *sizes(tensor_parallel=2, pipeline_parallel=4, virtual_pipeline=2), "training.batch_size=4096"]),
     # `fully_shard` makes 4096 views of each parameter: two layers say as much as 32.
-    pytest.param(4096, 5, ["training.batch_size=4096", "model.num_layers=2"], marks=pytest.mark.slow),
-    pytest.param(4096, 4095, ["training.batch_size=4096", "model.num_layers=2"], marks=pytest.mark.slow),
+    (4096, 4095, ["training.batch_size=4096", "model.num_layers=2"]),
 ]
 
 

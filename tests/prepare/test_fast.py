@@ -253,7 +253,6 @@ def peak_mib(inputs: list[Path], prefix: Path, tokenizer: str) -> float:
     return int(done.stdout) / 1024
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus_and_but_with_a_giant_document(jsonl, tokenizer, tmp_path):
     line = jsonl.read_bytes()
     small, large, giant = (tmp_path / f"{name}.jsonl" for name in ("small", "large", "giant"))

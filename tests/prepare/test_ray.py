@@ -38,7 +38,6 @@ def kill_a_busy_worker(prefix: Path, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 def test_two_workers_one_of_them_killed_make_the_bytes_of_one(cluster, texts, tokenizer, tmp_path):
     from igla_mega.prepare.ray import Cluster, preprocess_on_ray
 
@@ -62,7 +61,6 @@ def test_two_workers_one_of_them_killed_make_the_bytes_of_one(cluster, texts, to
     assert not list(tmp_path.glob("set_0*"))
 
 
-@pytest.mark.slow
 def test_what_a_part_refuses_is_told_without_a_traceback(cluster, tokenizer, tmp_path):
     from igla_mega.prepare.ray import Cluster, preprocess_on_ray
 

@@ -112,7 +112,6 @@ def test_a_run_that_does_not_survive_is_failed_and_the_fault_named(fault, words,
     assert not chaos.summary([subject], 60.0)["sound"] and "wrong" in chaos.table([subject], 60.0)
 
 
-@pytest.mark.slow
 def test_four_kills_of_a_real_run_leave_no_trace(tmp_path):
     words = ["--kills", "4", "--layouts", "distributed optimizer, two-level", "--json", "--folder", str(tmp_path)]
     done = subprocess.run(

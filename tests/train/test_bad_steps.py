@@ -54,7 +54,7 @@ def test_a_gradient_that_is_not_finite_behind_a_finite_loss_is_traced_too(layout
     assert entry["module"] == "decoder.layers.0.mlp.linear_fc2"
 
 
-@pytest.mark.parametrize("layout", ["one", "data", "tensor", "pipeline"])
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline"])
 def test_a_fault_that_does_not_come_again_is_the_machines_and_the_run_is_as_if_it_had_not_been(layout, tmp_path):
     num_ranks, distributed = LAYOUTS[layout]
     recipe = write_recipe(tmp_path, distributed=distributed)

@@ -57,6 +57,11 @@ def one_process():
     return {c: ranks.run(1, pulled, tiny.recipe(**STEADY), c)[0] for c in ("coupled", "decoupled", "proximal")}
 
 
+@pytest.fixture(scope="module")
+def one_tied_process():
+    return ranks.run(1, pulled, tiny.recipe(**STEADY, **TIED))[0]
+
+
 CASES = [
     *[(n, layout, "coupled") for n, layout in [
         (1, {"micro_batch_size": 4}), (2, TP), (2, SP), (2, PP), (2, {**PP, "virtual_pipeline": 2}), (2, FSDP),
@@ -77,11 +82,9 @@ def test_the_pull_is_that_of_one_process(case, one_process):
 
 
 @pytest.mark.parametrize("case", [(2, PP), (2, TP), (2, FSDP)], ids=label)
-def test_tied_embeddings_are_pulled_and_counted_once(case):
-    tied = tiny.recipe(**STEADY, **TIED)
-    expected = ranks.run(1, pulled, tied)[0]
+def test_tied_embeddings_are_pulled_and_counted_once(case, one_tied_process):
     found = ranks.run(case[0], pulled, tiny.recipe(**STEADY, **TIED, **case[1]))[0]
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(found, one_tied_process, strict=True):
         assert one == pytest.approx(other, rel=2e-5)
 
 

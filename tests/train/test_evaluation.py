@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,7 +251,6 @@ def searched(corpus: Path, trained_steps: int):
     return needle.measure(engine, haystack(corpus))
 
 
-@pytest.mark.slow
 def test_the_needle_is_found_by_a_model_that_learned_to_and_only_by_chance_by_one_that_did_not(corpus):
     [(untrained, exact)] = ranks.run(1, searched, corpus, 0)
     # 48 tokens a cell, right one time in ten: 0.1 with a deviation of 0.043.
@@ -282,6 +282,11 @@ def tasks_in(corpus: Path, task_files: Path, moe: bool, distributed: dict):
         return run_tasks(engine, harness, 1)
 
 
+@pytest.fixture(scope="module")
+def scores_of_one_process(corpus, task_files):
+    return cache(lambda moe: ranks.run(1, tasks_in, corpus, task_files, moe, {})[0])
+
+
 @pytest.mark.parametrize(
     ("moe", "num_ranks", "distributed"),
     [
@@ -293,8 +298,10 @@ def tasks_in(corpus: Path, task_files: Path, moe: bool, distributed: dict):
     ],
     ids=["FSDP", "tensor", "pipeline", "context", "expert"],
 )
-def test_tasks_have_the_scores_of_one_process_in_every_layout(corpus, task_files, moe, num_ranks, distributed):
-    [expected] = ranks.run(1, tasks_in, corpus, task_files, moe, {})
+def test_tasks_have_the_scores_of_one_process_in_every_layout(
+    corpus, task_files, moe, num_ranks, distributed, scores_of_one_process
+):
+    expected = scores_of_one_process(moe)
     main, *others = ranks.run(num_ranks, tasks_in, corpus, task_files, moe, distributed)
     assert main == pytest.approx(expected, rel=1e-4) and others == [{}] * (num_ranks - 1)
     assert len(main) == 5
@@ -359,7 +366,6 @@ def both_ways(checkpoint: Path, hf_dir: Path, task_files: Path):
     return results
 
 
-@pytest.mark.slow
 def test_scores_are_those_of_the_harness_s_own_hugging_face_model_on_the_exported_folder(
     checkpoint, task_files, tmp_path
 ):
