@@ -103,7 +103,7 @@ def on_gpu(rounds: int) -> dict[str, dict]:
     return table
 
 
-def gpu_steps(engine, batch: dict, num_steps: int) -> tuple[list[float], Any]:
+def gpu_steps(engine, batch, num_steps: int) -> tuple[list[float], Any]:
     """Take steps on one batch; return the seconds of each on the GPU's own clock, and the report of the last one."""
     import torch
 
