@@ -1,7 +1,7 @@
-"""The batches of instruction tuning and of preference optimization: functions of (data, step, data-parallel rank).
+"""Draw the batches of instruction tuning and preference optimization: functions of data, step and data-parallel rank.
 
-Both have the interface of `batches.Dataset`. All sources are drawn from alike, each once an epoch; the last
-`validation_fraction` of each is held out.
+Both data sets implement `batches.Dataset`. Each sample of every source is drawn once per epoch; the last
+`validation_fraction` of each source is held out.
 """
 
 import itertools
@@ -23,11 +23,12 @@ from igla_mega.data.windows import feistel_permutation, round_keys
 
 
 class _Samples:
-    """What both have: open files, which samples of each source train and which are held out."""
+    """Open files, and the split of each source into training and held-out samples; common to both data sets."""
 
     documents_each: int
-    """Documents of a source that make up one sample."""
+    """Number of documents of a source that make up one sample."""
     noun: str
+    """Plural name of the samples, in messages and in the ledger."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class _Samples:
         """Open every source.
 
         Raises:
-            ConfigError: all that is wrong with the sources, together.
+            ConfigError: all errors of the sources, together.
         """
         self.sequence_length, self.seed = sequence_length, seed
         self.readers: dict[str, IndexedReader] = {}
@@ -59,6 +60,11 @@ class _Samples:
         self._identity = json.dumps([self.noun, sequence_length, seed, vocab_size, validation_fraction])
 
     def _open(self, name: str, prefix: str, vocab_size: int, validation_fraction: float) -> None:
+        """Open a source and split its samples.
+
+        Raises:
+            ConfigError: the files are damaged, or no sample is left for training.
+        """
         reader = self.readers[name] = IndexedReader(prefix, vocab_size)
         self._starts[name] = reader.document_starts(0, reader.num_documents)
         count = reader.num_documents // self.documents_each
@@ -66,18 +72,23 @@ class _Samples:
         if held_out >= count:
             raise ConfigError(
                 f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {count} {self.noun} of "
-                f"{name}: none is left to train on.\n  Give the source more, or set data.validation_fraction to 0."
+                f"{name}: none is left to train on.\n  Add {self.noun}, or set data.validation_fraction to 0."
             )
         self._train += [(name, i) for i in range(count - held_out)]
         self._held_out[name] = [(name, i) for i in range(count - held_out, count)]
 
     @property
     def notes(self) -> list[str]:
-        """What to say at the start."""
+        """Lines to show at the start."""
         held_out = sum(len(samples) for samples in self._held_out.values())
-        return [f"{len(self._train):,} {self.noun} to learn from, {held_out:,} held out"]
+        return [f"{len(self._train):,} {self.noun} for training, {held_out:,} held out"]
 
     def _tokens(self, name: str, document: int) -> np.ndarray:
+        """Return the tokens of a document, int64.
+
+        Raises:
+            ConfigError: a token id outside the vocabulary.
+        """
         starts, reader = self._starts[name], self.readers[name]
         first, stop = int(starts[document]), int(starts[document + 1])
         if error := reader.out_of_range(first, stop):
@@ -85,20 +96,21 @@ class _Samples:
         return reader.tokens(first, stop).astype(np.int64)
 
     def validation_names(self) -> list[str]:
-        """Sources that have a part held out."""
+        """Return the sources that have a held-out part."""
         return [name for name, samples in self._held_out.items() if samples]
 
     def fingerprint(self) -> str:
-        """A short digest of the order of the data, the files' sizes, and the ends of their contents."""
+        """Return a digest of the order of the data, and of the files' sizes and first and last bytes."""
         return fingerprint_of(self._identity, self.readers)
 
     def _entry(self, step: int, global_batch: int, per_epoch: int) -> dict[str, dict[str, list[int]]]:
+        """Return what one step consumes: samples [first, end), counted from the start of training, and epochs."""
         first, last = step * global_batch, (step + 1) * global_batch
         return {self.noun: {"samples": [first, last], "epochs": [first // per_epoch, (last - 1) // per_epoch]}}
 
 
 class Conversations(_Samples):
-    """Conversations packed into rows, only the assistant's tokens being targets."""
+    """Conversations packed into rows; only the assistant's tokens are targets."""
 
     documents_each, noun = 1, "conversations"
 
@@ -114,16 +126,18 @@ class Conversations(_Samples):
         self._targets[name] = IndexedReader(prefix + TARGETS)
 
     def _packed(self, samples: Sequence[tuple[str, int]]) -> Packing:
+        """Return which samples share a row, from their lengths in tokens."""
         lengths = {name: np.diff(starts) for name, starts in self._starts.items()}
         sizes = np.array([lengths[name][index] for name, index in samples])
         return Packing(sizes, self.sequence_length, self.seed, pack=self.pack)
 
     def _sample(self, name: str, index: int) -> Sample:
+        """Read a conversation and its target mask."""
         first, stop = (int(self._starts[name][i]) for i in (index, index + 1))
         return Sample(self._tokens(name, index), self._targets[name].tokens(first, stop).astype(bool))
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
-        """The micro-batches of one rank at one step."""
+        """Yield the micro-batches of one rank at one step, counted from 0."""
         for microbatch in range(share.num_microbatches):
             rows = step * share.global_batch + share.rows(microbatch)
             yield self._batch([self._row(self._packing, self._train, int(row)) for row in rows])
@@ -136,18 +150,19 @@ class Conversations(_Samples):
         return batch._replace(documents=[row.documents for row in rows]) if self.pack else batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
-        """Rows that one step consumes, counted from the start of training."""
+        """Return the rows that one step consumes, counted from the start of training."""
         return self._entry(step, global_batch, self._packing.num_rows)
 
     def windows_per_epoch(self) -> dict[str, int]:
-        """Rows of an epoch, of all sources together."""
+        """Return the number of rows in an epoch, of all sources together: a row may have samples of several."""
         return {self.noun: self._packing.num_rows}
 
     def num_validation_samples(self, name: str) -> int:
+        """Return the number of held-out rows of a source."""
         return self._validation[name].num_rows
 
     def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]:
-        """Rows held out of a source, the same at every call; filled up with rows of no target."""
+        """Yield the held-out rows of a source, the same at every call, filled up with rows without targets."""
         packing = self._validation[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
             numbers = batch * share.global_batch + share.rows(microbatch)
@@ -157,19 +172,19 @@ class Conversations(_Samples):
 
 
 class Pairs(_Samples):
-    """Preference pairs, two rows each, the chosen answer's first."""
+    """Preference pairs: two rows each, the chosen answer before the rejected one."""
 
     documents_each, noun = 3, "pairs"
 
     reference: Mapping[str, np.ndarray] | None = None
-    """By source, the reference's log-probability of each answer, fp32 [pairs, 2], handed out with them."""
+    """By source, log-probability of each answer under the reference model, fp32 [pairs, 2], added to the batches."""
 
     def num_pairs(self, name: str) -> int:
-        """Pairs of a source, those held out among them."""
+        """Return the number of pairs of a source, held-out ones included."""
         return self.readers[name].num_documents // self.documents_each
 
     def all_pairs(self, name: str, share: BatchShard) -> Iterator[MicroBatch]:
-        """Micro-batches of every pair of a source in the order of the file, filled up with its first."""
+        """Yield micro-batches of all pairs of a source in the order of the file, filled up with its first pair."""
         count = self.num_pairs(name)
         for first in range(0, count, share.global_batch):
             for microbatch in range(share.num_microbatches):
@@ -177,17 +192,19 @@ class Pairs(_Samples):
                 yield self._batch([(name, int(n) if n < count else 0) for n in numbers])
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
-        """The micro-batches of one rank at one step."""
+        """Yield the micro-batches of one rank at one step, counted from 0."""
         size = len(self._train)
         for microbatch in range(share.num_microbatches):
             drawn = []
             for number in step * share.global_batch + share.rows(microbatch):
+                # A keyed permutation of the epoch's places: random access, with no shuffled list to keep.
                 epoch, place = divmod(int(number), size)
                 keys = round_keys(self.seed, self.noun, epoch)[:-1]
                 drawn.append(self._train[int(feistel_permutation(np.array([place]), size, keys)[0]) if size > 1 else 0])
             yield self._batch(drawn)
 
     def _pair(self, name: str, index: int) -> Pair:
+        """Read a pair, stored as three documents: prompt, chosen answer, rejected answer."""
         return Pair(*(self._tokens(name, 3 * index + part) for part in range(3)))
 
     def _batch(self, drawn: Sequence[tuple[str, int]]) -> MicroBatch:
@@ -198,18 +215,19 @@ class Pairs(_Samples):
         return batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
-        """Pairs that one step consumes, counted from the start of training."""
+        """Return the pairs that one step consumes, counted from the start of training."""
         return self._entry(step, global_batch, len(self._train))
 
     def windows_per_epoch(self) -> dict[str, int]:
-        """Pairs of an epoch, of all sources together."""
+        """Return the number of pairs in an epoch, of all sources together."""
         return {self.noun: len(self._train)}
 
     def num_validation_samples(self, name: str) -> int:
+        """Return the number of held-out pairs of a source."""
         return len(self._held_out[name])
 
     def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]:
-        """Pairs held out of a source, the same at every call; the last batch begins anew where they do not fill it."""
+        """Yield the held-out pairs of a source, the same at every call; the first ones fill up the last batch."""
         held = self._held_out[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
             numbers = batch * share.global_batch + share.rows(microbatch)
@@ -217,7 +235,7 @@ class Pairs(_Samples):
 
 
 def batch_of(rows: Sequence[Row]) -> MicroBatch:
-    """Rows as tensors."""
+    """Return rows as a micro-batch, [B, S]."""
     tokens, labels, loss_mask, positions = (
         as_tensor(np.stack([getattr(row, name) for row in rows])) for name in SEQUENCES
     )

@@ -10,7 +10,7 @@ class Routing(NamedTuple):
     """Facts about a micro-batch that the routers of a mixture of experts need. One value per micro-batch."""
 
     weights: Tensor | None = None
-    """[B] fp32, weight of each row in the balancing loss: its number of targets (0.5 per row of a preference pair)."""
+    """[B] fp32, weight of each row in the balancing loss: its number of targets, 0.5 per row of a preference pair."""
     real: Tensor | None = None
     """[S, B] bool, True for this rank's tokens that are not padding; None: no token is padding."""
 
@@ -24,13 +24,13 @@ class MicroBatch(NamedTuple):
     tokens: Tensor
     """[B, S] int64."""
     labels: Tensor
-    """[B, S] int64, the next token; or keys of draws, where labels are sampled from the model (Fisher)."""
+    """[B, S] int64, the next tokens; or keys of the draws if labels are sampled from the model (Fisher)."""
     loss_mask: Tensor
-    """[B, S] fp32; 0 for tokens that are no target."""
+    """[B, S] fp32, target mask: 0 for tokens without a target, else 1."""
     position_ids: Tensor
-    """[B, S] int64."""
+    """[B, S] int64; with a document mask they restart at 0 in each document."""
     documents: Sequence[Sequence[int]] | None = None
-    """For packed rows: for each row, where its documents begin in the whole sequence, and where the last one ends."""
+    """For each packed row, positions at which documents begin in the whole sequence, and the end of the last one."""
     reference: Tensor | None = None
     """[2B] fp32, log-probability of each answer under the reference model, in nats."""
     dropout_seed: tuple[int, int] | None = None

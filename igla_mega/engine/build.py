@@ -1,4 +1,4 @@
-"""From a recipe to what a rank trains with: its model and optimizer, and its data."""
+"""Build what a rank trains with from a recipe: its part of the model, its optimizer, and its data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from igla_mega.checkpoint import frozen_base, store
 from igla_mega.checkpoint.load import load_states, load_weights, spread_masters
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Dataset
+from igla_mega.data.batches import Corpus, Dataset, Sampling
 from igla_mega.data.conversations import Conversations, Pairs
 from igla_mega.data.prepared import sample_prefixes, source_prefixes
 from igla_mega.distributed.mesh import Mesh
@@ -35,8 +35,11 @@ def build_engine(
     """Build this rank's model and optimizer.
 
     Args:
-        initialize: give the weights their initial values; False when a checkpoint's will follow.
-        base: checkpoint that frozen weights are read from, where adapters train; these get their first values here.
+        initialize: set the weights to their initial values; False if those of a checkpoint are loaded later.
+        base: checkpoint of the frozen weights if adapters train; the adapters get their initial values here.
+
+    Returns:
+        The engine, and the shard of the whole model that each parameter holds.
     """
     model, dtype = recipe.model, DTYPES[recipe.distributed.precision]
     assert model is not None, "resolved before"
@@ -44,12 +47,14 @@ def build_engine(
     chunks, shards, config, switch = _chunks(recipe, layout, mesh, device, base)
 
     def fill() -> None:
+        """Set the initial weights; called as soon as the parameters have memory."""
         if initialize:
             build.initialize(local_runs(chunks, shards), model, seed)
         if recipe.lora is not None:
             frozen_base.fill(chunks, shards, recipe.lora, model, base, seed)
 
     if sharded:
+        # FSDP allocates after sharding, so that no rank ever holds the whole model.
         fsdp.wrap(chunks[0], mesh, dtype, device)
         fill()
         optimizer = fsdp.ShardedAdamW(chunks[0], shards, mesh, config, recipe.training, recipe.optimizer)
@@ -65,7 +70,7 @@ def build_engine(
     )
     adam = ddp.MegatronAdamW(wrapped, shards, mesh, config, recipe.training, recipe.optimizer)
     if dtype != torch.float32 and (initialize or recipe.lora is not None):
-        # mcore copies its fp32 masters from the bf16 weights: give them back what rounding took.
+        # mcore copies its fp32 masters from the rounded bf16 weights: set them to the exact initial values.
         masters = [(state.shard, state.values["master"], state.start) for state in adam.states()]
         if recipe.lora is None:
             build.initialize(masters, model, seed)
@@ -77,11 +82,11 @@ def build_engine(
 def _chunks(
     recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, base: Path | None
 ) -> tuple[list[build.CausalLM], Shards, TransformerConfig, lora.Switch | None]:
-    """This rank's model chunks without memory for their weights, which of the whole they are, and their adapters."""
+    """Build this rank's model chunks without memory for their weights, with their shards, config and adapters."""
     model, where = recipe.model, recipe.distributed
     dtype = DTYPES[where.precision]
     assert model is not None, "resolved before"
-    # Adapters hook into our own layers.
+    # Adapters are attached to our own layers, not to Transformer Engine's.
     transformer_engine = recipe.lora is None and use_transformer_engine(where.kernels, device)
     more: dict = fp8_settings(where.fp8_recipe, device, transformer_engine) if where.precision == "FP8" else {}
     if where.cuda_graphs and device.type == "cuda":
@@ -127,7 +132,11 @@ def _output(recipe: Recipe, *, overlap: bool) -> Output:
 def frozen_chunks(
     recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, base: Path | None
 ) -> list[build.CausalLM]:
-    """A second model of the base's weights, which does not train: this rank's chunks."""
+    """Build this rank's chunks of a second model that does not train, with the base model's weights.
+
+    Args:
+        base: checkpoint of the weights; None for the recipe's initial ones.
+    """
     plain = recipe.model_copy(update={"lora": None, "quantization": None})
     chunks, shards, _, _ = _chunks(plain, layout, mesh, device, None)
     for chunk in chunks:
@@ -144,12 +153,14 @@ def frozen_chunks(
 
 
 def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int, *, with_moments: bool = True) -> None:
-    """Make an engine what it was when the checkpoint was saved, in whatever layout either has.
+    """Load a checkpoint into an engine; their layouts may differ.
 
-    Without moments only the weights are taken, as for a base model.
+    The weights that the modules compute with are read separately: with a distributed optimizer this rank's masters are
+    only part of them.
 
-    The weights the modules compute with are read by themselves: with a distributed optimizer this rank's masters
-    are only part of them.
+    Args:
+        num_updates: optimizer steps taken so far, for Adam's bias correction.
+        with_moments: False to load the weights only, as of a base model.
     """
     pairs = frozen_base.trained(engine.chunks, shards) if engine.adapters else named_shards(engine.chunks, shards)
     if store.is_local(checkpoint):
@@ -165,24 +176,23 @@ def load_into(engine: Engine, shards: Shards, checkpoint: Path, num_updates: int
 
 
 def open_corpus(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] | None = None) -> Corpus:
-    """Open the recipe's prepared data sets, to draw from them as `mix` says, or as the recipe's does."""
+    """Open the recipe's prepared data sets, drawn from with the weights of `mix`, by default the recipe's."""
     assert recipe.model is not None, "resolved before"
-    return Corpus(
-        source_prefixes(recipe.data),
-        recipe.data.mix if mix is None else mix,
+    sampling = Sampling(
         sequence_length=sequence_length,
         seed=recipe.training.seed,
         vocab_size=recipe.model.vocab_size,
         validation_fraction=recipe.data.validation_fraction,
         document_mask=recipe.data.document_mask,
-        loader=recipe.data.loader,
-        prefetch=recipe.data.prefetch,
         packing=recipe.data.document_packing,
     )
+    mix = recipe.data.mix if mix is None else mix
+    prefixes = source_prefixes(recipe.data)
+    return Corpus(prefixes, mix, sampling, loader=recipe.data.loader, prefetch=recipe.data.prefetch)
 
 
 def open_dataset(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] | None = None) -> Dataset:
-    """Open what a recipe learns from: text, conversations or pairs, prepared."""
+    """Open the prepared data of a recipe: text, conversations or preference pairs."""
     if recipe.form == "text":
         return open_corpus(recipe, sequence_length, mix)
     assert recipe.model is not None, "resolved before"
@@ -199,7 +209,11 @@ def open_dataset(recipe: Recipe, sequence_length: int, mix: Mapping[str, float] 
 
 
 def num_steps(recipe: Recipe, layout: Layout) -> int:
-    """Optimizer steps of a run without phases: as given, or so many that `epochs` passes over all windows are made."""
+    """Return the number of optimizer steps of a run without phases: as given, or that of `epochs` passes over the data.
+
+    Raises:
+        ConfigError: neither is given.
+    """
     if recipe.training.total_steps is not None:
         return recipe.training.total_steps
     if recipe.training.epochs is None:

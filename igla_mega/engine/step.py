@@ -1,4 +1,4 @@
-"""One optimizer step, and one validation pass."""
+"""Take an optimizer step, or measure the loss on held-out data."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,24 +23,24 @@ from igla_mega.objective.ewc import Ewc, Pull
 from igla_mega.ops.zigzag import zigzag_shard
 
 ForwardStep = Callable[[Iterator[MicroBatch], nn.Module], Any]
-"""megatron-core's: runs one micro-batch through a chunk; the report that its loss gives is fp64: the summed loss, the
-number of targets, then sums of an objective's metrics."""
+"""megatron-core's `forward_step_func`: runs one micro-batch through a chunk, and returns output and loss function. The
+loss function reports an fp64 vector: the summed loss, the number of targets, then sums of the objective's metrics."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step makes smaller, and what it reports of that."""
+    """Loss that a step minimizes, and the metrics that it reports."""
 
     forward_step: ForwardStep = language.forward_step
     metrics: tuple[str, ...] = ()
-    """Names of the means that are reported beside the loss."""
+    """Names of the means that are reported in addition to the loss."""
     completed: Callable[["Engine", Iterator[MicroBatch]], Iterator[MicroBatch]] | None = None
     """Adds to micro-batches what must be known before the step (the reference of preference optimization)."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What takes a step: this rank's part of the model and of its optimizer."""
+    """This rank's part of the model and of its optimizer, and what takes a step with them."""
 
     mesh: Mesh
     layout: Layout
@@ -48,33 +48,36 @@ class Engine:
     """Wrapped for data parallelism; one, or several with interleaved pipeline stages."""
     optimizer: Optimizer
     ewc: Ewc | None = None
-    """What holds the weights back, when something is asked to."""
+    """Pull to the weights of earlier tasks; None without EWC."""
     objective: Objective = Objective()
     adapters: Switch | None = None
-    """Turns the low-rank adapters off; None where all weights train."""
+    """Turns the low-rank adapters off; None if all weights train."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    """Where this rank is."""
+    """Progress of this rank, read by the watchdog."""
 
     def states(self) -> Iterator[ParameterState]:
-        """Walk over all that a checkpoint keeps of this rank."""
+        """Yield all state of this rank that a checkpoint contains."""
         states = self.optimizer.states()
         yield from self.ewc.with_state(states) if self.ewc else states
+        # With adapters the routers are frozen, and their biases are those of the base model.
         if self.adapters is None:
             yield from bias_states(self.chunks, self.mesh)
 
 
 @dataclass(frozen=True)
 class StepReport:
+    """Result of a training step, the same on every rank."""
+
     loss: float
-    """Nats per target token over the global batch, without the penalty."""
+    """Loss over the global batch without the EWC penalty, in nats per target token (per pair for DPO)."""
     grad_norm: float
-    """L2 over all parameters, before clipping; with the pull where that is added before."""
+    """L2 norm over all parameters, before clipping; includes the pull if that is added before clipping."""
     pull: Pull | None = None
-    """Of Elastic Weight Consolidation, while there is something to hold."""
+    """Penalty and gradient norms of EWC; None while nothing is anchored."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The objective's own, means over the global batch."""
+    """Metrics of the objective, means over the global batch."""
     load: Load | None = None
-    """Of a mixture of experts: what each had to do."""
+    """Load of the experts; None for a dense model."""
 
 
 def train_step(
@@ -89,15 +92,16 @@ def train_step(
     """Take one optimizer step over `layout.num_microbatches` micro-batches drawn from `batches`.
 
     Args:
-        highest_loss: beyond it the loss is taken for a spike, nats.
+        step: number of the step, counted from 0.
+        highest_loss: loss above which the step counts as a spike, in nats.
 
     Raises:
-        BadStep: the loss or the gradient's norm is not finite, or a spike, on every rank alike; nothing has been
-            updated.
+        BadStep: the loss or the gradient norm is not finite, or the loss is a spike. Raised on every rank; nothing has
+            been updated.
     """
     heartbeat = engine.heartbeat
     heartbeat.step = step + 1
-    # Randomness belongs to the step, not to the process: a resumed run, in any layout, draws the same.
+    # Seeded by the step, not once per process: a resumed run, in any layout, draws the same numbers.
     torch.manual_seed(seed + step)
     engine.optimizer.zero_grad()
 
@@ -113,9 +117,10 @@ def train_step(
     if not (math.isfinite(loss) and loss <= highest_loss):
         what = "spike" if math.isfinite(loss) else "loss"
         raise BadStep(what, loss, [report[0].item() for report in reports])
-    # The pull is added there, to reduced gradients: once a step, not once a rank.
+    # The optimizer adds the EWC pull to the reduced gradients: once per step, not once per rank and micro-batch.
     heartbeat.at("optimizer")
     grad_norm, pull = engine.optimizer.step(learning_rate, engine.ewc)
+    # After the update: a step that is refused must move no bias.
     load = collect(engine.chunks, sums[1])
     if load is not None and engine.adapters is None:
         move_biases(engine.chunks, load)
@@ -123,13 +128,13 @@ def train_step(
 
 
 def evaluate(engine: Engine, batches: Iterator[MicroBatch], num_batches: int) -> float:
-    """Mean loss over `num_batches` global batches, in nats per target token."""
+    """Return the mean loss over `num_batches` global batches, in nats per target token."""
     return measure(engine, batches, num_batches)["loss"]
 
 
 @torch.no_grad()
 def measure(engine: Engine, batches: Iterator[MicroBatch], num_batches: int) -> dict[str, float]:
-    """Mean loss (nats per target token; of preference optimization, per pair) and what else the objective reports."""
+    """Return the mean loss (nats per target token, or per pair) and the metrics over `num_batches` global batches."""
     for chunk in engine.chunks:
         chunk.eval()
     total = [0.0] * (2 + len(engine.objective.metrics))
@@ -143,17 +148,19 @@ def measure(engine: Engine, batches: Iterator[MicroBatch], num_batches: int) -> 
 
 
 def means(sums: Sequence[float]) -> list[float]:
-    """Loss and metrics, from their sums with the number of targets in the second place."""
+    """Return loss and metrics from the sums: loss, number of targets, metrics."""
     return [value / max(sums[1], 1.0) for value in (sums[0], *sums[2:])]
 
 
 def forward_backward(engine: Engine, batches: Iterator[MicroBatch], *, forward_only: bool) -> list[float]:
-    """Run megatron-core's schedule; return the report's sums over the global batch: loss, targets, metrics."""
+    """Run megatron-core's schedule, and return sums over the global batch: loss, targets, metrics."""
     reports = scheduled(engine, engine.chunks, batches, engine.objective.forward_step, forward_only=forward_only)
     return _summed(engine, reports)
 
 
 def _summed(engine: Engine, reports: list) -> list[float]:
+    """Return the sum of the micro-batches' reports over all ranks; only the last pipeline stage has any."""
+    # fp64: a global batch has millions of tokens, whose losses are summed before they are divided.
     sums = torch.zeros(2 + len(engine.objective.metrics), dtype=torch.float64)
     # Tensor-parallel ranks of the last stage all hold the same loss; one of them counts.
     if reports and engine.mesh.tensor.rank == 0:
@@ -166,9 +173,13 @@ def _summed(engine: Engine, reports: list) -> list[float]:
 def scheduled(
     engine: Engine, chunks: Sequence[nn.Module], batches: Iterator[MicroBatch], step: ForwardStep, *, forward_only: bool
 ) -> list:
-    """What `step` reports of each micro-batch of a global one on the last pipeline stage; nothing on the others."""
+    """Run megatron-core's schedule over the micro-batches of a step.
+
+    Returns:
+        What `step` reports of each micro-batch on the last pipeline stage; nothing on the others.
+    """
     layout, several = engine.layout, len(chunks) > 1
-    # Each interleaved chunk walks over the same micro-batches by itself.
+    # Each interleaved chunk iterates over the same micro-batches separately.
     iterators = _tee(batches, len(chunks), layout.num_microbatches) if several else [batches]
     routed = router_context(chunks[0]) is not None
     prepared = [_for_this_rank(iterator, engine, routed=routed) for iterator in iterators]
@@ -185,7 +196,10 @@ def scheduled(
 
 
 def _with_dropout_seeds(batches: Iterator[MicroBatch], engine: Engine, step: int, seed: int) -> Iterator[MicroBatch]:
-    """Number the rows of each micro-batch: dropout masks are drawn per row, so they are the same in every layout."""
+    """Add to each micro-batch the seed and the global number of its first row.
+
+    Dropout masks of adapters are drawn per row from both, so they are the same in every layout.
+    """
     layout = engine.layout
     for number, batch in enumerate(batches):
         place = (step * layout.num_microbatches + number) * layout.data + engine.mesh.data.rank
@@ -226,5 +240,6 @@ def _routing(loss_mask: Tensor, engine: Engine) -> Routing:
 
 
 def _tee(batches: Iterator[MicroBatch], num_chunks: int, num_microbatches: int) -> list[Iterator[MicroBatch]]:
+    """Return one iterator per chunk over the same `num_microbatches` micro-batches."""
     drawn = [next(batches) for _ in range(num_microbatches)]
     return [iter(drawn) for _ in range(num_chunks)]

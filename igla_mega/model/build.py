@@ -116,7 +116,7 @@ class CausalLM(GPTModel):
 
 @dataclass(frozen=True)
 class Execution:
-    """How the layers of a model are computed, in whatever shape and layout it has."""
+    """How the layers of a model are computed, independent of its shape and layout."""
 
     dtype: torch.dtype
     """Dtype of the parameters as the modules see them: FSDP passes float32, and casts when it gathers them."""
@@ -309,7 +309,7 @@ def inverse_frequencies(model: Model, dtype: torch.dtype = torch.float32) -> Ten
     Su et al. 2021, arXiv:2104.09864, eq. 15. With `rope_scaling`, as Llama 3 (Grattafiori et al. 2024,
     arXiv:2407.21783): long wavelengths are divided by `factor`, short ones are kept, those between are blended.
     """
-    # On the CPU whatever the default device is: here the meta device may be the default.
+    # Explicitly on the CPU: the default device may be meta here.
     dim = model.head_size
     frequencies = 1.0 / model.rope_theta ** (torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim)
     scaling = model.rope_scaling

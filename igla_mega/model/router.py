@@ -54,7 +54,7 @@ class Router(MegatronModule):
         # makes mcore sum it over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if moe.bias_update_rate > 0:
-            # fp32 whatever the model's dtype: steps of 1e-3 would be lost in bf16. `move_biases` updates it, no
+            # Always fp32: steps of 1e-3 would be lost in bf16. `move_biases` updates it, no
             # gradient does.
             self.expert_bias = nn.Parameter(torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False)
         self._groups = pg_collection

@@ -349,7 +349,7 @@ def spike_bound(training: Training, progress: Progress) -> float:
 
 
 def answer(run: Run, found: Diagnosis, step: NextStep, progress: Progress) -> StepReport | None:
-    """Do what the recipe asks about a bad step: stop, or leave its samples out, at once or after a rewind.
+    """Do what the recipe configures for a bad step: stop, or leave its samples out, at once or after a rewind.
 
     Returns:
         The report of the second run if that was good and the step is taken, else None.

@@ -51,9 +51,9 @@ class StopRequest:
         # The maximum over ranks decides: 256 ranks a scheduler's signal above one from the keyboard.
         own = self._number + 256 * (self._number not in _BY_HAND) if self._number else 0
         if not self._alone:
-            asked = torch.tensor(float(own), device=self._device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            own = int(asked.item())
+            highest = torch.tensor(float(own), device=self._device)
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+            own = int(highest.item())
         self._agreed = own % 256
         return self.agreed
 

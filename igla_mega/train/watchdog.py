@@ -299,7 +299,7 @@ class Watchdog:
             return
         silent = [s for s in running if self._clock - s.seen > self.hang_seconds and not s.content["state"]]  # type: ignore
         quiet = min(self._clock - sign.moved for sign in running)
-        # The most patient rank decides: one that saves or compiles holds up all others rightly.
+        # The most patient rank decides: the others wait for one that saves or compiles, which is no hang.
         patience = max(sign.content["patience"] for sign in running)  # type: ignore[index]
         # Two ranks watch; the counter lets only the first one judge.
         if (silent or quiet > patience) and self._store.add("judge", 1) == 1:

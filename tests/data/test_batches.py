@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import BatchShard, Corpus, split_point
+from igla_mega.data.batches import BatchShard, Corpus, Sampling, split_point
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.micro_batch import SEQUENCES
 
@@ -25,7 +25,7 @@ def prefixes(tmp_path_factory, write_dataset):
 
 def corpus(prefixes, **changes) -> Corpus:
     options = dict(sequence_length=LENGTH, seed=1, vocab_size=6000, validation_fraction=0.1) | changes
-    return Corpus(prefixes, options.pop("mix", {"web": 0.7, "code": 0.3}), **options)
+    return Corpus(prefixes, options.pop("mix", {"web": 0.7, "code": 0.3}), Sampling(**options))
 
 
 def test_labels_are_the_next_tokens_of_one_stretch_of_the_stream(prefixes):
@@ -154,7 +154,7 @@ def test_an_id_outside_the_vocabulary_stops_the_step_that_reads_it(tmp_path, wri
     documents = [list(range(10)) * (length // 10) for _ in range(2)]
     documents[0][(1 << 18) + 3000] = 77
     prefix = str(write_dataset(tmp_path / "set", documents))
-    data = Corpus({"web": prefix}, {"web": 1}, sequence_length=1024, seed=0, vocab_size=50, validation_fraction=0.5)
+    data = Corpus({"web": prefix}, {"web": 1}, Sampling(1024, seed=0, vocab_size=50, validation_fraction=0.5))
     with pytest.raises(ConfigError, match=r"token 265144 \(document 0\) has id 77, outside model\.vocab_size 50"):
         for step in range(data.windows_per_epoch()["web"]):
             list(data.micro_batches(step, BatchShard(1, 1)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import BatchShard, Corpus
+from igla_mega.data.batches import BatchShard, Corpus, Sampling
 from igla_mega.data.document_packing import best_fit, cut, statistics
 
 
@@ -65,7 +65,7 @@ def prefix(tmp_path_factory, write_dataset):
 
 def packed_corpus(prefix, **options) -> Corpus:
     settings = dict(sequence_length=32, seed=3, vocab_size=20_000, validation_fraction=0.0, document_mask=True)
-    return Corpus({"a": prefix}, {"a": 1.0}, packing="best_fit", **(settings | options))
+    return Corpus({"a": prefix}, {"a": 1.0}, Sampling(packing="best_fit", **(settings | options)))
 
 
 def test_an_epoch_holds_every_token_once_and_every_target_once(prefix):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import BatchShard, Corpus
+from igla_mega.data.batches import BatchShard, Corpus, Sampling
 from igla_mega.data.loader import open_loader
 from igla_mega.data.prefetch import Prefetch
 
@@ -20,7 +20,8 @@ def prefix(tmp_path_factory, write_dataset):
 
 def corpus(prefix, **options) -> Corpus:
     settings = dict(sequence_length=32, seed=3, vocab_size=320, validation_fraction=0.1, document_mask=True)
-    return Corpus({"a": prefix}, {"a": 1.0}, **(settings | options))
+    loading = {key: options.pop(key) for key in ("loader", "prefetch") if key in options}
+    return Corpus({"a": prefix}, {"a": 1.0}, Sampling(**(settings | options)), **loading)
 
 
 def plain(batches) -> list:

@@ -66,7 +66,7 @@ def test_each_conversation_is_learned_once_an_epoch_and_none_that_is_held_out(fo
     everything = sum(float(next(alone.micro_batches(step, share)).loss_mask.sum()) for step in range(number))
     held = sum(float(b.loss_mask.sum()) for b in data.validation_batches("own", share, 8))
     assert targets == again and targets + held == everything
-    assert data.notes == ["16 conversations to learn from, 4 held out"]
+    assert data.notes == ["16 conversations for training, 4 held out"]
 
 
 def test_a_batch_is_the_same_on_one_rank_and_cut_over_two(folder):
@@ -74,18 +74,18 @@ def test_a_batch_is_the_same_on_one_rank_and_cut_over_two(folder):
     whole = list(data.micro_batches(0, BatchShard(4, 2)))
     halves = [next(data.micro_batches(0, BatchShard(4, 2, 2, rank))) for rank in range(2)]
     for mine, theirs in zip(whole, halves, strict=True):
-        assert (mine["tokens"] == theirs["tokens"]).all() and mine["documents"] == theirs["documents"]
+        assert (mine.tokens == theirs.tokens).all() and mine.documents == theirs.documents
 
 
 def test_pairs_come_in_another_order_each_epoch_and_carry_their_reference(folder):
     data = pairs(folder)
     share = BatchShard(16, 16)
     first, second = (next(data.micro_batches(step, share)) for step in range(2))
-    assert first["tokens"].shape == (32, LENGTH) and not (first["tokens"] == second["tokens"]).all()
-    assert sorted(first["tokens"].tolist()) == sorted(second["tokens"].tolist())
-    assert (first["tokens"][0::2, 0] == first["tokens"][1::2, 0]).all(), "both answers follow the same prompt"
+    assert first.tokens.shape == (32, LENGTH) and not (first.tokens == second.tokens).all()
+    assert sorted(first.tokens.tolist()) == sorted(second.tokens.tolist())
+    assert (first.tokens[0::2, 0] == first.tokens[1::2, 0]).all(), "both answers follow the same prompt"
     data.reference = {"own": np.arange(40, dtype=np.float32).reshape(20, 2)}
-    reference = next(data.micro_batches(0, share))["reference"]
+    reference = next(data.micro_batches(0, share)).reference
     assert (reference[1::2] - reference[0::2] == 1).all() and len(set(reference.tolist())) == 32
 
 

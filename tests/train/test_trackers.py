@@ -112,7 +112,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp
             raise OSError(28, "No space left on device")
         return really(descriptor, content[:12] if full else content)
 
-    monkeypatch.setattr(metrics.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     file = Lines(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
         full = step in (2, 3)

@@ -156,11 +156,10 @@ def sampling() -> dict:
 
 def loading(prefix: Path) -> dict:
     """Tokens a second of the loader alone, samples of 2048."""
-    from igla_mega.data.batches import BatchShard, Corpus
+    from igla_mega.data.batches import BatchShard, Corpus, Sampling
 
-    corpus = Corpus(
-        {"a": prefix}, {"a": 1.0}, sequence_length=2048, seed=1, vocab_size=VOCAB + 300, validation_fraction=0.01
-    )
+    sampling = Sampling(sequence_length=2048, seed=1, vocab_size=VOCAB + 300, validation_fraction=0.01)
+    corpus = Corpus({"a": prefix}, {"a": 1.0}, sampling)
     share = BatchShard(64, 8)
     started = time.perf_counter()
     for step in range(40):
