@@ -1,4 +1,4 @@
-// The CPU kernel of igla_mega/ops/accumulate.py.
+// CPU kernel of igla_mega/ops/accumulate.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,7 +9,7 @@
 namespace igla {
 namespace {
 
-// Elements of a row that one thread takes at a time, and of shorter rows together.
+// Elements that one thread processes at a time: part of a long row, or several short rows.
 constexpr int64_t kPiece = 16384;
 
 double wide(double x) { return x; }

@@ -1,4 +1,4 @@
-// The CUDA kernel of igla_mega/ops/accumulate.py: a column of blocks for each tensor, a thread for 8 elements.
+// CUDA kernel of igla_mega/ops/accumulate.py: one grid column of blocks per tensor, 8 elements per thread and step.
 #include <algorithm>
 
 #include "accumulate.cuh"
@@ -11,11 +11,12 @@ constexpr int kThreads = 256;
 constexpr int kPack = 8;
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// kCount elements at a time; Index holds the number of them in any tensor.
+// Adds kCount elements per step. Index is wide enough for the element count of every tensor in the table: 32-bit
+// division is several times faster than 64-bit.
 template <class S, class T, int kCount, class Index>
 __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ AdditionTable table) {
   const Addition& a = table.addition[blockIdx.y];
-  const Index packs = static_cast<Index>(a.columns / kCount);  // of a row
+  const Index packs = static_cast<Index>(a.columns / kCount);  // per row
   const Index inner = static_cast<Index>(a.size[2]), middle = static_cast<Index>(a.size[1]);
   const Index all = packs * inner * middle * static_cast<Index>(a.size[0]);
   const Index step = static_cast<Index>(gridDim.x) * kThreads;
@@ -57,7 +58,7 @@ cudaError_t launch(const AdditionTable& table, cudaStream_t stream) {
   const int64_t threads = packed ? most / kPack : most;
   const int64_t blocks = std::min(kMaxBlocks, (threads + kThreads - 1) / kThreads);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(table.num_additions));
-  // A step past the end must not wrap around.
+  // 32-bit indices only if the last step of the grid-stride loop, past the end, cannot wrap around.
   const bool narrow = threads + kMaxBlocks * kThreads < (int64_t{1} << 32);
   auto* kernel = packed ? (narrow ? &add_kernel<S, T, kPack, uint32_t> : &add_kernel<S, T, kPack, uint64_t>)
                         : (narrow ? &add_kernel<S, T, 1, uint32_t> : &add_kernel<S, T, 1, uint64_t>);

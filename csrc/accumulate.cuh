@@ -1,4 +1,4 @@
-// Raw-pointer launcher of accumulate.cu, for the binding: no torch header on this side.
+// Raw-pointer launcher of accumulate.cu for the binding, so that nvcc compiles no torch headers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,7 +10,7 @@ namespace igla {
 
 constexpr int kAddTensors = 24;
 
-// Rows of `columns` elements of a sum and of its term; strides in elements, the last of `size` innermost.
+// A sum and its term as rows of `columns` elements; strides in elements, the last entry of `size` is the innermost.
 struct Addition {
   void* sum;
   const void* term;
@@ -25,7 +25,7 @@ struct AdditionTable {
   int num_additions = 0;
 };
 
-// All sums of one type, fp32 or fp64, and all terms of one.
+// All sums must have one type (fp32 or fp64), and all terms one type.
 cudaError_t launch_accumulate(const AdditionTable& table, ElementType sum_type, ElementType term_type,
                               cudaStream_t stream);
 

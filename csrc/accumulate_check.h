@@ -1,4 +1,4 @@
-// What both bindings of igla_mega/ops/accumulate.py refuse.
+// Argument checks shared by the CPU and CUDA bindings of igla_mega/ops/accumulate.py.
 #pragma once
 #include "checks.h"
 

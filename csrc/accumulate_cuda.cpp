@@ -1,4 +1,4 @@
-// Hands the tensors of igla_mega/ops/accumulate.py to the kernel of accumulate.cu, on the caller's stream.
+// Binding that passes the tensors of igla_mega/ops/accumulate.py to the kernel of accumulate.cu on the caller's stream.
 #include <torch/csrc/stable/library.h>
 
 #include <map>

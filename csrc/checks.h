@@ -1,4 +1,4 @@
-// What the ops over lists of tensors refuse, in the words of igla_mega/ops/checks.py.
+// Argument checks of ops over lists of tensors, with the same error texts as igla_mega/ops/checks.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// `grads[3]`, or `out` where there is no list: put together only when a check fails.
+// Name of a tensor, such as `grads[3]`, or `out` for one outside a list. Formatted only if a check fails.
 struct Name {
   const char* list;
   int64_t index = -1;

@@ -1,4 +1,4 @@
-// Many tensors of any sizes as one range of chunks for the threads to share.
+// Splits many tensors of any sizes into one range of chunks that the threads share.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -10,7 +10,7 @@ namespace igla {
 
 class Chunks {
  public:
-  // Elements: four fp32 arrays of them stay in the second-level cache.
+  // Elements per chunk: four fp32 arrays of this length fit into the second-level cache.
   static constexpr int64_t kSize = 16384;
 
   explicit Chunks(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {
@@ -19,7 +19,7 @@ class Chunks {
 
   int64_t count() const { return first_.back(); }
 
-  // Calls body(chunk, tensor, begin, count) for every chunk: `count` elements from `begin` on in that tensor.
+  // Calls body(chunk, tensor, begin, count) for every chunk: the elements [begin, begin + count) of that tensor.
   template <class Body>
   void for_each(const Body& body) const {
     torch::stable::parallel_for(0, count(), 2, [&](int64_t first, int64_t last) {
@@ -34,7 +34,7 @@ class Chunks {
 
  private:
   std::vector<int64_t> sizes_;
-  std::vector<int64_t> first_{0};  // chunk of each tensor, and their number at the end
+  std::vector<int64_t> first_{0};  // index of the first chunk of each tensor, then the number of chunks
 };
 
 }  // namespace igla

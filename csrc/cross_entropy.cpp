@@ -1,4 +1,5 @@
-// The CPU kernels of igla_mega/ops/cross_entropy.py. A thread takes whole rows: no result depends on their number.
+// CPU kernels of igla_mega/ops/cross_entropy.py. A thread processes whole rows, so results do not depend on the number
+// of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kUnroll = 4;
 constexpr int64_t kStride = kUnroll * kLanes;
-// Elements whose maximum is taken, and which are then summed, while they are in the first-level cache.
+// Elements per block: read once for the maximum and again for the sum while they are in the first-level cache.
 constexpr int64_t kBlock = 2048;
 static_assert(kBlock % kStride == 0);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -52,7 +53,7 @@ float sum_of_exp(const T* x, int64_t count, float shift) {
   return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// One read of the row from memory: block by block, the sum so far rescaled when a block raises the maximum.
+// Reads the row from memory once: block by block, rescaling the running sum whenever a block raises the maximum.
 template <class T>
 Statistics row_statistics(const T* x, int64_t columns) {
   float most = -kInfinity;
@@ -60,7 +61,7 @@ Statistics row_statistics(const T* x, int64_t columns) {
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     const int64_t count = std::min(kBlock, columns - begin);
     const float raised = std::max(most, max_of(x + begin, count));
-    // -inf - -inf is NaN: while only -inf was seen the shift is 0, and each exp a right 0.
+    // -inf - -inf is NaN: as long as every value is -inf the shift is 0, and each exp is correctly 0.
     const float shift = raised == -kInfinity ? 0.0f : raised;
     if (raised > most) sum *= std::exp(most - shift);
     sum += sum_of_exp(x + begin, count, shift);
@@ -86,7 +87,7 @@ void row_gradient(T* x, int64_t columns, float lse, float weight) {
   }
 }
 
-// Calls `body` with a null pointer of the element type that `type` names.
+// Calls `body` with a null pointer whose type is the element type given by `type`.
 template <class Body>
 void with_element_type(ScalarType type, const Body& body) {
   if (type == ScalarType::Float)
@@ -149,7 +150,7 @@ void softmax_gradient_(Tensor logits, const Tensor& lse, const Tensor& labels, c
     torch::stable::parallel_for(0, num_rows, rows_per_task(stride), [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* x = data + row * stride;
-        // A zero of every element type is all zero bits.
+        // Zero is all zero bits in every element type.
         const int64_t kept = row_weight[row] == 0.0f ? 0 : columns;
         std::memset(static_cast<void*>(x + kept), 0, static_cast<size_t>(stride - kept) * sizeof(T));
         const int64_t target = label[row] - vocab_start;

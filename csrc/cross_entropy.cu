@@ -1,4 +1,4 @@
-// The CUDA kernels of igla_mega/ops/cross_entropy.py: a block takes a row, 16 bytes a thread a load.
+// CUDA kernels of igla_mega/ops/cross_entropy.py: one block per row, 16 bytes per thread and load.
 #include <math.h>
 
 #include "cross_entropy.cuh"
@@ -10,13 +10,13 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarp = 32;
 
-// exp(x) summed as sum * exp(max): what a thread, a warp and a block have seen so far.
+// Running sum of exp(x), stored as sum * exp(max), of a thread, a warp or a block.
 struct Seen {
   float max = -INFINITY;
   float sum = 0.0f;
 };
 
-// -inf - -inf is NaN: while only -inf was seen the shift is 0, and each exp a right 0.
+// -inf - -inf is NaN: as long as every value is -inf the shift is 0, and each exp is correctly 0.
 __device__ inline float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
 __device__ inline Seen join(Seen a, Seen b) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   T* x = logits + row * shard.stride;
   const float row_lse = lse[row], row_weight = weight[row];
   const int64_t target = labels[row] - shard.vocab_start;
-  // A masked row becomes zeros without reading it: its lse may be anything.
+  // A masked row is set to zeros without being read: its lse need not be finite.
   const int64_t columns = row_weight == 0.0f ? 0 : shard.columns;
   auto gradient = [&](int64_t column, T logit) {
     const float p = column < columns ? __expf(to_float(logit) - row_lse) : 0.0f;
@@ -127,7 +127,7 @@ cudaError_t with_element_type(ElementType type, const Body& body) {
     case ElementType::kFloat32: body(static_cast<float*>(nullptr)); break;
     case ElementType::kBfloat16: body(static_cast<__nv_bfloat16*>(nullptr)); break;
     case ElementType::kFloat16: body(static_cast<__half*>(nullptr)); break;
-    case ElementType::kFloat64: return cudaErrorInvalidValue;  // the binding refuses it
+    case ElementType::kFloat64: return cudaErrorInvalidValue;  // rejected by the binding
   }
   return cudaGetLastError();
 }

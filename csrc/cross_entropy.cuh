@@ -1,4 +1,4 @@
-// Raw-pointer launchers of cross_entropy.cu, for the binding: no torch header on this side.
+// Raw-pointer launchers of cross_entropy.cu for the binding, so that nvcc compiles no torch headers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -11,7 +11,7 @@ namespace igla {
 struct Shard {
   int64_t num_rows;
   int64_t stride;       // columns in memory
-  int64_t columns;      // of these, not padding
+  int64_t columns;      // columns that are not padding
   int64_t vocab_start;  // global id of column 0
 };
 

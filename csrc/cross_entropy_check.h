@@ -1,4 +1,5 @@
-// What both bindings of igla_mega/ops/cross_entropy.py refuse, in the words of its reference.
+// Argument checks shared by the CPU and CUDA bindings of igla_mega/ops/cross_entropy.py, with the reference's error
+// texts.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -29,7 +30,7 @@ inline void check_rows(const Tensor& logits, const Tensor& rows, const char* nam
                   " must be on the device of logits");
 }
 
-// Columns of this shard that are not padding.
+// Returns the number of columns of this shard that are not padding.
 inline int64_t real_columns(const Tensor& logits, int64_t vocab_start, int64_t vocab_limit) {
   return std::max<int64_t>(0, std::min<int64_t>(logits.size(1), vocab_limit - vocab_start));
 }

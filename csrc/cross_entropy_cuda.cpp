@@ -1,4 +1,5 @@
-// Hands the tensors of igla_mega/ops/cross_entropy.py to the kernels of cross_entropy.cu, on the caller's stream.
+// Binding that passes the tensors of igla_mega/ops/cross_entropy.py to the kernels of cross_entropy.cu on the caller's
+// stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

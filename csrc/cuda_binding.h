@@ -1,4 +1,4 @@
-// What every CUDA binding needs: the caller's device and stream, element types, launches that are checked.
+// Shared by all CUDA bindings: the caller's device and stream, element types, checked launches.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

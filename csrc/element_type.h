@@ -1,4 +1,4 @@
-// The element types of tensors, as the bindings name them to the CUDA kernels.
+// Element types that the bindings pass to the CUDA kernels, without torch headers.
 #pragma once
 
 namespace igla {

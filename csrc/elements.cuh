@@ -1,4 +1,4 @@
-// How CUDA kernels read and write elements: computed in fp32, and fp64 for fp64; moved 16 bytes at a time.
+// Element access of CUDA kernels: arithmetic in fp32 (fp64 for fp64), loads and stores of up to 16 bytes.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,14 +23,14 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __fl
 template <>
 __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
 
-// kCount elements, moved by as few loads or stores of up to 16 bytes as hold them.
+// kCount elements that are moved with as few loads or stores of up to 16 bytes as possible.
 template <class T, int kCount = 16 / static_cast<int>(sizeof(T))>
 struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
   static constexpr int kSize = kCount;
   T value[kCount];
 };
 
-// A row as single elements up to the first 16-byte boundary, whole packs, and the elements that are left.
+// Partition of a row: single elements up to the first 16-byte boundary, whole packs, and the remaining elements.
 template <class T>
 struct Split {
   int64_t head;

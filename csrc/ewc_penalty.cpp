@@ -1,5 +1,5 @@
-// The CPU kernel of igla_mega/ops/ewc_penalty.py. Sums are taken chunk by chunk and joined in the order of the chunks:
-// no result depends on the number of threads.
+// CPU kernel of igla_mega/ops/ewc_penalty.py. Sums are computed per chunk and added in the order of the chunks, so
+// results do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -11,7 +11,7 @@
 namespace igla {
 namespace {
 
-// Elements whose squares are summed in their own precision before they go into the fp64 sum.
+// Elements whose squares are summed in their own precision before they are added to the fp64 sum.
 constexpr int64_t kBlock = 1024;
 constexpr int kUnroll = 2;
 
@@ -30,7 +30,7 @@ double sum_in_double(const V& v) {
   return sum;
 }
 
-// Twice the penalty, the squares of the gradients before, and those of the pull.
+// Twice the penalty, and the sums of squares of the original gradients and of the pull.
 template <class W, class G>
 std::array<double, 3> pull(const Group& group, int64_t begin, int64_t count, double ewc_lambda) {
   G* g = static_cast<G*>(group.grads) + begin;

@@ -1,5 +1,5 @@
-// The CUDA kernels of igla_mega/ops/ewc_penalty.py: a block takes a chunk of a tensor and leaves its sums, which one
-// block joins. No atomics: every sum is taken in the same order each time.
+// CUDA kernels of igla_mega/ops/ewc_penalty.py: a block processes one chunk of a tensor and stores its sums, which a
+// single block then adds. No atomics: every sum is computed in the same order each time, so runs repeat bit for bit.
 #include "ewc_penalty.cuh"
 #include "table_sweep.cuh"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// Of all threads of the block, in thread 0.
+// Sums over all threads of the block; the result is valid in thread 0.
 __device__ inline void sum_over_block(double (&sums)[kEwcSums]) {
   __shared__ double of_warp[kEwcSums][kSweepThreads / kWarp];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kSweepThreads)
   const W* anchors = of(2, static_cast<W*>(nullptr));
   const W* fisher = of(3, static_cast<W*>(nullptr));
 
-  // A thread sees 64 elements of a chunk: few enough to sum in fp32.
+  // A thread processes 64 elements of a chunk: few enough to sum in fp32.
   W penalty = 0, grad_squares = 0, pull_squares = 0;
   auto body = [&](int64_t i, auto elements) {
     constexpr int kCount = decltype(elements)::value;

@@ -1,4 +1,4 @@
-// What both bindings of igla_mega/ops/ewc_penalty.py refuse.
+// Argument checks shared by the CPU and CUDA bindings of igla_mega/ops/ewc_penalty.py.
 #pragma once
 #include "checks.h"
 

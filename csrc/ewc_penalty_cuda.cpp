@@ -1,4 +1,5 @@
-// Hands the tensors of igla_mega/ops/ewc_penalty.py to the kernels of ewc_penalty.cu, on the caller's stream.
+// Binding that passes the tensors of igla_mega/ops/ewc_penalty.py to the kernels of ewc_penalty.cu on the caller's
+// stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,4 @@
-// The CPU kernel of igla_mega/ops/fisher.py.
+// CPU kernel of igla_mega/ops/fisher.py.
 #include <torch/csrc/stable/library.h>
 
 #include "chunks.h"
@@ -23,7 +23,7 @@ void add_squares(void* fisher, void* grads, int64_t begin, int64_t count, double
     const auto x = load_part(g + i, left, 0.0f);
     store_part(f + i, left, load_part(f + i, left, 0.0f) + w * (x * x));
   }
-  // A zero of every element type is all zero bits.
+  // Zero is all zero bits in every element type.
   if (zero_grads) std::memset(static_cast<void*>(g), 0, static_cast<size_t>(count) * sizeof(G));
 }
 

@@ -1,4 +1,4 @@
-// The CUDA kernel of igla_mega/ops/fisher.py: a block takes a chunk of a tensor.
+// CUDA kernel of igla_mega/ops/fisher.py: one block per chunk of a tensor.
 #include "fisher.cuh"
 #include "table_sweep.cuh"
 

@@ -1,4 +1,4 @@
-// Hands the tensors of igla_mega/ops/fisher.py to the kernel of fisher.cu, on the caller's stream.
+// Binding that passes the tensors of igla_mega/ops/fisher.py to the kernel of fisher.cu on the caller's stream.
 #include <torch/csrc/stable/library.h>
 
 #include <map>

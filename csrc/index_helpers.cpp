@@ -1,4 +1,4 @@
-// Index arithmetic of the data path that is too slow in Python: numpy in and out, no torch headers.
+// Index arithmetic of the data path that is too slow in Python. Works on numpy arrays, without torch headers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -14,12 +14,12 @@ namespace py = pybind11;
 namespace {
 
 using Counts = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-using Entry = std::pair<int64_t, int64_t>;  // (slot, source): the earliest slot first, then the lowest source
+using Entry = std::pair<int64_t, int64_t>;  // (slot, source), ordered by the earliest slot, then the lowest source
 using Queue = std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>>;
 
-// Orders sum(counts) slots so that every prefix of n slots holds each source s within one of n * counts[s] / sum.
-// Item j of a source may stand from slot floor(j * sum / count) on, and no later than ceil((j + 1) * sum / count) - 1;
-// of the items that may stand, the one with the earliest last slot goes first (Tijdeman 1980, as a deadline schedule).
+// Orders sum(counts) slots so that every prefix of n slots holds each source s within one of n * counts[s] / sum. Item
+// j of a source may be placed from slot floor(j * sum / count) to slot ceil((j + 1) * sum / count) - 1; among the items
+// that may be placed, the one with the earliest last slot is placed first (Tijdeman 1980, as a deadline schedule).
 py::array_t<int32_t> blend_schedule(const Counts& counts) {
   if (counts.ndim() != 1) throw std::invalid_argument("counts must be one-dimensional");
   const int64_t num_sources = counts.shape(0);

@@ -1,5 +1,5 @@
-// The CPU kernel of igla_mega/ops/merge_partials.py. Every row is computed on its own by one thread: no result depends
-// on the number of threads.
+// CPU kernel of igla_mega/ops/merge_partials.py. Every row is computed independently by one thread, so results do not
+// depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,12 +12,12 @@
 namespace igla {
 namespace {
 
-// Rows that are weighted together, a lane each.
+// Rows whose weights are computed together, one lane per row.
 constexpr int64_t kRun = 64;
-// Vectors of a row that are summed together, in registers.
+// Vectors of a row that are summed together in registers.
 constexpr int kUnroll = 4;
 
-// Calls `body` with a null pointer of the element type that `type` names, of those that are computed in W.
+// Calls `body` with a null pointer whose type is the element type given by `type`, one of those computed in W.
 template <class W, class Body>
 auto with_element_type(ScalarType type, const Body& body) {
   if constexpr (std::is_same_v<W, double>) {
@@ -42,7 +42,7 @@ void store_up_to(T* to, int64_t count, V v) {
     store_part(to, count, v);
 }
 
-// A row of one partial, and its weight.
+// Row of one partial, and its weight.
 template <class W>
 struct Term {
   const void* row;
@@ -50,8 +50,8 @@ struct Term {
   ScalarType type;
 };
 
-// to[begin:] = sum of weight * row[begin:], kCount vectors at a time: as many as fit, a cut one where kCount is 1.
-// Returns where it ended.
+// Computes to[begin:] = sum of weight * row[begin:], kCount vectors at a time, as long as they fit; with kCount 1 also
+// the last, partial vector. Returns the first element that was not computed.
 template <int kCount, class W>
 int64_t add_vectors(const Term<W>* terms, size_t num_terms, void* to, ScalarType type, int64_t begin, int64_t columns) {
   constexpr int kLength = kLanesOf<W>;
@@ -63,7 +63,7 @@ int64_t add_vectors(const Term<W>* terms, size_t num_terms, void* to, ScalarType
         for (int u = 0; u < kCount; ++u)
           sum[u] += terms[t].weight * (kCount == 1 ? load_up_to(x, columns - begin) : load(x + u * kLength));
       });
-    // Every partial was read before the result is written: it may lie where one of them does.
+    // Every partial is read before the result is written, because the result may share memory with one of them.
     with_element_type<W>(type, [&]<class T>(T*) {
       T* x = static_cast<T*>(to) + begin;
       for (int u = 0; u < kCount; ++u)
@@ -89,10 +89,10 @@ bool all_zero(const void* row, ScalarType type, int64_t columns) {
   return type == ScalarType::Double ? check(static_cast<double*>(nullptr)) : with_element_type<float>(type, check);
 }
 
-// The rows of one out, and their lses.
+// Rows of one out tensor, and their lses.
 template <class W>
 struct Rows {
-  char* out;  // const but in the result
+  char* out;  // written only in the result
   W* lse;
   RowStrides out_strides;
   RowStrides lse_strides;
@@ -112,14 +112,14 @@ struct Rows {
   W* lse_at(const RowSizes& place) const { return lse + offset_of(place, lse_strides); }
 };
 
-// Of a run of rows in one partial.
+// Memory of a run of rows in one partial.
 template <class W>
 struct Weights {
   alignas(kVectorBytes) W weight[kRun]{};
   bool seen[kRun]{};
 };
 
-// The weights of `num_rows` rows from `place` on in every partial, and the lse of their sum.
+// Computes the weights of `num_rows` rows starting at `place` in every partial, and the lse of their sum.
 template <class W>
 void weigh(const std::vector<Rows<W>>& partials, const RowSizes& place, int64_t num_rows, int64_t columns,
            bool zero_means_empty, std::vector<Weights<W>>& weights, W* lse) {
@@ -138,7 +138,7 @@ void weigh(const std::vector<Rows<W>>& partials, const RowSizes& place, int64_t 
       if (!empty && *x > shift[r]) shift[r] = *x;
     }
   }
-  // -inf - -inf is NaN: a row that is empty everywhere is shifted by 0, and its weights are the right 0.
+  // -inf - -inf is NaN: a row that is empty in every partial is shifted by 0, and its weights are correctly 0.
   for (W& s : shift) s = s == -kInfinity ? 0 : s;
 
   for (int64_t r = 0; r < num_rows; r += kLength) {

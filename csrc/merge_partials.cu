@@ -1,4 +1,4 @@
-// The CUDA kernel of igla_mega/ops/merge_partials.py: a block takes whole rows, a thread some columns of one.
+// CUDA kernel of igla_mega/ops/merge_partials.py: a block processes whole rows, a thread some columns of one row.
 #include <math.h>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ __device__ inline Place place_of(uint32_t row, const MergeTable& table) {
   return {{outer / middle, outer % middle, row % inner}};
 }
 
-// Calls body(element pointer to the row's column) with the type of the rows.
+// Calls body with a pointer to the column of a row, typed by the element type of the rows.
 template <class W, class Body>
 __device__ inline void with_row(const PartialRows& rows, int64_t offset, const Body& body) {
   if constexpr (sizeof(W) == sizeof(double)) {
@@ -53,7 +53,7 @@ __device__ inline bool all_zero(const PartialRows& rows, int64_t offset, int64_t
   return zero;
 }
 
-// kCount columns at a time. `lses` [rows of the block, partials] holds -inf for a row that saw no key.
+// Merges kCount columns at a time. `lses` [rows of the block, partials] is -inf for a row that saw no key.
 template <class W, int kCount>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const __grid_constant__ MergeTable table, int64_t all_rows, int threads_per_row, int rows_per_block) {
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads)
                                       all_zero<W>(partial, place.offset(partial.out_stride), table.columns));
     lses[i] = empty ? -static_cast<W>(INFINITY) : lse;
   }
-  // From here on the result may be written where a partial lies: all lses are read, and a thread reads a column of
-  // every partial before it writes it.
+  // From here on the result may overwrite a partial: all lses have been read, and a thread reads a column of every
+  // partial before it writes that column.
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) / threads_per_row;
   const int lane = static_cast<int>(threadIdx.x) % threads_per_row;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 
   W most = -static_cast<W>(INFINITY);
   for (int g = 0; g < table.num_partials; ++g) most = row_lses[g] > most ? row_lses[g] : most;
-  // -inf - -inf is NaN: a row that is empty everywhere is shifted by 0, and its weights are the right 0.
+  // -inf - -inf is NaN: a row that is empty in every partial is shifted by 0, and its weights are correctly 0.
   const W shift = isinf(most) ? 0 : most;
   W total = 0;
   for (int g = 0; g < table.num_partials; ++g) total += exp_of(row_lses[g] - shift);

@@ -1,4 +1,4 @@
-// Raw-pointer launcher of merge_partials.cu, for the binding: no torch header on this side.
+// Raw-pointer launcher of merge_partials.cu for the binding, so that nvcc compiles no torch headers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,9 +10,9 @@ namespace igla {
 
 constexpr int kMergePartials = 32;
 
-// The rows of one out and their lses; strides in elements, the last one innermost.
+// Rows of one out tensor and their lses; strides in elements, the last one innermost.
 struct PartialRows {
-  void* out;  // const but in the result
+  void* out;  // written only in the result
   void* lse;
   int64_t out_stride[3];
   int64_t lse_stride[3];
@@ -30,7 +30,7 @@ struct MergeTable {
   int64_t num_rows() const { return size[0] * size[1] * size[2]; }
 };
 
-// `wide`: every tensor is fp64; else every lse is fp32. At most 2^31 - 1 rows.
+// `wide`: true if every tensor is fp64; otherwise every lse is fp32. At most 2^31 - 1 rows.
 cudaError_t launch_merge_partials(const MergeTable& table, bool wide, cudaStream_t stream);
 
 }  // namespace igla

@@ -1,4 +1,5 @@
-// Hands the tensors of igla_mega/ops/merge_partials.py to the kernel of merge_partials.cu, on the caller's stream.
+// Binding that passes the tensors of igla_mega/ops/merge_partials.py to the kernel of merge_partials.cu on the caller's
+// stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -33,7 +34,8 @@ void merge_partials_cuda(Tensors outs, Tensors lses, Tensor out, Tensor lse, boo
   STD_TORCH_CHECK(table.num_rows() < (int64_t{1} << 31), "merge_partials takes less than 2^31 rows, got ",
                   table.num_rows());
 
-  // Of more partials than a table holds, those joined so far stay in the precision of the sum and go first.
+  // With more partials than a table holds, the merged result so far is kept in the precision of the sum and becomes the
+  // first partial of the next launch.
   Tensor so_far = out, so_far_lse = lse;
   for (size_t next = 0; next < outs.size();) {
     table.num_partials = 0;

@@ -1,5 +1,6 @@
-// The CPU kernels of igla_mega/ops/pointwise.py. No result depends on the number of threads.
-// Products and sums are rounded one by one, as torch rounds them: logits then stay as near to other engines' as they can.
+// CPU kernels of igla_mega/ops/pointwise.py. Results do not depend on the number of threads. Products and sums are
+// rounded one by one (no fused multiply-add), as torch rounds them: logits then differ as little as possible from those
+// of other engines.
 #pragma GCC optimize("fp-contract=off")
 
 #include <torch/csrc/stable/library.h>
@@ -14,10 +15,10 @@
 namespace igla {
 namespace {
 
-// Rows whose share of a weight's gradient is summed by itself.
+// Rows per partial sum of a weight's gradient.
 constexpr int64_t kRowsOfSum = 64;
 
-// Calls `body` with a null pointer of the element type that `type` names.
+// Calls `body` with a null pointer whose type is the element type given by `type`.
 template <class Body>
 void with_element_type(ScalarType type, const Body& body) {
   if (type == ScalarType::Float)
@@ -26,7 +27,7 @@ void with_element_type(ScalarType type, const Body& body) {
     body(static_cast<Bfloat16*>(nullptr));
 }
 
-// Calls body(i, lanes) for each vector of a row; `lanes` is smaller for the last.
+// Calls body(i, lanes) for each vector of a row; `lanes` is smaller for the last vector.
 template <class Body>
 void for_each_vector(int64_t count, const Body& body) {
   int64_t i = 0;
@@ -44,8 +45,8 @@ void put(T* to, int64_t lanes, Vec v) {
   lanes == kLanes ? store(to, v) : store_part(to, lanes, v);
 }
 
-// The sum of a row's term(i, lanes), in the order of torch's own sum: in blocks, and their sums again in blocks. So an
-// RMSNorm has the bits of one written in torch, and the error hardly grows with the width.
+// Returns the sum of a row's term(i, lanes) in the order of torch's sum: in blocks, whose sums are again summed in
+// blocks. An RMSNorm then equals one written in torch bit for bit, and the error hardly grows with the width.
 template <class Term>
 float sum_row(int64_t count, const Term& term) {
   constexpr int64_t kAcross = 4, kLevels = 4, kStep = kAcross * kLanes;

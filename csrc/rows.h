@@ -1,4 +1,4 @@
-// The rows of tensors [.., D] of any strides, in the order in which they lie in the memory of one of them.
+// Iterates over the rows of tensors [.., D] of any strides, in the memory order of one of them.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -10,15 +10,15 @@ namespace igla {
 
 constexpr int kRowDims = 3;
 
-// Of the dimensions that tell rows apart, outermost first; in elements.
+// Sizes and strides (in elements) of the dimensions that index rows, outermost first.
 using RowSizes = std::array<int64_t, kRowDims>;
 using RowStrides = std::array<int64_t, kRowDims>;
 
 class RowOrder {
  public:
-  // Of `lead`'s first `num_dims` <= 3 dimensions; missing ones have size 1.
+  // Orders the first `num_dims` <= 3 dimensions of `lead`; missing ones have size 1.
   RowOrder(const torch::stable::Tensor& lead, int64_t num_dims) : num_dims_(num_dims) {
-    // A dimension of size 1 goes outermost, whatever its stride.
+    // A dimension of size 1 is ordered outermost, because its stride is arbitrary.
     RowStrides steps{};
     for (int64_t dim = 0; dim < num_dims; ++dim) {
       dims_[static_cast<size_t>(dim)] = static_cast<size_t>(dim);
@@ -47,7 +47,7 @@ class RowOrder {
   std::array<size_t, kRowDims> dims_{};
 };
 
-// Takes into one row what follows it without a gap in both tensors.
+// Extends rows by dimensions that follow without a gap in both tensors, so that fewer and longer rows remain.
 inline void join_rows(RowSizes& sizes, int64_t& columns, RowStrides& a, RowStrides& b) {
   for (int step = 0; step < kRowDims; ++step) {
     if (sizes[2] != 1 && (a[2] != columns || b[2] != columns)) return;
@@ -65,7 +65,7 @@ int64_t offset_of(const std::array<int64_t, kDims>& place, const std::array<int6
   return sum;
 }
 
-// A walk over the cells of a grid from cell `start` on; the last dimension moves first.
+// Walks over the cells of a grid, starting at cell `start`; the last dimension changes fastest.
 template <size_t kDims>
 class Walk {
  public:

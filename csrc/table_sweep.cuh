@@ -1,4 +1,4 @@
-// The walk of a block over its chunk of a TensorTable.
+// Iteration of a block over its chunk of a TensorTable.
 #pragma once
 #include "elements.cuh"
 #include "tensor_table.h"
@@ -16,7 +16,7 @@ struct Chunk {
 template <int kArrays>
 __device__ inline Chunk chunk_of_block(const TensorTable<kArrays>& table) {
   const int64_t chunk = blockIdx.x;
-  int low = 0, high = table.num_tensors - 1;  // the last tensor whose first chunk is not past this one
+  int low = 0, high = table.num_tensors - 1;  // search the last tensor whose first chunk is not past this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;
     if (table.first_chunk[middle] <= chunk)
@@ -36,8 +36,9 @@ struct Elements {
   static constexpr int value = kElements;
 };
 
-// Calls body(i, Elements<n>) for all of `count` elements, n from i on at a time: a pack where every array is aligned to
-// it, else one. `lead` is the array of the narrowest type, whose packs are 16 bytes.
+// Calls body(i, Elements<n>) for all `count` elements, n elements starting at i per call: a whole pack where every
+// array is aligned to one, otherwise a single element. `lead` is the array of the narrowest type, whose packs are 16
+// bytes.
 template <class Lead, class Body, class... Others>
 __device__ inline void sweep(int64_t count, const Body& body, const Lead* lead, const Others*... others) {
   const Split<Lead> split(lead, count);

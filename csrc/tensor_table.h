@@ -1,16 +1,16 @@
-// Many tensors for one launch: a table that fits into the arguments of a kernel, and its chunks, a block each.
+// Table of many tensors for one launch. It fits into the arguments of a kernel; each block processes one chunk.
 #pragma once
 #include <cstdint>
 
 namespace igla {
 
 constexpr int kTableTensors = 48;
-// Elements.
+// Elements per chunk.
 constexpr int64_t kTableChunk = 32768;
 
 inline int64_t table_chunks(int64_t size) { return (size + kTableChunk - 1) / kTableChunk; }
 
-// Of kArrays arrays of equal size in each tensor.
+// Each tensor has kArrays arrays of equal size.
 template <int kArrays>
 struct TensorTable {
   void* data[kArrays][kTableTensors];

@@ -1,4 +1,5 @@
-// Vectors of fp32 or fp64 lanes, as wide as the target allows, by the compiler's own vector types: nothing to port.
+// Vectors of fp32 or fp64 lanes, as wide as the target allows. They use the compiler's vector types, so nothing has to
+// be ported to another instruction set.
 #pragma once
 #include <torch/headeronly/util/Half.h>
 
@@ -26,16 +27,16 @@ using UintVec = uint32_t __attribute__((vector_size(kVectorBytes)));
 using HalfWidthVec = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 using DoubleVec = double __attribute__((vector_size(kVectorBytes)));
 
-// The bits of a bfloat16: the upper half of an fp32.
+// Bits of a bfloat16: the upper half of an fp32.
 struct Bfloat16 {
   uint16_t bits;
 };
 using Half = torch::headeronly::Half;
 
-// What an element is computed in: fp32, and fp64 for fp64.
+// Type in which an element is computed: fp32 (fp64 for fp64).
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-// Elements of type T in a vector.
+// Number of elements of type T in a vector.
 template <class T>
 constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(Wide<T>));
 
@@ -83,7 +84,7 @@ inline void store(Half* to, Vec v) {
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = Half(v[lane]);
 }
 
-// The first `count` < kLanesOf<T> elements; the other lanes hold `fill`.
+// Loads the first `count` < kLanesOf<T> elements; the other lanes are set to `fill`.
 template <class T>
 inline auto load_part(const T* from, int64_t count, Wide<T> fill) {
   T padded[kLanesOf<T>];
@@ -99,10 +100,10 @@ inline void store_part(T* to, int64_t count, V v) {
   std::memcpy(static_cast<void*>(to), padded, static_cast<size_t>(count) * sizeof(T));
 }
 
-// A lane of `v` that is NaN is kept by `maximum` only when it comes second.
+// Lane-wise maximum. A NaN is kept only if it is in `v`.
 inline Vec maximum(Vec a, Vec v) { return a > v ? a : v; }
 
-// exp(x) to 2 ulp for -87.3 < x < 88.3; 0 below, inf above, NaN for NaN.
+// Returns exp(x) to 2 ulp for -87.3 < x < 88.3; 0 below, inf above, NaN for NaN.
 // Cody-Waite reduction to |r| <= ln(2)/2 and the degree-5 polynomial of Cephes' expf.
 inline Vec exp(Vec x) {
   const Vec clamped = x < -88.0f ? broadcast(-88.0f) : (x > 89.0f ? broadcast(89.0f) : x);

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.names import printable
 from igla_mega.distributed import environment
 
 app = typer.Typer(
@@ -72,7 +73,7 @@ def _fail(error: object, code: int) -> int:
         # Usually every rank meets the same error and rank 0 prints it; torchrun then ends this one while it sleeps.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1.5)
-    text = str(error)
+    text = printable(str(error))
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
         text = f"a peer of rank {rank} has ended; its error message names the cause"
     print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)
@@ -158,9 +159,22 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Forecast memory, time and cost of a recipe; for a run folder, compare the forecast with the run."""
-    from igla_mega.plan.question import ask
+    from igla_mega.plan.question import Asked, ask
 
-    asked = ask(recipe, scale, set_, gpu, gpus, price, hardware, calibration, models, samples)
+    asked = ask(
+        Asked(
+            name=recipe,
+            scale=scale,
+            overrides=set_,
+            gpu=gpu,
+            gpus=gpus,
+            price=price,
+            hardware_file=hardware,
+            calibration=calibration,
+            models=models,
+            samples=samples,
+        )
+    )
     if out is not None:
         if len(asked.table) < 2:
             raise ConfigError("--out: a plot needs several numbers of GPUs. Give --gpus 8,64,256.")
@@ -307,7 +321,7 @@ def train(
             _quiet_libraries()
             from igla_mega.distributed.torchrun import torchrun
 
-            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_id=run.name))
+            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run))
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
         _check_data(loaded, int(os.environ["WORLD_SIZE"]))
     _quiet_libraries()

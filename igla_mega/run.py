@@ -168,38 +168,36 @@ def _finish_saves(writer: CheckpointWriter, session: Session) -> None:
 
 
 def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
-    """Write Fisher and anchor of a checkpoint's model, on the data of a recipe, as a folder that a recipe can name.
+    """Estimate Fisher and anchor of a checkpoint's model on the data of a recipe, and write them to a folder.
 
     Raises:
-        ConfigError: as for `train`; also when the recipe does not say which data, or `out` holds something.
+        ConfigError: as for `train`; also if the recipe names no data, or if `out` is not empty.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out}: is there already, and would be lost.\n  Give another --out, or move it away.")
+        raise ConfigError(f"{out}: already exists and would be overwritten.\n  Give another --out, or move it away.")
     device = host.prepare()
     init_process_groups(device, recipe.distributed.timeout_seconds)
     checkpoint = resolve_checkpoint(checkpoint)
-    asked = recipe.memory or Memory()
-    training = recipe.training
-    if asked.fisher_seq_length:
-        training = training.model_copy(update={"sequence_length": asked.fisher_seq_length})
-    theirs = read_recipe(checkpoint)
-    recipe = recipe.model_copy(update={"model": theirs.model, "moe": theirs.moe, "training": training})
+    section, theirs = recipe.memory or Memory(), read_recipe(checkpoint)
+    recipe = recipe.with_keys({"model": theirs.model, "moe": theirs.moe})
+    if section.fisher_seq_length:
+        recipe = recipe.with_keys({"training.sequence_length": section.fisher_seq_length})
     layout = choose_layout(recipe, dist.get_world_size(), device.type)
     mesh = build_mesh(layout, recipe.training.seed)
-    source = asked.base_data or ("mix" if recipe.data.mix else None)
+    source = section.base_data or ("mix" if recipe.data.mix else None)
     if source is None:
         raise ConfigError(
-            f"continual.base_data: does not say what {checkpoint} was trained on.\n"
+            f"continual.base_data: not given, so it is unknown what {checkpoint} was trained on.\n"
             "  Set it to a key of data.sources, or give data.mix."
         )
     corpus = open_corpus(recipe, layout.sequence_length, weights_of(recipe, source))
     _refuse_different_data(corpus, mesh)
     engine, shards = build_engine(recipe, layout, mesh, device, initialize=False)
     load_into(engine, shards, checkpoint, 0, with_moments=False)
-    engine = replace(engine, ewc=Ewc(mesh, asked.ewc_lambda))
+    engine = replace(engine, ewc=Ewc(mesh, section.ewc_lambda))
     display: Display | Silent = Display(0, 0) if mesh.is_main else Silent()
     try:
-        metadata = consolidation.consolidate(engine, corpus, (source,), asked, recipe.training.seed, display)
+        metadata = consolidation.consolidate(engine, corpus, (source,), section, recipe.training.seed, display)
         consolidation.save_file(engine, out, load.dump(recipe))
         display.say(
             f"{out}: Fisher and anchor of {checkpoint} on {source}, {metadata.samples:,} sequences of "
@@ -226,15 +224,15 @@ def _open_base(recipe: Recipe, run_dir: Path, models: Path | None) -> Base | Non
 
 
 def experts_of(base: Recipe, recipe: Recipe, folder: Path) -> Moe | None:
-    """The experts that a run trains: as its recipe says, which must be as many as the base model has, or the base's.
+    """Return the `moe` section that a run trains with: the recipe's if it fits the base model, else the base's.
 
     Raises:
-        ConfigError: the base has none, others, or parts of a layer that the recipe lacks.
+        ConfigError: the base model is dense, or its experts differ from the recipe's.
     """
     if recipe.moe is None or base.moe is None:
         if recipe.moe is not None:
             raise ConfigError(
-                f"base_model: {folder} is a dense model, and the recipe has {recipe.moe.num_experts} experts a layer.\n"
+                f"base_model: {folder} is a dense model, but the recipe has {recipe.moe.num_experts} experts a layer.\n"
                 f"  Make it a mixture: igla-mega import HF_FOLDER CKPT --upcycle {recipe.moe.num_experts}, and name "
                 "CKPT; or set moe=null."
             )
@@ -243,17 +241,17 @@ def experts_of(base: Recipe, recipe: Recipe, folder: Path) -> Moe | None:
     for key in ("num_experts", "shared_intermediate_size", "pre_softmax", "scaling_factor"):
         wanted, has = getattr(recipe.moe, key), getattr(base.moe, key)
         if wanted != has:
-            breaches.append(f"moe.{key}: {wanted}, and {folder} has {has}. Set it to what the base model has.")
+            breaches.append(f"moe.{key}: is {wanted}, but {folder} has {has}. Set it to {has}.")
     if (recipe.moe.bias_update_rate > 0) != (base.moe.bias_update_rate > 0):
         rate, has = recipe.moe.bias_update_rate, "no biases" if base.moe.bias_update_rate == 0 else "biases"
-        breaches.append(f"moe.bias_update_rate: {rate:g}, and {folder} has {has}. Set it to what the base model has.")
+        breaches.append(f"moe.bias_update_rate: is {rate:g}, but {folder} has {has}. Set it as the base model needs.")
     if breaches:
         raise ConfigError(*breaches)
     return recipe.moe
 
 
 def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:
-    """The data of each stage; stages of one part that read the same share it."""
+    """Open the data of each stage; stages of one part that read the same data share it."""
     opened: dict[tuple, Dataset] = {}
     corpora = []
     for stage in stages:
@@ -266,11 +264,12 @@ def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:
 
 
 def _refuse_different_data(corpus: Dataset, mesh: Mesh) -> None:
+    """Compare the fingerprints of the data over all ranks: a node may hold older copies of the files."""
     fingerprints: list = [None] * mesh.world_size
     dist.all_gather_object(fingerprints, corpus.fingerprint(), group=mesh.host_group)
     other = next((rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]), None)
     if other is not None:
         raise ConfigError(
-            f"data.prepared: rank {other} reads other data than rank 0 ({fingerprints[other]}, {fingerprints[0]}).\n"
+            f"data.prepared: rank {other} reads other data ({fingerprints[other]}) than rank 0 ({fingerprints[0]}).\n"
             "  Put the prepared data sets on storage that all nodes share, or copy the same files to each."
         )

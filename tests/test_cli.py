@@ -207,10 +207,10 @@ def claim_float(file: Path):
         ("words.idx", os.remove, ["words.idx", "no such file", "prepare"]),
         ("words.bin", empty, ["words.bin", "empty", "prepare"]),
         ("words.idx", empty, ["words.idx", "empty", "prepare"]),
-        ("words.bin", cut, ["words.bin", "39990 bytes", "40000", "cut short", "prepare"]),
-        ("words.idx", cut, ["words.idx", "cut short", "prepare"]),
+        ("words.bin", cut, ["words.bin", "39990 bytes", "40000", "truncated", "prepare"]),
+        ("words.idx", cut, ["words.idx", "truncated", "prepare"]),
         ("words.idx", claim_int32, ["words.bin", "40000 bytes", "int32", "prepare"]),
-        ("words.idx", claim_float, ["words.idx", "float32", "no type for token ids"]),
+        ("words.idx", claim_float, ["words.idx", "float32", "not a type for token ids"]),
     ],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
 )

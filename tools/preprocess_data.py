@@ -17,7 +17,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.merge import complete_parts, merge
-from igla_mega.prepare.preprocess import Options, part_prefix, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, part_prefix, preprocess
 from igla_mega.prepare.sources import parse_part
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
@@ -44,23 +44,20 @@ def main() -> int:
                 exact_duplicates=args.exact_duplicates,
             )
             if args.engine == "ray":
-                from igla_mega.prepare.ray import preprocess_on_ray
+                from igla_mega.prepare.ray import Cluster, preprocess_on_ray
 
-                preprocess_on_ray(
-                    args.input, prefix, args.tokenizer_model, options, args.parts, args.workers, args.ray_address
-                )
+                cluster, settings = Cluster(args.ray_address, args.parts), Settings(workers=args.workers)
+                preprocess_on_ray(args.input, prefix, args.tokenizer_model, options, settings, cluster)
                 continue
-            preprocess(
-                args.input,
-                part_prefix(prefix, part),
-                load_tokenizer(args.tokenizer_model),
-                options=options,
+            settings = Settings(
                 workers=args.workers,
                 part=part,
                 shard_bytes=int(args.shard_mb * (1 << 20)),
                 fast_path=not args.reference_tokenizer,
                 dry_run=args.dry_run,
             )
+            tokenizer = load_tokenizer(args.tokenizer_model)
+            preprocess(args.input, part_prefix(prefix, part), tokenizer, options=options, settings=settings)
             if args.merge and (parts := complete_parts(prefix, part[1])):
                 merge(prefix, parts)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Adapters as PEFT stores them (`adapter_config.json`, `adapter_model.safetensors`), both ways, and merged weights."""
+"""Read and write adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), and merge them."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igla_mega.checkpoint import adapters, store
+from igla_mega.checkpoint import store
 from igla_mega.checkpoint.base import BASE, base_note, base_of, digest_of_checkpoint, read_base
 from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.checkpoint.hf_names import Weight, weights_of
@@ -38,20 +38,20 @@ _PATHS = {name: path for path, names in STACKS.items() for name in names}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MODULES = {"self_attention": "self_attn", "mlp": "mlp"}
 _MATRICES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
-_THEIRS = re.compile(
+_PEFT_NAME = re.compile(
     rf"{re.escape(_PREFIX)}(\d+)\.(?:self_attn|mlp)\.(\w+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?"
 )
 
 
 def peft_name(name: str) -> str:
-    """What PEFT calls one of our adapters' matrices."""
+    """Return PEFT's name of an adapter matrix, from its name in a checkpoint."""
     layer, block, _, projection, matrix = name.removeprefix("decoder.layers.").split(".")
     return f"{_PREFIX}{layer}.{_MODULES[block]}.{projection}.{_MATRICES[matrix]}"
 
 
 def native_name(name: str) -> str | None:
-    """What we call one of PEFT's tensors; None where it is no adapter of a Llama's projection."""
-    match = _THEIRS.fullmatch(name)
+    """Return the checkpoint's name of a tensor of PEFT; None if it is not an adapter of a Llama projection."""
+    match = _PEFT_NAME.fullmatch(name)
     if match is None or match[2] not in _PATHS:
         return None
     return f"decoder.layers.{match[1]}.{_PATHS[match[2]]}.{match[2]}.{match[3].removesuffix('_vector')}"
@@ -61,12 +61,12 @@ def export_folder(adapters: Mapping[str, Tensor], lora: Lora, folder: Path, *, b
     """Write a folder that PEFT's `PeftModel.from_pretrained` opens.
 
     Args:
-        adapters: whole matrices by their names in every layout.
-        folder: whole or not there at all.
-        base_model: name or path that PEFT looks the base up by.
+        adapters: whole matrices, by their names in a checkpoint.
+        folder: folder to write, completely or not at all.
+        base_model: name or path by which PEFT finds the base.
 
     Raises:
-        ConfigError: `folder` is taken.
+        ConfigError: `folder` exists and is not empty.
     """
     settings = {
         "peft_type": "LORA",
@@ -94,10 +94,10 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
     """Read a PEFT folder.
 
     Returns:
-        The `lora` section that describes it, and its whole matrices by our names.
+        The `lora` section that describes it, and its whole matrices by their names in a checkpoint.
 
     Raises:
-        ConfigError: not a plain LoRA or DoRA of a Llama's projections, or one of a model of another shape.
+        ConfigError: not a plain LoRA or DoRA of Llama projections, or one of a model of another shape.
     """
     settings = _settings(folder)
     try:
@@ -111,9 +111,10 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         native = native_name(name)
         if native is None:
-            breaches.append(f"{folder / WEIGHTS}: {name} is no adapter of a Llama's projection.")
+            breaches.append(f"{folder / WEIGHTS}: {name} is not an adapter of a Llama projection.")
         else:
             adapters[native] = tensor
+    # From the tensors, not from `target_modules` of the settings, which may also be a regular expression.
     targets = sorted({name.split(".")[-2] for name in adapters}, key=list(_PATHS).index)
     try:
         lora = Lora(
@@ -132,7 +133,7 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
             breaches.append(f"{folder / WEIGHTS}: has no {peft_name(name)} {list(shape)}.")
         elif tuple(adapters[name].shape) != shape:
             found = list(adapters[name].shape)
-            breaches.append(f"{folder / WEIGHTS}: {peft_name(name)} is {found}, this base takes {list(shape)}.")
+            breaches.append(f"{folder / WEIGHTS}: {peft_name(name)} is {found}, this base needs {list(shape)}.")
     breaches += [f"{folder / WEIGHTS}: {peft_name(n)} is beyond the base's layers." for n in adapters.keys() - shapes]
     if breaches:
         raise ConfigError("The adapter is of another base:", *breaches[:4], "  Use the base it was trained on.")
@@ -140,32 +141,40 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a PEFT folder.
+
+    Raises:
+        ConfigError: the file cannot be read, or has a setting that changes the result and is not supported.
+    """
     path = folder / CONFIG
     try:
         settings = json_text.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Give a folder that PEFT saved.") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise ConfigError(f"{path}: not a LoRA adapter.\n  Adapters of type LORA can be read.")
-    asked = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "trainable_token_indices")
+        raise ConfigError(f"{path}: not a LoRA adapter.\n  Use an adapter of type LORA.")
+    patterns = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "trainable_token_indices")
     breaches = [
-        f"{path}: {key}: {settings[key]} is not supported." for key in (*asked, "lora_bias") if settings.get(key)
+        f"{path}: {key}: {settings[key]} is not supported." for key in (*patterns, "lora_bias") if settings.get(key)
     ]
     if settings.get("bias", "none") != "none":
         breaches.append(f"{path}: bias: {settings['bias']} is not supported; none is.")
     if breaches:
-        raise ConfigError(*breaches, "  Use an adapter of one rank on whole projections.")
+        raise ConfigError(*breaches, "  Use an adapter with the same rank on every projection, and no other weights.")
     return settings
 
 
 def shapes_of(model: Model, lora: Lora, moe: Moe | None = None) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every matrix that the adapters of a model have."""
+    """Return the name and whole shape of every adapter matrix of a model.
+
+    `lora_A` is [rank, inputs], `lora_B` [outputs, rank], and with DoRA `lora_magnitude` [outputs].
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights_of(model, moe):
-        for projection, theirs in _projections(weight).items():
+        for projection, hf_name in _projections(weight).items():
             if projection in lora.target_modules:
                 stem = f"{weight.native.removesuffix('.weight')}.{projection}"
-                outputs, inputs = weight.parts[theirs]
+                outputs, inputs = weight.parts[hf_name]
                 shapes[f"{stem}.lora_A"] = (lora.rank, inputs)
                 shapes[f"{stem}.lora_B"] = (outputs, lora.rank)
                 if lora.use_dora:
@@ -174,13 +183,13 @@ def shapes_of(model: Model, lora: Lora, moe: Moe | None = None) -> dict[str, tup
 
 
 def _projections(weight: Weight) -> dict[str, str]:
-    """The projections stacked in a parameter, and their tensors' names in a Hugging Face folder."""
+    """Return the projections stacked in a parameter, each with its tensor's name in a Hugging Face folder."""
     named = {name.split(".")[-2]: name for name in weight.parts}
-    return {ours: name for theirs, name in named.items() if (ours := _MIXTRAL.get(theirs, theirs)) in _PATHS}
+    return {ours: name for module, name in named.items() if (ours := _MIXTRAL.get(module, module)) in _PATHS}
 
 
 def place(adapters: Mapping[str, Tensor], pairs: Iterable[tuple[Shard, Tensor]]) -> None:
-    """Copy whole matrices into the parameters of their names; others are left alone."""
+    """Copy this rank's part of whole matrices into the parameters of the same names; others are unchanged."""
     for shard, param in pairs:
         if shard.name in adapters:
             values, start = local_values(param)
@@ -190,7 +199,7 @@ def place(adapters: Mapping[str, Tensor], pairs: Iterable[tuple[Shard, Tensor]])
 
 
 def read(checkpoint: Path) -> dict[str, Tensor]:
-    """The whole matrices of the adapters that a checkpoint holds, by name."""
+    """Return the whole adapter matrices in a checkpoint, by name."""
     reader = Reader(checkpoint)
     names = [name for name in reader.shapes() if is_adapter(name) and not name.startswith("optimizer.")]
     return {name: read_whole(reader, name) for name in names}
@@ -198,10 +207,13 @@ def read(checkpoint: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(weight: Tensor, stem: str, adapters: Mapping[str, Tensor], lora: Lora) -> Tensor:
-    """A projection's weight [O, I] with its adapter added (and, with DoRA, rescaled), in fp32.
+    """Return a projection's weight [O, I] with its adapter added and, with DoRA, rescaled, in fp32.
+
+    `W + s B A` (Hu et al. 2021, arXiv:2106.09685, eq. 3); with DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5) each row
+    is scaled to its trained magnitude.
 
     Args:
-        stem: of the adapter's names, up to its matrix.
+        stem: the adapter's name, without the matrix's.
     """
     a, b = adapters[f"{stem}.lora_A"].float(), adapters[f"{stem}.lora_B"].float()
     total = weight.float() + scaling(lora) * (b @ a)
@@ -221,24 +233,27 @@ def merge(
     quantized: torch.dtype | None = None,
     double: bool = True,
 ) -> None:
-    """Write the checkpoint of the base with the adapters merged into it, one tensor in memory at a time.
+    """Write a checkpoint of the base with the adapters merged into it, one tensor in memory at a time.
 
     Args:
         base: checkpoint of the base.
-        checkpoint: folder to write; whole or not there at all.
-        quantized: the type that was quantized to NF4, when the adapters were trained on codes: their values are merged
-            into, not the weights that were coded.
-        double: whether the scales were coded too.
+        checkpoint: folder to write, completely or not at all.
+        quantized: type from which the base was quantized to NF4, if the adapters were trained on such a base; the
+            adapters are then merged into the dequantized values, which are the ones they were trained with.
+        double: True if the NF4 scales were quantized too.
 
     Raises:
-        ConfigError: `checkpoint` is taken.
-        RuntimeError: it could not be written.
+        ConfigError: `checkpoint` exists and is not empty.
+        RuntimeError: the checkpoint could not be written.
     """
     reader = Reader(base)
     weights = weights_of(model, moe)
 
     def lazy(weight: Weight) -> Pieces:
+        """Return a parameter of the merged model as a piece that is made when it is written."""
+
         def make() -> Tensor:
+            """Read the parameter, merge each projection stacked in it, and stack them again."""
             whole = read_whole(reader, weight.native)
             names = _projections(weight)
             if not names or (quantized is None and not any(name in lora.target_modules for name in names)):
@@ -254,6 +269,7 @@ def merge(
         return Pieces(weight.shape, torch.float32, [((0,) * len(weight.shape), weight.shape, make)])
 
     with appearing(checkpoint) as temporary:
+        # One file per tensor: DCP's writer keeps the tensors of a file in memory until the file is complete.
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
         dcp.save({w.native: lazy(w) for w in weights}, storage_writer=writer, no_dist=True)
         (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
@@ -262,59 +278,61 @@ def merge(
 
 
 def merge_adapters(checkpoint: Path, merged: Path, base: Path | None = None) -> None:
-    """Write the whole model that a checkpoint of adapters stands for, as a checkpoint of its own.
+    """Write the whole model of a checkpoint of adapters as a separate checkpoint.
 
     Args:
-        base: where its base is; by default where the checkpoint says.
+        merged: folder to write.
+        base: checkpoint of the base; None: the one named in the checkpoint of adapters.
 
     Raises:
-        ConfigError: the base is not there, or `merged` is taken.
+        ConfigError: the base does not exist, or `merged` exists and is not empty.
     """
     recipe = read_recipe(checkpoint)
     assert recipe.lora is not None and recipe.model is not None, "a checkpoint of adapters"
-    coded = recipe.quantization
-    adapters.merge(
+    quantization = recipe.quantization
+    merge(
         base or base_of(checkpoint),
-        adapters.read(checkpoint),
+        read(checkpoint),
         recipe.lora,
         recipe.model,
         merged,
         moe=recipe.moe,
-        quantized=DTYPES[recipe.distributed.precision] if coded is not None else None,
-        double=coded is None or coded.double_quant,
+        quantized=DTYPES[recipe.distributed.precision] if quantization is not None else None,
+        double=quantization is None or quantization.double_quant,
     )
 
 
 def export_adapters(checkpoint: Path, folder: Path) -> None:
-    """Write the adapters of a checkpoint as PEFT saves them.
+    """Write the adapters of a checkpoint in PEFT's format.
 
     Raises:
-        ConfigError: `folder` is taken.
+        ConfigError: `folder` exists and is not empty, or the adapters are of experts.
     """
     recipe = read_recipe(checkpoint)
     assert recipe.lora is not None, "a checkpoint of adapters"
     note = read_base(checkpoint) or {}
-    matrices = adapters.read(checkpoint)
+    matrices = read(checkpoint)
     if any(is_expert(name) for name in matrices):
         raise ConfigError(
-            f"{checkpoint}: adapters of experts, which transformers keeps as one tensor a layer and PEFT cannot name.\n"
-            "  Export them with their base: --merge."
+            f"{checkpoint}: has adapters of experts. transformers stores the experts of a layer as one tensor, for "
+            "which PEFT has no adapters.\n  Export them merged into their base: --merge."
         )
-    adapters.export_folder(matrices, recipe.lora, folder, base_model=note.get("base_model") or "")
+    export_folder(matrices, recipe.lora, folder, base_model=note.get("base_model") or "")
     count = sum(matrix.numel() for matrix in matrices.values())
     print(f"{folder}: {len(matrices)} matrices, {count:,} parameters, as PEFT's PeftModel.from_pretrained opens them")
 
 
 def import_adapters(folder: Path, base: Path, checkpoint: Path) -> None:
-    """Turn a folder of PEFT's into a checkpoint of adapters of a base.
+    """Convert a PEFT folder to a checkpoint of adapters of a base.
 
     Raises:
-        ConfigError: of another base, not plain LoRA or DoRA, or `checkpoint` is taken.
+        ConfigError: the adapter is of another base or not plain LoRA or DoRA, or `checkpoint` exists and is not empty.
     """
     recipe = read_recipe(base)
-    assert recipe.model is not None, "read_recipe refuses that"
-    section, matrices = adapters.import_folder(folder, recipe.model)
+    assert recipe.model is not None, "read_recipe rejects that"
+    section, matrices = import_folder(folder, recipe.model)
     changes = {"name": folder.resolve().name, "base_model": str(base.resolve()), "lora": section}
+    # These sections describe how the base was trained, which is not how the adapters were.
     own = {key: None for key in ("continual", "koshey", "curriculum", "dpo", "sft", "stages")}
     texts = {
         "progress.json": json.dumps(asdict(Progress()), indent=1) + "\n",

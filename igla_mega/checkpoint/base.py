@@ -1,4 +1,4 @@
-"""The frozen base of a checkpoint of adapters: where it is, and the digest that identifies its weights."""
+"""Find the frozen base of a checkpoint of adapters, and compute the digest that identifies its weights."""
 
 import hashlib
 import json
@@ -18,37 +18,41 @@ from igla_mega.model.lora import is_adapter
 from igla_mega.model.shards import Shard
 
 BASE = "base.json"
-"""In a checkpoint of adapters: which base they belong to."""
+"""File in a checkpoint of adapters that identifies their base."""
 
 
 def base_of(checkpoint: Path) -> Path:
-    """The checkpoint of the base that a checkpoint of adapters belongs to.
+    """Return the checkpoint of the base to which a checkpoint of adapters belongs.
 
     Raises:
-        ConfigError: it is not where it was, or other weights lie there.
+        ConfigError: the base is no longer at its path, or that path holds other weights.
     """
-
     note = read_base(checkpoint)
     if note is None:
-        raise ConfigError(f"{checkpoint}: does not say which base its adapters belong to ({BASE} is missing).")
+        raise ConfigError(
+            f"{checkpoint}: does not name the base of its adapters ({BASE} is missing).\n  Use another checkpoint."
+        )
     base = Path(note["checkpoint"])
     if not (base / store.MANIFEST).is_file():
         raise ConfigError(
-            f"{checkpoint / BASE}: checkpoint: {base} is not there.\n  Put it back, or write where it is."
+            f"{checkpoint / BASE}: checkpoint: {base} does not exist.\n  Restore it, or change the path in this file."
         )
     if (found := digest_of_checkpoint(base)) != note["digest"]:
         raise ConfigError(
             f"{base}: not the base of these adapters: its digest is {found}, theirs has {note['digest']}.\n"
-            f"  Write in {checkpoint / BASE} where theirs is."
+            f"  Change the path in {checkpoint / BASE} to their base."
         )
     return base
 
 
 def read_base(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint of adapters says of its base: `base_model` as the recipe named it, `checkpoint`, `digest`.
+    """Return what identifies the base of a checkpoint of adapters.
 
     Returns:
-        None for a checkpoint of a whole model.
+        `base_model` as the recipe named it, `checkpoint` (a path) and `digest`; None for a checkpoint of a whole model.
+
+    Raises:
+        ConfigError: the file is invalid.
     """
     file = checkpoint / BASE
     if not file.is_file():
@@ -63,7 +67,7 @@ def read_base(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def digest_of_checkpoint(base: Path, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> str:
-    """`digest_of` a checkpoint's weights, each of `size` ranks reading some of them."""
+    """Return `digest_of` the weights in a checkpoint; each of `size` ranks reads some of them."""
     reader = Reader(base)
     names = sorted(name for name in reader.shapes() if not name.startswith("optimizer."))
 
@@ -77,14 +81,15 @@ def digest_of_checkpoint(base: Path, rank: int = 0, size: int = 1, group: dist.P
 
 
 def digest_of(runs: Iterable[tuple[Shard, Tensor, int]], group: dist.ProcessGroup | None = None) -> str:
-    """16 hex digits that name a base's weights, the same in every layout and in fp32 and bf16.
+    """Return 16 hex digits that identify a base's weights, the same in every layout and in fp32 and bf16.
 
-    Each element, rounded to bf16, is multiplied by numbers drawn from its name and place; the ranks' sums are added.
+    The bits of each element, rounded to bf16, are multiplied by odd 64-bit numbers drawn for its name, row and column,
+    and summed modulo 2^64. Integer addition is associative, so the sum depends on neither the order nor the layout.
 
     Args:
-        runs: as for `build.initialize`; adapters among them are left out. Each element of the model once over `group`
-            (`Shard.is_first_copy`, one data-parallel rank).
-        group: the ranks that hold parts; None when this one holds all.
+        runs: as for `build.initialize`; adapters among them are skipped. Over `group`, each element of the model must
+            occur once (`Shard.is_first_copy`, one data-parallel rank).
+        group: the ranks that hold parts; None if this rank holds all.
     """
     total = torch.zeros(1, dtype=torch.int64)
     for shard, values, start in runs:
@@ -97,32 +102,43 @@ def digest_of(runs: Iterable[tuple[Shard, Tensor, int]], group: dist.ProcessGrou
 
 
 def _digest_piece(shard: Shard, offset: tuple[int, ...], piece: Tensor) -> Tensor:
+    """Return one rectangle's part of the sum in `digest_of`, as int64 [1] that wraps around."""
     seed = hashlib.blake2b(shard.name.encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
     factors = []
     for size, first, length in zip(shard.shape, offset, piece.shape, strict=True):
+        # On the CPU on every machine: the generators of CUDA draw other numbers. `| 1`, because an odd factor has an
+        # inverse modulo 2^64, so that no bit of an element is lost.
         drawn = torch.empty(size, dtype=torch.int64).random_(-(2**63), None, generator=generator) | 1
         factors.append(drawn[first : first + length].to(piece.device))
     bits = piece.bfloat16().view(torch.int16)
     total = torch.zeros(1, dtype=torch.int64, device=piece.device)
     if piece.dim() == 1:
         return total + (bits.long() * factors[0]).sum()
-    for rows in range(0, len(bits), 256):  # int64 is four times the size
+    for rows in range(0, len(bits), 256):  # in blocks: as int64 the bits take four times the memory of bf16
         block = (bits[rows : rows + 256].long() * factors[1]).sum(1)
         total += (block * factors[0][rows : rows + 256]).sum()
     return total
 
 
 def base_note(base: Path, digest: str, name: str | None) -> str:
-    """What `base.json` says."""
+    """Return the content of `base.json`.
+
+    Args:
+        name: the base as the recipe named it.
+    """
     return json.dumps({"base_model": name, "checkpoint": str(base.resolve()), "digest": digest}, indent=1) + "\n"
 
 
 def refuse_other_base(checkpoint: Path, base: Path, digest: str) -> None:
-    """Refuse to go on with adapters on another base than they were trained on."""
+    """Reject a resume of adapters on another base than the one they were trained on.
+
+    Raises:
+        ConfigError: the digests differ.
+    """
     note = read_base(checkpoint)
     if note is not None and note["digest"] != digest:
         raise ConfigError(
-            f"{checkpoint}: adapters of another base: theirs has the digest {note['digest']}, {base} has {digest}.\n"
+            f"{checkpoint}: adapters of another base: theirs has digest {note['digest']}, {base} has {digest}.\n"
             f"  Use {note['base_model'] or note['checkpoint']}, or start in a new run folder."
         )

@@ -1,4 +1,4 @@
-"""Find a checkpoint folder from a path of the command line, and read what lies in it beside the tensors."""
+"""Find the checkpoint that a path of the command line refers to, and read its recipe and tokenizer."""
 
 from pathlib import Path
 
@@ -9,77 +9,89 @@ from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 
 TOKENIZER = "tokenizer"
-"""Folder in an imported checkpoint with the tokenizer it came with."""
+"""Folder with the tokenizer of an imported model, in its checkpoint."""
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The step folder that a path on the command line means.
+    """Return the step folder that a path on the command line refers to.
 
     Args:
-        path: a step folder, or a run folder or its `checkpoints` folder, whose newest is meant; or the address of
-            such a folder in an object store, which is copied once.
+        path: a step folder; or a run folder or its `checkpoints` folder, for the newest checkpoint in it; or the
+            address of such a folder in an object store, which is copied once.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is no checkpoint, or it is damaged.
     """
     if remote.is_address(path):
         return remote.copied(remote.address_of(path))
     if not path.is_dir():
         raise ConfigError(
-            f"{path}: no such folder.\n  Give a checkpoint (step_00000100), or the run folder it lies in."
+            f"{path}: no such folder.\n  Give a checkpoint (step_00000100), or the run folder that contains it."
         )
     if not (path / store.MANIFEST).exists():
         path = _newest(path)
     if store.is_local(path):
         raise ConfigError(
-            f"{path}: one rank's part of a checkpoint that a node keeps for itself, good for a resume alone.\n"
-            "  Use one below the run's checkpoints folder."
+            f"{path}: one rank's part of a checkpoint on a node's own disk, which only a resume of its run can read.\n"
+            "  Use a checkpoint below the run's checkpoints folder."
         )
     integrity.verify(path)
     return path
 
 
 def _newest(folder: Path) -> Path:
+    """Return the newest checkpoint of a run folder or of a folder of checkpoints; an error names what is there."""
     for root in (folder / "checkpoints", folder):
         if steps := store.steps_in(root):
             return store.step_dir(root, steps[-1])
     if (folder / "config.json").is_file():
         raise ConfigError(
-            f"{folder}: a Hugging Face folder, not a checkpoint.\n  Turn it into one: igla-mega import {folder} CKPT."
+            f"{folder}: a Hugging Face folder, not a checkpoint.\n  Convert it: igla-mega import {folder} CKPT."
         )
     if any(folder.glob("**/.writing_*")) or (folder / "progress.json").is_file():
-        raise ConfigError(f"{folder}: its checkpoint was never finished.\n  Use another, or train on to the next one.")
+        raise ConfigError(
+            f"{folder}: contains only an unfinished checkpoint.\n"
+            "  Use another folder, or continue training until the next checkpoint."
+        )
     raise ConfigError(
-        f"{folder}: holds no checkpoint.\n  Give a checkpoint (step_00000100), or the run folder it lies in."
+        f"{folder}: holds no checkpoint.\n  Give a checkpoint (step_00000100), or the run folder that contains it."
     )
 
 
 def read_recipe(checkpoint: Path) -> Recipe:
-    """The recipe that lies in a checkpoint; its `model` is always given."""
+    """Return the recipe stored in a checkpoint; its `model` section is always set.
+
+    Raises:
+        ConfigError: the recipe is invalid, or describes a model that the checkpoint cannot hold.
+    """
     recipe = load_recipe(checkpoint / "recipe.yaml")
     if recipe.model is None:
         raise ConfigError(f"{checkpoint / 'recipe.yaml'}: model: not given.\n  Use a checkpoint that `train` wrote.")
     if (checkpoint / ".metadata").is_file():
-        _hold_to_tensors(recipe, checkpoint)
+        _check_against_tensors(recipe, checkpoint)
     return recipe
 
 
-def _hold_to_tensors(recipe: Recipe, checkpoint: Path) -> None:
-    """Refuse a recipe of more than the checkpoint holds, before anything is made as large as it says."""
+def _check_against_tensors(recipe: Recipe, checkpoint: Path) -> None:
+    """Reject a recipe of a larger model than the checkpoint holds.
+
+    A checkpoint may come from elsewhere: without this check a short text file could make the process allocate any
+    amount of memory before the first tensor is read.
+    """
     model = recipe.model
-    assert model is not None, "the caller refuses that"
+    assert model is not None, "the caller rejects that"
     shapes = {name: shape for name, shape in Reader(checkpoint).shapes().items() if not name.startswith("optimizer.")}
-    held = sum(shape.numel() for shape in shapes.values())
-    told = model.num_parameters(recipe.moe)
-    # Twice: what is beyond that is no other way of counting.
-    if model.num_layers > len(shapes) or (recipe.lora is None and told > 2 * held):
+    stored = sum(shape.numel() for shape in shapes.values())
+    expected = model.num_parameters(recipe.moe)
+    # A factor of 2 allows for tied embeddings and padding; `load_weights` compares the shapes exactly.
+    if model.num_layers > len(shapes) or (recipe.lora is None and expected > 2 * stored):
         raise ConfigError(
-            f"{checkpoint}: its recipe.yaml makes it a model of {model.num_layers:,} layers and {told:,} parameters,"
-            f" but it holds {len(shapes):,} tensors of {held:,} numbers.\n  Use another checkpoint."
+            f"{checkpoint}: its recipe.yaml gives a model of {model.num_layers:,} layers and {expected:,} parameters,"
+            f" but it holds {len(shapes):,} tensors of {stored:,} numbers.\n  Use another checkpoint."
         )
 
 
 def tokenizer_of(checkpoint: Path, recipe: Recipe) -> Path | None:
-    """Folder or file of the checkpoint's tokenizer: its own if it came with one, else the recipe's; None if gone."""
+    """Return a checkpoint's tokenizer (folder or file): the stored one, else the recipe's; None if neither exists."""
     candidates = [checkpoint / TOKENIZER, *([Path(recipe.data.tokenizer)] if recipe.data.tokenizer else [])]
     return next((path for path in candidates if path.exists()), None)

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face models to the `model` and `moe` sections of a recipe, and back."""
+"""Convert the `config.json` of Hugging Face models to the `model` and `moe` sections of a recipe, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model
 
-SIZES = {  # of a Hugging Face folder's `config.json`, and of the recipe's `model` section
+# Key in `config.json`: key in the recipe's `model` section.
+SIZES = {
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
@@ -29,7 +30,7 @@ _EXPERTS = {
     "router_aux_loss_coef": "router_aux_loss_coef",
 }
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# What transformers takes where `config.json` is silent.
+# The values that transformers uses for keys that are missing in `config.json`, by `model_type`.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
     "mistral": {
@@ -57,25 +58,33 @@ _ROPE_SCALING = {
 
 
 def is_mixtral(moe: Moe | None, checkpoint: Path) -> None:
-    """Refuse experts that a MixtralForCausalLM does not have."""
+    """Reject experts with features that MixtralForCausalLM does not have.
+
+    Raises:
+        ConfigError: names each of these features.
+    """
     if moe is None:
         return
-    told = {
+    features = {
         "moe.shared_intermediate_size": moe.shared_intermediate_size is not None,
         "moe.pre_softmax": moe.pre_softmax,
         "moe.bias_update_rate": moe.bias_update_rate > 0,
     }
     if breaches := [
-        f"{checkpoint}: {key}: transformers' Mixtral has no such thing." for key, has in told.items() if has
+        f"{checkpoint}: {key}: not supported by transformers' Mixtral." for key, used in features.items() if used
     ]:
-        raise ConfigError(*breaches, "  Such a model can be trained and evaluated here, not exported.")
+        raise ConfigError(*breaches, "  Such a model can be trained and evaluated here, but not exported.")
 
 
 def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
-    """The `model` and `moe` sections of a Hugging Face configuration.
+    """Return the `model` and `moe` sections for a Hugging Face configuration.
+
+    Args:
+        config: content of `config.json`.
+        path: its path, for messages.
 
     Raises:
-        ConfigError: every trait that this model does not have.
+        ConfigError: names every setting that is not supported.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
@@ -83,12 +92,43 @@ def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
             f"{path}: model_type: {kind} is not a Llama.\n  Models of type {' and '.join(_DEFAULTS)} can be imported."
         )
     given = {**_DEFAULTS[kind], **config}
+    # The types first: config.json may come from anyone, and the checks below compute with these values.
     if wrong := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(given.get(key) or {}, dict)]:
         raise ConfigError(f"{path}: {wrong[0]}: not a JSON object.\n  Download the folder again.")
     for key in ("sliding_window", "max_position_embeddings"):
         if not isinstance(given.get(key) or 0, int | float):
             raise ConfigError(f"{path}: {key}: {given[key]!r} is not a number.\n  Download the folder again.")
+    # transformers 4 writes `rope_scaling` and `rope_theta`, transformers 5 both of them in `rope_parameters`.
     rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
+    breaches = _unsupported(kind, given, rope, path)
+    if breaches:
+        raise ConfigError(*breaches, "  Use a plain Llama.")
+    section = {ours: given[theirs] for theirs, ours in _SIZES.items() if given.get(theirs) is not None}
+    section["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or 10000.0
+    if _scaling_type(rope) == "llama3":
+        section["rope_scaling"] = {ours: rope[theirs] for theirs, ours in _ROPE_SCALING.items()}
+    try:
+        moe = None
+        if kind == "mixtral":
+            moe = Moe.model_validate({ours: given[theirs] for theirs, ours in _EXPERTS.items()})
+        return Model.model_validate(section), moe
+    except ValidationError as error:
+        # The user knows the keys of config.json, not those of a recipe.
+        theirs = {ours: name for name, ours in (_SIZES | _EXPERTS).items()}
+        details = [(str(detail["loc"][0]), detail["msg"]) for detail in error.errors()]
+        raise ConfigError(
+            *(f"{path}: {theirs.get(key, key)}: {section.get(key)!r}: {text}." for key, text in details),
+            "  Download the folder again.",
+        ) from None
+
+
+def _scaling_type(rope: dict[str, Any]) -> str:
+    """Return the type of rotary scaling, under its new or its old key."""
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _unsupported(kind: str, given: dict[str, Any], rope: dict[str, Any], path: Path) -> list[str]:
+    """Return a message for every required setting that is missing, and for every one that is not supported."""
     breaches = [f"{path}: {key}: not given." for key in _REQUIRED if given.get(key) is None]
     biases = ("attention_bias", "mlp_bias")
     breaches += [f"{path}: {key}: biases are not supported." for key in biases if given.get(key)]
@@ -105,34 +145,21 @@ def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
         breaches.append(f"{path}: sliding_window: {window} is not supported; null is.")
     if (rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1.0) != 1.0:
         breaches.append(f"{path}: partial_rotary_factor: only 1.0 is supported.")
-    scaling_type = rope.get("rope_type") or rope.get("type") or "default"
+    scaling_type = _scaling_type(rope)
     if scaling_type not in ("default", "llama3"):
         breaches.append(f"{path}: rope_scaling: type {scaling_type} is not supported; llama3 is.")
     missing = [key for key in _ROPE_SCALING if scaling_type == "llama3" and key not in rope]
     if missing:
         breaches.append(f"{path}: rope_scaling: type llama3 needs {', '.join(missing)}.")
-    if breaches:
-        raise ConfigError(*breaches, "  Use a plain Llama.")
-    section = {ours: given[theirs] for theirs, ours in _SIZES.items() if given.get(theirs) is not None}
-    section["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or 10000.0
-    if scaling_type == "llama3":
-        section["rope_scaling"] = {ours: rope[theirs] for theirs, ours in _ROPE_SCALING.items()}
-    try:
-        moe = None
-        if kind == "mixtral":
-            moe = Moe.model_validate({ours: given[theirs] for theirs, ours in _EXPERTS.items()})
-        return Model.model_validate(section), moe
-    except ValidationError as error:
-        theirs = {ours: name for name, ours in (_SIZES | _EXPERTS).items()}
-        details = [(str(detail["loc"][0]), detail["msg"]) for detail in error.errors()]
-        raise ConfigError(
-            *(f"{path}: {theirs.get(key, key)}: {section.get(key)!r}: {text}." for key, text in details),
-            "  Download the folder again.",
-        ) from None
+    return breaches
 
 
 def config_of(model: Model, moe: Moe | None, dtype: str) -> dict[str, Any]:
-    """A LlamaConfig or MixtralConfig in the keys that transformers 4 wrote and 5 still reads."""
+    """Return a LlamaConfig or MixtralConfig in the keys that transformers 4 writes and 5 still reads.
+
+    Args:
+        dtype: name of the weights' type, such as "bfloat16".
+    """
     scaling = model.rope_scaling
     own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
     if moe is not None:
@@ -154,11 +181,16 @@ def config_of(model: Model, moe: Moe | None, dtype: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a Hugging Face folder.
+
+    Raises:
+        ConfigError: the file does not exist, cannot be read, or is not a JSON object.
+    """
     try:
         content = json_text.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such file.\n  Give a Hugging Face folder: config.json and safetensors."
+            f"{path}: no such file.\n  Give a Hugging Face folder with config.json and safetensors files."
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Download it again.") from None
@@ -168,4 +200,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def few(breaches: list[str]) -> list[str]:
+    """Return at most four lines: all messages, or the first three and the number of the others."""
     return breaches if len(breaches) <= 4 else [*breaches[:3], f"... and {len(breaches) - 3} more."]

@@ -1,4 +1,4 @@
-"""Names of the weights of Hugging Face models beside ours: one table, read in both directions."""
+"""Map parameters to the tensors of Hugging Face models with one table that is read in both directions."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from torch import Tensor
 from igla_mega.config.features import Moe
 from igla_mega.config.schema import Model
 
-# Ours, and what it is made of there. Rows and columns: h hidden, q query heads * head size, k the same of key and
-# value heads, f feed-forward, v vocabulary, e experts. In linear_qkv the rows of each key-value group lie together.
+# Each row: a parameter's name here, and the names and shapes of the tensors in a Hugging Face folder that it stacks.
+# Letters of a shape: h hidden size, q query heads * head size, k key-value heads * head size, f feed-forward, v
+# vocabulary, e experts, s shared experts' feed-forward. In `linear_qkv` megatron-core interleaves the rows by key-value
+# group: the queries of group 0, its key, its value, then group 1. Hugging Face stores queries, keys and values apart.
 _LAYER = (
     ("input_layernorm.weight", (("input_layernorm.weight", "h"),)),
     (
@@ -29,7 +31,7 @@ _EXPERT = (
     ("linear_fc1.weight", (("w1.weight", "fh"), ("w3.weight", "fh"))),
     ("linear_fc2.weight", (("w2.weight", "hf"),)),
 )
-# transformers' Mixtral has none of these: they stay here.
+# transformers' Mixtral has no shared experts; these names are ours, and `is_mixtral` rejects their export.
 _SHARED = (
     (
         "mlp.shared_experts.linear_fc1.weight",
@@ -45,33 +47,34 @@ _OUTPUT = ("output_layer.weight", (("lm_head.weight", "vh"),))
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of ours and the tensors that it is made of in a Hugging Face folder."""
+    """One parameter, and the tensors of a Hugging Face folder that are stacked in it."""
 
     native: str
+    """Name of the parameter in a checkpoint."""
     parts: dict[str, tuple[int, ...]]
-    """Their names and shapes, in the order in which their rows are stacked."""
+    """Names and shapes of the Hugging Face tensors, in the order in which their rows are stacked."""
     groups: int
-    """The rows are stacked group by group: each part gives 1 / groups of its rows, in turn."""
+    """Number of groups by which the rows are stacked: each part contributes 1 / groups of its rows to each group."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+        """Shape of the parameter."""
         shapes = list(self.parts.values())
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def fuse(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The parameter from its parts."""
+        """Return the parameter made of its parts."""
         return torch.cat([t.unflatten(0, (self.groups, -1)) for t in tensors], dim=1).flatten(0, 1)
 
     def split(self, whole: Tensor) -> Iterator[Tensor]:
-        """The parts of the parameter, each with memory of its own."""
+        """Yield the parts of the parameter, each a copy: safetensors rejects tensors that share memory."""
         rows = [shape[0] // self.groups for shape in self.parts.values()]
-        for part in whole.unflatten(0, (self.groups, -1)).split(rows, dim=1):
+        for part in whole.unflatten(0, (self.groups, -1)).split(rows, dim=1):  # [groups, rows of one group, ...]
             yield part.flatten(0, 1).clone()
 
 
 def weights_of(model: Model, moe: Moe | None = None) -> list[Weight]:
-    """Every parameter of a model and what it is called on the other side, in the order of the layers."""
+    """Return every parameter of a model with its Hugging Face tensors, in the order of the layers."""
     sizes = {
         "h": model.hidden_size,
         "q": model.num_heads * model.head_size,
@@ -86,6 +89,7 @@ def weights_of(model: Model, moe: Moe | None = None) -> list[Weight]:
         rows = (*_LAYER, _ROUTER, *((_BIAS,) if moe.bias_update_rate > 0 else ()), *shared)
 
     def weight(row, ours: str = "", theirs: str = "") -> Weight:
+        """Return the weight of a table row, with the prefixes of its layer and expert."""
         native, parts = row
         shapes = {theirs + name: tuple(sizes[letter] for letter in shape) for name, shape in parts}
         return Weight(ours + native, shapes, model.num_kv_heads if native.endswith("linear_qkv.weight") else 1)
@@ -95,7 +99,7 @@ def weights_of(model: Model, moe: Moe | None = None) -> list[Weight]:
         ours, theirs = f"decoder.layers.{n}.", f"model.layers.{n}."
         layers += [weight(row, ours, theirs) for row in rows]
         for e in range(moe.num_experts if moe is not None else 0):
-            places = f"{ours}mlp.experts.local_experts.{e}.", f"{theirs}block_sparse_moe.experts.{e}."
-            layers += [weight(row, *places) for row in _EXPERT]
+            prefixes = f"{ours}mlp.experts.local_experts.{e}.", f"{theirs}block_sparse_moe.experts.{e}."
+            layers += [weight(row, *prefixes) for row in _EXPERT]
     ends = [_FINAL_NORM] if model.tie_embeddings else [_FINAL_NORM, _OUTPUT]
     return [weight(_EMBEDDING), *layers, *map(weight, ends)]

@@ -1,6 +1,7 @@
-"""Llama-family folders of Hugging Face, Mixtral's too, to checkpoints and back: one table of names, a walk each way.
+"""Convert Hugging Face folders of the Llama family, Mixtral included, to checkpoints and back.
 
-Both walks hold one tensor (import) or one shard (export) at a time, on the CPU, in one process.
+Both directions use the table in `hf_names`, run on the CPU in one process, and hold one tensor (import) or one file
+(export) in memory at a time.
 """
 
 import importlib.util
@@ -45,11 +46,12 @@ from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.model.build import drawn
 
 Say = Callable[[str], None]
-
+"""Function that shows one line to the user."""
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 GENERATION = "generation_config.json"
+# Files that are copied unchanged between a Hugging Face folder and a checkpoint's tokenizer folder.
 _CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,41 +67,34 @@ _CARRIED = (
 
 
 def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | None = None) -> Recipe:
-    """Turn a Hugging Face folder into a checkpoint, each weight in the type that it has there.
+    """Convert a Hugging Face folder to a checkpoint; each weight keeps its type.
 
     Args:
-        checkpoint: the folder to write; whole or not there at all.
-        upcycle: make a mixture of experts of a dense model (Komatsuzaki et al. 2022, arXiv:2212.05055): each expert
-            starts as its feed-forward network, and the routers as `train` draws them, so that it computes the same.
+        checkpoint: folder to write, completely or not at all.
+        upcycle: convert a dense model to this mixture of experts (Komatsuzaki et al. 2022, arXiv:2212.05055). Each
+            expert starts as a copy of the feed-forward network, so the model computes the same as before; the routers
+            start as in `train`.
 
     Returns:
-        The recipe beside it: the folder's name and its model.
+        The recipe written into the checkpoint: the folder's name and its model.
 
     Raises:
-        ConfigError: not a Llama-family folder of safetensors, or one with something missing; or `checkpoint` is taken.
-        RuntimeError: it could not be written.
+        ConfigError: not a complete Llama-family folder of safetensors, or `checkpoint` exists and is not empty.
+        RuntimeError: the checkpoint could not be written.
     """
     config = read_json(hf_dir / "config.json")
     model, moe = model_of(config, hf_dir / "config.json")
     if upcycle is not None and moe is not None:
-        raise ConfigError(f"{hf_dir}: has {moe.num_experts} experts already.\n  Leave --upcycle out.")
-    # A recipe must have a batch and a length; the default batch, in tokens, need not be whole sequences here.
-    recipe = Recipe.model_validate(
-        {
-            "name": hf_dir.resolve().name,
-            "model": model.model_dump(exclude_none=True),
-            "training": {"batch_size": 1, "total_steps": 1},
-            **({"moe": experts.model_dump(exclude_none=True)} if (experts := upcycle or moe) is not None else {}),
-        }
-    )
-    rules.check(recipe)
+        raise ConfigError(f"{hf_dir}: has {moe.num_experts} experts already.\n  Omit --upcycle.")
+    recipe = _recipe_of(hf_dir, model, upcycle or moe)
     folder = open_folder(hf_dir)
-    # Before anything is made for each layer that config.json claims.
-    least = model.num_layers * (moe.num_experts if moe is not None else 1)
-    if least > len(folder):
+    # Before the list of weights is made: config.json may come from anyone and name any number of layers.
+    min_tensors = model.num_layers * (moe.num_experts if moe is not None else 1)
+    if min_tensors > len(folder):
         raise ConfigError(
-            f"{hf_dir}: config.json makes it {model.num_layers} layers"
-            f"{f' of {moe.num_experts} experts' if moe is not None else ''}, but it holds {len(folder)} tensors.\n"
+            f"{hf_dir}: config.json gives {model.num_layers} layers"
+            f"{f' of {moe.num_experts} experts' if moe is not None else ''}, but the folder holds {len(folder)} "
+            "tensors.\n"
             "  Download the folder again."
         )
     weights = weights_of(model, moe)
@@ -109,7 +104,8 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
         state = {w.native: lazy(w, folder) for w in weights}
         if upcycle is not None:
             state = _upcycled(state, model, upcycle, recipe.training.seed)
-        # A file for each: torch 2.13's writer (filesystem.py:451) keeps the tensors of a file until it is whole.
+        # One file per tensor: torch 2.13's writer (filesystem.py:451) keeps the tensors of a file in memory until the
+        # file is complete.
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
         try:
             dcp.save(state, storage_writer=writer, no_dist=True)
@@ -126,23 +122,40 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
     return recipe
 
 
+def _recipe_of(hf_dir: Path, model: Model, moe: Moe | None) -> Recipe:
+    """Return the recipe of an imported model, checked."""
+    # A recipe must have a batch and a length. The default batch, in tokens, may not be whole sequences of this model.
+    recipe = Recipe.model_validate(
+        {
+            "name": hf_dir.resolve().name,
+            "model": model.model_dump(exclude_none=True),
+            "training": {"batch_size": 1, "total_steps": 1},
+            **({"moe": moe.model_dump(exclude_none=True)} if moe is not None else {}),
+        }
+    )
+    rules.check(recipe)
+    return recipe
+
+
 def _upcycled(state: Mapping[str, Pieces], model: Model, moe: Moe, seed: int) -> dict[str, Pieces]:
-    """The tensors of a mixture of experts, from those of a dense model."""
-    made: dict[str, Pieces] = {}
+    """Return the tensors of a mixture of experts, from those of a dense model."""
+    tensors: dict[str, Pieces] = {}
     for name, pieces in state.items():
         layer, _, linear = name.partition(".mlp.")
         if not linear:
-            made[name] = pieces
+            tensors[name] = pieces
             continue
+        # The same function for every expert: the file is read again for each, and one copy is in memory at a time.
         [(offset, (size, read))] = pieces.pieces.items()
         for e in range(moe.num_experts):
-            made[f"{layer}.mlp.experts.local_experts.{e}.{linear}"] = Pieces(size, pieces.dtype, [(offset, size, read)])
+            expert = f"{layer}.mlp.experts.local_experts.{e}.{linear}"
+            tensors[expert] = Pieces(size, pieces.dtype, [(offset, size, read)])
         router = f"{layer}.mlp.router.weight"
-        if router not in made:
+        if router not in tensors:
             shape = (moe.num_experts, model.hidden_size)
             draw = partial(drawn, router, shape, model.init_std, seed)
-            made[router] = Pieces(shape, pieces.dtype, [((0, 0), shape, lambda d=draw, t=pieces.dtype: d().to(t))])
-    return made
+            tensors[router] = Pieces(shape, pieces.dtype, [((0, 0), shape, lambda d=draw, t=pieces.dtype: d().to(t))])
+    return tensors
 
 
 def export_folder(
@@ -153,19 +166,20 @@ def export_folder(
     max_shard_bytes: int = 5 * 2**30,
     say: Say,
 ) -> None:
-    """Turn a checkpoint into a folder that `transformers` (4 and 5) opens, as a LlamaForCausalLM or MixtralForCausalLM.
+    """Convert a checkpoint to a folder for LlamaForCausalLM or MixtralForCausalLM of `transformers` 4 and 5.
 
     Args:
-        hf_dir: the folder to write; whole or not there at all.
-        dtype: of the weights. None: as stored; for the fp32 masters of a training run, the type that it computed in.
-        max_shard_bytes: a file is no larger, unless for a single tensor. About what the export holds in memory.
+        hf_dir: folder to write, completely or not at all.
+        dtype: type of the weights. None: the stored type, or for the fp32 masters of a training run the type that it
+            computed in.
+        max_shard_bytes: maximum size of a file, unless it holds a single tensor. The export needs about as much memory.
 
     Raises:
-        ConfigError: the checkpoint is of another model than its recipe says, or `hf_dir` is taken.
+        ConfigError: the checkpoint does not match its recipe, or `hf_dir` exists and is not empty.
     """
     recipe = read_recipe(checkpoint)
     model = recipe.model
-    assert model is not None, "read_recipe refuses that"
+    assert model is not None, "read_recipe rejects that"
     moe = recipe.moe
     is_mixtral(moe, checkpoint)
     weights, reader = weights_of(model, moe), Reader(checkpoint)
@@ -196,10 +210,13 @@ def export_folder(
 
 @torch.no_grad()
 def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) -> float:
-    """Largest absolute difference between the fp32 logits of a checkpoint and of its Hugging Face folder.
+    """Return the largest absolute difference between the fp32 logits of a checkpoint and of its Hugging Face folder.
 
-    The checkpoint's weights are first rounded to the folder's type, where that is narrower: what is compared is the
-    two models, not their precision.
+    The checkpoint's weights are first rounded to the folder's type if that is narrower, so that the difference is one
+    of the two models and not of their precision.
+
+    Args:
+        num_tokens: length of the random sequence on which the logits are compared.
 
     Raises:
         ConfigError: `transformers` is not installed.
@@ -213,13 +230,14 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
         ) from None
     logging.disable_progress_bar()
     ours, recipe = load_model.load_model(checkpoint, dtype=torch.float32)
-    assert recipe.model is not None, "load_single refuses that"
+    assert recipe.model is not None, "load_model rejects that"
     folder = open_folder(hf_dir)
     params = dict(ours.named_parameters())
-    # Of adapters that were merged the sum was rounded, which is a part of the difference.
+    # Not for merged adapters: the export rounds the sum of base and adapter, and here they are separate, so the
+    # rounding remains a part of the difference.
     for weight in weights_of(recipe.model, recipe.moe) if recipe.lora is None else ():
         if not weight.parts.keys() <= folder.keys():
-            continue  # an upcycled expert, in the dense model's type from the first
+            continue  # an upcycled expert: the folder is the dense model, whose type the expert has already
         dtype = common_type(folder[name].dtype for name in weight.parts)
         params[weight.native].copy_(params[weight.native].to(dtype))
     device = next(ours.parameters()).device
@@ -234,21 +252,23 @@ def logit_difference(checkpoint: Path, hf_dir: Path, *, num_tokens: int = 32) ->
 
 
 def fits_in_memory(checkpoint: Path) -> bool:
-    """Whether `logit_difference` leaves room: both models in fp32 within 60% of the memory available."""
+    """Return True if both models of `logit_difference`, in fp32, take at most 60% of the available memory."""
     recipe = read_recipe(checkpoint)
-    assert recipe.model is not None, "read_recipe refuses that"
+    assert recipe.model is not None, "read_recipe rejects that"
     return 2 * 4 * recipe.model.num_parameters(recipe.moe) <= 0.6 * psutil.virtual_memory().available
 
 
-def _exported_type(native: str, wanted: str | None, stored: dict[str, torch.dtype], recipe: Recipe) -> torch.dtype:
-    if wanted is not None:
-        return getattr(torch, wanted)
+def _exported_type(native: str, requested: str | None, stored: dict[str, torch.dtype], recipe: Recipe) -> torch.dtype:
+    """Return the type in which a parameter is exported."""
+    if requested is not None:
+        return getattr(torch, requested)
+    # A checkpoint with optimizer state is one of a training run, whose fp32 masters the model computed with as bf16.
     trained = any(name.startswith("optimizer.") for name in stored)
     return torch.bfloat16 if trained and recipe.distributed.precision != "FP32" else stored[native]
 
 
 def _carry(source: Path, target: Path) -> None:
-    """Copy the tokenizer's and the generation's files that there are."""
+    """Copy those files of the tokenizer and of the generation settings that exist."""
     target.mkdir(exist_ok=True)
     for name in _CARRIED:
         if (source / name).is_file():
@@ -256,17 +276,18 @@ def _carry(source: Path, target: Path) -> None:
 
 
 def _keep_token_ids(config: dict[str, Any], target: Path) -> None:
-    """Keep the ids of the first and last token, of which a recipe knows nothing, where no file says them already."""
+    """Store the ids of the special tokens, for which a recipe has no key, unless a generation config exists."""
     ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     if ids and not (target / GENERATION).exists():
         _write_json(target / GENERATION, ids)
 
 
 def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> dict[str, Any]:
-    """Put the tokenizer and the generation's settings into the folder; returns the token ids for its `config.json`."""
+    """Write the tokenizer and the generation settings into the folder; return the token ids for its `config.json`."""
     source = tokenizer_of(checkpoint, recipe)
     if source is None:
-        say(f"{checkpoint}: its tokenizer ({recipe.data.tokenizer or 'none given'}) is not there; exported without one")
+        tokenizer = recipe.data.tokenizer or "none given"
+        say(f"{checkpoint}: its tokenizer ({tokenizer}) does not exist; exported without one")
         return dict.fromkeys(_TOKEN_IDS)
     _carry(source if source.is_dir() else source.parent, hf_dir)
     if not (hf_dir / GENERATION).exists() and (hf_dir / "tokenizer.json").exists():
@@ -277,6 +298,7 @@ def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> d
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as transformers formats it."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: the manifest of sizes and digests, and who checks it. Knows no torch."""
+"""Check that a checkpoint is unchanged, by the sizes and digests in its manifest. Imports no torch."""
 
 import hashlib
 import os
@@ -12,35 +12,33 @@ from pathlib import Path, PurePosixPath
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 
-REPLACED = ".replaced_"
-
-
 MANIFEST = "manifest.json"
+"""File that lists size and digest of every other file; written last, so a folder without it is no checkpoint."""
 PLACE = "place.json"
-"""In a rank's own checkpoint, on its node's disk: which save, and which part of which layout it is."""
-UNFINISHED, REMOVED = ".writing_", ".removing_"
-"""Before the name of a checkpoint that is being written, or taken away."""
+"""File in a rank's local checkpoint that identifies the save, the rank and the layout."""
+UNFINISHED, REMOVED, REPLACED = ".writing_", ".removing_", ".replaced_"
+"""Prefixes of a checkpoint's name while it is being written, while it is deleted, and while another replaces it."""
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _THREADS = 8
-"""At most: BLAKE2 takes about 1 GB/s of a core, and no file system gives much more than so many times that."""
+"""Maximum number of threads that compute digests. BLAKE2 reads about 1 GB/s per core, and few disks read over 8."""
 
 _verified: dict[Path, tuple[int, ...]] = {}
 _one_at_a_time = threading.Lock()
 
 
 def step_dir(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return root / f"step_{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name names."""
+    """Return the step of a checkpoint folder's name; None if it is no such name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps of the checkpoints under `root` that were finished, ascending."""
+    """Return the steps of the finished checkpoints below `root`, ascending."""
     if not root.is_dir():
         return []
     steps = (step_of(path.name) for path in root.iterdir() if (path / MANIFEST).is_file())
@@ -48,21 +46,22 @@ def steps_in(root: Path) -> list[int]:
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b of a file, 32 hex digits."""
+    """Return the BLAKE2b digest of a file, 32 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, new_digest).hexdigest()
 
 
 def new_digest():
-    """What every file of a checkpoint is digested by."""
+    """Return a new hash object for a file of a checkpoint."""
+    # 128 bits: enough to detect damage. Not a proof of origin: an attacker who can write a file can write its manifest.
     return hashlib.blake2b(digest_size=16)
 
 
 def read_manifest(content: str | bytes) -> dict[str, tuple[int, str]]:
-    """Size in bytes and digest of every file that a manifest names.
+    """Return size in bytes and digest of every file that a manifest names.
 
     Raises:
-        ValueError: not a manifest; the message says why.
+        ValueError: not a manifest; the message gives the reason.
     """
     try:
         files = json_text.loads(content)["files"]
@@ -70,6 +69,8 @@ def read_manifest(content: str | bytes) -> dict[str, tuple[int, str]]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from None
     for name, (size, expected) in named.items():
+        # A manifest may come from elsewhere, and these names become paths that are read and, from a remote folder,
+        # written.
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise ValueError(f"{MANIFEST} cannot be read (it names {name!r}, outside the checkpoint)")
@@ -79,7 +80,10 @@ def read_manifest(content: str | bytes) -> dict[str, tuple[int, str]]:
 
 
 def damage(path: Path, *, part: int = 0, num_parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in words, or None. Digests are checked for every `num_parts`-th file."""
+    """Return what is wrong with a checkpoint, as a message, or None.
+
+    Existence and size are checked for every file, digests for every `num_parts`-th one, beginning with number `part`.
+    """
     try:
         files = sorted(read_manifest((path / MANIFEST).read_bytes()).items())
         for name, (size, _) in files:
@@ -87,35 +91,35 @@ def damage(path: Path, *, part: int = 0, num_parts: int = 1) -> str | None:
                 return f"{path}: {name} is missing"
             if (found := (path / name).stat().st_size) != size:
                 return f"{path}: {name} has {found} bytes, {size} were written"
-        own = files[part::num_parts]
+        checked = files[part::num_parts]
         with ThreadPoolExecutor(_threads(num_parts)) as threads:
-            digests = threads.map(digest, [path / name for name, _ in own])
-            for (name, (_, expected)), found_digest in zip(own, digests, strict=True):
+            digests = threads.map(digest, [path / name for name, _ in checked])
+            for (name, (_, expected)), found_digest in zip(checked, digests, strict=True):
                 if found_digest != expected:
                     return f"{path}: {name} does not have the digest it was written with"
     except OSError as error:
-        how = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        return f"{path}: {Path(error.filename or MANIFEST).name} {how}"
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        return f"{path}: {Path(error.filename or MANIFEST).name} {problem}"
     except ValueError as error:
         return f"{path}: {error}"
     return None
 
 
 def _threads(num_parts: int) -> int:
-    """Ranks of a node that check parts of one checkpoint share its cores."""
+    """Return the number of threads for digests; ranks of a node that check parts of one checkpoint share its cores."""
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if num_parts > 1 else 1
     return max(1, min(_THREADS, (os.cpu_count() or 1) // sharing))
 
 
 def strangers(path: Path) -> list[str]:
-    """Files below a checkpoint that its manifest does not name."""
+    """Return the files below a checkpoint that its manifest does not name."""
     named = read_manifest((path / MANIFEST).read_bytes())
     files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     return sorted(set(files) - named.keys() - {MANIFEST})
 
 
 def is_verified(path: Path) -> bool:
-    """Whether this process has checked a checkpoint, which has not changed since."""
+    """Return True if this process has checked a checkpoint and its manifest has not changed since."""
     try:
         return _verified.get(path.resolve()) == _state(path)
     except OSError:
@@ -123,16 +127,17 @@ def is_verified(path: Path) -> bool:
 
 
 def note_verified(path: Path) -> None:
-    """Take a checkpoint as checked, by this process together with others."""
+    """Record that a checkpoint was checked, by this process or by its group together."""
     _verified[path.resolve()] = _state(path)
 
 
 def verify(path: Path) -> None:
-    """Check a checkpoint on its own, once in this process.
+    """Check all files of a checkpoint, once per process.
 
     Raises:
-        ConfigError: it is damaged; the message names the file.
+        ConfigError: the checkpoint is damaged; the message names the file.
     """
+    # Under a lock: threads that read the same checkpoint wait for one check instead of each making it.
     with _one_at_a_time:
         if is_verified(path):
             return
@@ -142,17 +147,18 @@ def verify(path: Path) -> None:
 
 
 def refusal(reason: str) -> ConfigError:
-    """What is said of a checkpoint that is damaged."""
+    """Return the error for a damaged checkpoint."""
     return ConfigError(f"{reason}.\n  Use another checkpoint, or restore this one from a backup.")
 
 
 def _state(path: Path) -> tuple[int, ...]:
+    """Return what identifies the current manifest: inode, size and modification time."""
     info = (path / MANIFEST).stat()
     return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: at once as far as its name goes, so that no half of it is ever found under that."""
+    """Delete a checkpoint; its name disappears in one step, so that no partial checkpoint is ever found under it."""
     aside = folder.with_name(f"{REMOVED}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
@@ -160,13 +166,13 @@ def remove(folder: Path) -> None:
 
 
 def report(path: Path) -> tuple[list[str], list[str]]:
-    """Check a checkpoint, or every one of a run, of its `checkpoints` folder or of a node's own.
+    """Check one checkpoint, or all in a run folder, in its `checkpoints` folder or in a node's local folder.
 
     Returns:
-        What was found, in lines, and those of them that are damage.
+        Lines about the checkpoints that are complete, and one message for each that is damaged.
 
     Raises:
-        ConfigError: no checkpoint lies there.
+        ConfigError: `path` holds no checkpoint.
     """
     if (path / MANIFEST).is_file():
         folders = [path]
@@ -174,12 +180,12 @@ def report(path: Path) -> tuple[list[str], list[str]]:
         folders = sealed(path)
     else:
         folders = sorted(_below(path))
-    begun = (f"{UNFINISHED}*", f"step_*/{UNFINISHED}*")
+    patterns = (f"{UNFINISHED}*", f"step_*/{UNFINISHED}*")
     roots = (path, path / "checkpoints")
-    unfinished = [folder for root in roots for pattern in begun for folder in sorted(root.glob(pattern))]
+    unfinished = [folder for root in roots for pattern in patterns for folder in sorted(root.glob(pattern))]
     if not folders and not unfinished:
         raise ConfigError(
-            f"{path}: holds no checkpoint.\n  Give a checkpoint (step_00000100), or the run folder it lies in."
+            f"{path}: holds no checkpoint.\n  Give a checkpoint (step_00000100), or the run folder that contains it."
         )
     lines, damages = [], []
     for folder in folders:
@@ -189,20 +195,21 @@ def report(path: Path) -> tuple[list[str], list[str]]:
         files = read_manifest((folder / MANIFEST).read_bytes())
         size = sum(size for size, _ in files.values())
         lines.append(f"{folder}: every file has the size and digest it was written with ({len(files)}, {words(size)})")
-        lines += [f"  note: {name} is not in its {MANIFEST}: it was put there later" for name in strangers(folder)]
-    lines += [f"{folder}: was never finished; nothing takes it for a checkpoint" for folder in unfinished]
+        lines += [f"  note: {name} is not in its {MANIFEST}: it was added later" for name in strangers(folder)]
+    lines += [f"{folder}: was never finished, and is not used as a checkpoint" for folder in unfinished]
     return lines, damages
 
 
 def sealed(step: Path) -> list[Path]:
-    """What of a step's folder has a manifest by its name: the folder, or on a node's own disk each rank's in it."""
+    """Return the folders of a step that should have a manifest: each rank's on a node's disk, else the step's own."""
     ranks = sorted(rank for rank in step.glob("rank_*") if rank.is_dir())
-    begun = [name for prefix in (UNFINISHED, REMOVED) for name in step.glob(f"{prefix}rank_*")]
-    return ranks or ([] if begun else [step])
+    # Only unfinished rank folders: a local checkpoint of which nothing is complete, hence nothing to check.
+    unfinished = [name for prefix in (UNFINISHED, REMOVED) for name in step.glob(f"{prefix}rank_*")]
+    return ranks or ([] if unfinished else [step])
 
 
 def _below(path: Path) -> Iterable[Path]:
-    """Folders that are checkpoints by their name: also one whose manifest is gone, and what a rank kept for itself."""
+    """Yield the folders below a path that are checkpoints by their name, also without a manifest, and ranks' parts."""
     for root in (path / "checkpoints", path, *sorted(path.glob("*-*/"))):
         for folder in root.glob("step_*"):
             if step_of(folder.name) is not None and folder.is_dir():
@@ -214,7 +221,7 @@ def _below(path: Path) -> Iterable[Path]:
 
 
 def words(size: float) -> str:
-    """Bytes for people: `1.5 GiB`."""
+    """Return a number of bytes as text, such as `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -223,6 +230,7 @@ def words(size: float) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file and flush it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -230,6 +238,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fsync(folder: Path) -> None:
+    """Flush a folder's entries to the disk: without it, a rename may be lost when the machine fails."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -238,7 +247,7 @@ def fsync(folder: Path) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The cause, in a line."""
+    """Return the last line of an error's message; of DCP's error over all ranks, that of the first rank's cause."""
     failures = getattr(error, "failures", {}).values()
     cause = next((f[0] if isinstance(f, tuple) else f for f in failures), error)
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]

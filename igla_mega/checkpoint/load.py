@@ -1,4 +1,4 @@
-"""Find the newest whole checkpoint, and read weights and optimizer state from it in any layout."""
+"""Find the newest complete checkpoint, and read weights and optimizer state from it in any layout."""
 
 import os
 import shutil
@@ -28,12 +28,12 @@ def load_weights(
     """Read weights into parameters (of any dtype, on any device), from a checkpoint of any layout.
 
     Args:
-        pairs: each parameter's place in the whole, and the parameter.
+        pairs: each parameter with its shard's position in the whole tensor.
         group: gloo group of all ranks that load, or None for this process alone.
-        partly: the checkpoint may hold more than is asked for.
+        partly: True if the checkpoint may hold tensors that are not read.
 
     Raises:
-        ConfigError: the checkpoint holds another model.
+        ConfigError: the checkpoint is damaged, or of another model.
     """
     targets: dict[str, tuple[Shard, list]] = {}
     for shard, param in pairs:
@@ -45,24 +45,32 @@ def load_weights(
 
 @torch.no_grad()
 def spread_masters(pairs: Iterable[tuple[Shard, Tensor]], states: Iterable[ParameterState], mesh: Mesh) -> None:
-    """Make the weights that the modules compute with from the fp32 masters, which replicas may share among them.
+    """Copy the fp32 masters into the weights that the modules compute with, gathering masters that replicas share.
 
-    All replicas call it with the same parameters in the same order.
+    All replicas call it with the same parameters in the same order. Afterwards every weight is exactly its master
+    rounded to the weight's type, as after an optimizer step.
+
+    Args:
+        pairs: each parameter with its shard's position in the whole tensor.
+        states: the masters that this rank holds: of a whole parameter, of parts of it, or none.
     """
-    own: dict[str, list[ParameterState]] = {}
+    states_of: dict[str, list[ParameterState]] = {}
     for state in states:
-        own.setdefault(state.shard.name, []).append(state)
+        states_of.setdefault(state.shard.name, []).append(state)
     for shard, param in pairs:
         values, start = local_values(param)
         whole = torch.zeros(values.numel(), dtype=torch.float32, device=values.device)
-        held = own.get(shard.name, [])
+        held = states_of.get(shard.name, [])
         for state in held:
             master = state.values["master"]
             whole[state.start - start : state.start - start + master.numel()] = master
-        group = mesh.replicas(expert=shard.expert)
-        if group.size > 1 and not isinstance(param, DTensor) and not any(state.replicated for state in held):
-            # Bits are added to zeros: a sum of numbers would lose the sign of -0.
-            dist.all_reduce(whole.view(torch.int32), group=group.group)
+        replicas = mesh.replicas(expert=shard.expert)
+        # Only the distributed optimizer divides a parameter's masters over its replicas. Under FSDP (DTensor) each rank
+        # holds the masters of exactly its own rows, and in plain data parallelism (`replicated`) each rank holds all.
+        if replicas.size > 1 and not isinstance(param, DTensor) and not any(state.replicated for state in held):
+            # An all-gather of uneven parts as a sum with zeros: each element is nonzero on one rank at most. The sum is
+            # over the bits, because -0.0 + 0.0 is 0.0 in floating point.
+            dist.all_reduce(whole.view(torch.int32), group=replicas.group)
         values.copy_(whole)
 
 
@@ -73,7 +81,15 @@ def load_states(
     *,
     kinds: Collection[str] | None = None,
 ) -> None:
-    """Read the states' values, all or those of some kinds. Raises as `load_weights` does."""
+    """Read the values of optimizer states, from a checkpoint of any layout.
+
+    Args:
+        group: gloo group of all ranks that load, or None for this process alone.
+        kinds: the kinds to read, such as "master"; None: all that the states have.
+
+    Raises:
+        ConfigError: the checkpoint is damaged, or of another model.
+    """
     targets: dict[str, tuple] = {}
     for state in states:
         for kind, values in state.values.items():
@@ -91,6 +107,11 @@ def _read(
     *,
     partly: bool = False,
 ) -> None:
+    """Check a checkpoint against the tensors that are expected, and read it into them.
+
+    Args:
+        targets: by key, the whole tensor's shape and this rank's rectangles of it.
+    """
     verify_together(path, group)
     reader = Reader(path)
     stored = reader.shapes()
@@ -101,9 +122,11 @@ def _read(
         elif tuple(stored[name]) != tuple(shape):
             breaches.append(f"{path}: {name} is {list(stored[name])}, this recipe's model has {list(shape)}.")
     if not breaches and not partly:
-        wanted = _union(targets, group)
-        kinds = {kind_of(name) for name in wanted}
-        extra = [name for name in stored if name not in wanted and kind_of(name) in kinds]
+        # Over all ranks: with pipeline parallelism each asks for the layers of its own stage. A kind that no rank asks
+        # for (the moments, when only weights are read) is not an error.
+        expected = _union(targets, group)
+        kinds = {kind_of(name) for name in expected}
+        extra = [name for name in stored if name not in expected and kind_of(name) in kinds]
         breaches += [f"{path}: holds {name}, which this recipe's model does not have." for name in extra]
     if breaches:
         more = [f"... and {len(breaches) - 3} more."] if len(breaches) > 3 else []
@@ -111,13 +134,14 @@ def _read(
             "The checkpoint is of another model:",
             *breaches[:3],
             *more,
-            "  Use the recipe that lies beside it (recipe.yaml), or start in a new run folder.",
+            "  Use the recipe in its folder (recipe.yaml), or start in a new run folder.",
         )
     state = {name: Pieces.of(shape, rectangles) for name, (shape, rectangles) in targets.items()}
     load(state, reader, group)
 
 
 def _union(names: Iterable[str], group: dist.ProcessGroup | None) -> set[str]:
+    """Return the names that any rank of the group gives."""
     if group is None:
         return set(names)
     everyones: list = [None] * group.size()
@@ -128,32 +152,40 @@ def _union(names: Iterable[str], group: dist.ProcessGroup | None) -> set[str]:
 def find_checkpoint(
     root: Path, mesh: Mesh, say: Callable[[str], None], *, local: Local | None = None, remote: Remote | None = None
 ) -> tuple[Path, Progress] | None:
-    """The newest whole checkpoint, agreed on by all ranks; a damaged one is passed over, and said.
+    """Return the newest complete checkpoint and its progress, agreed on by all ranks.
+
+    Candidates are tried from the newest to the oldest, a shared checkpoint before a local one of the same step; a
+    damaged one is reported and skipped.
 
     Args:
-        root: those that all nodes share.
-        local: those that nodes keep for themselves: taken when newer, and whole on all of them.
-        remote: copied from there when `root` holds none that is whole.
+        root: folder of the checkpoints that all nodes share.
+        local: the checkpoints on the nodes' own disks, used when newer than the shared ones and complete on all nodes.
+        remote: folder of an object store, from which the newest is copied if `root` has no complete checkpoint.
 
     Returns:
-        None when there is no checkpoint at all.
+        None if there is no checkpoint at all.
 
     Raises:
-        ConfigError: there are checkpoints, and every one is damaged.
+        ConfigError: there are checkpoints, but every one is damaged.
     """
     if mesh.is_main:
         _restore(root)
+    # Only rank 0 lists the folder: network file systems may show the ranks different contents at the same time, and
+    # ranks that try different checkpoints would wait for one another forever.
     found: list = [steps_in(root)[::-1] if mesh.is_main else None]
     dist.broadcast_object_list(found, src=0, group=mesh.host_group)
-    own = local.agreed(say) if local else []
-    candidates = sorted([(step, True) for step in found[0]] + [(step, False) for step in own], reverse=True)
+    local_steps = local.agreed(say) if local else []
+    candidates = sorted([(step, True) for step in found[0]] + [(step, False) for step in local_steps], reverse=True)
     damages = []
     for step, shared in candidates:
         path = step_dir(root, step) if shared or local is None else local.folder(step)
         reason = _damaged_together(path, mesh.host_group) if shared or local is None else local.damaged(step)
         if reason is None:
+            # The ranks have checked the files together; reading must not make each check all of them once more.
             integrity.note_verified(path)
-            if local:  # what lies beyond was left behind, and would be mixed up with what comes
+            if local:
+                # Local parts of later steps belong to a past that this resume abandons. The run will save the same
+                # steps again, and a rank killed in between would leave parts of two different saves.
                 local.remove([other for other in local.steps() if other > step])
             return path, read_progress(path)
         damages.append(reason)
@@ -163,24 +195,24 @@ def find_checkpoint(
     if damages:
         raise ConfigError(
             f"{root}: every checkpoint is damaged: {damages[0]}.",
-            "  Move the folder away to start anew, or restore one from a backup.",
+            "  Move the folder away to start from the beginning, or restore a checkpoint from a backup.",
         )
     if mesh.is_main and root.is_dir():
         unfinished = [path.name for path in root.glob(f"{UNFINISHED}*")]
         if unfinished:
-            say(f"{root}: no whole checkpoint; {unfinished[0]} was never finished.")
+            say(f"{root}: no complete checkpoint; {unfinished[0]} was never finished.")
     return None
 
 
 def _damaged_together(path: Path, group: dist.ProcessGroup) -> str | None:
-    """What is wrong with a checkpoint that all ranks see, each of which reads some of its files."""
+    """Return what is wrong with a checkpoint that all ranks see, or None; each rank reads a part of its files."""
     reasons: list = [None] * group.size()
     dist.all_gather_object(reasons, damage(path, part=group.rank(), num_parts=group.size()), group=group)
     return next((reason for reason in reasons if reason), None)
 
 
 def verify_together(path: Path, group: dist.ProcessGroup | None) -> None:
-    """`integrity.verify`, of which each rank of a group does a part; all of them call it.
+    """Check a checkpoint as `integrity.verify` does, divided over the ranks of a group; all of them call it.
 
     Raises:
         ConfigError: the checkpoint is damaged.
@@ -189,6 +221,7 @@ def verify_together(path: Path, group: dist.ProcessGroup | None) -> None:
         return integrity.verify(path)
     known: list = [None] * group.size()
     dist.all_gather_object(known, integrity.is_verified(path), group=group)
+    # Collective even if this rank knows the checkpoint: another one may have been started later.
     if not all(known):
         if (reason := _damaged_together(path, group)) is not None:
             raise integrity.refusal(reason)
@@ -196,13 +229,19 @@ def verify_together(path: Path, group: dist.ProcessGroup | None) -> None:
 
 
 def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a remote folder, copied below `root` by all ranks."""
+    """Copy the newest complete checkpoint of a remote folder below `root`, each rank some files; return its path.
+
+    A checkpoint that cannot be copied or is damaged is reported and the one before it tried; None if none is left.
+
+    Raises:
+        ConfigError: the remote folder cannot be read.
+    """
     offers: list = [None]
     if mesh.is_main:
         try:
             offers = [[(step, remote.manifest(step)) for step in remote.steps()[::-1]]]
-        except Exception as failure:  # of whatever kind the store's client knows
-            offers = [f"{remote.address}: cannot be read ({last_line(failure)}).\n  Mend checkpoint.remote."]
+        except Exception as failure:  # each store's client raises exceptions of its own types
+            offers = [f"{remote.address}: cannot be read ({last_line(failure)}).\n  Correct checkpoint.remote."]
     dist.broadcast_object_list(offers, src=0, group=mesh.host_group)
     if isinstance(offers[0], str):
         raise ConfigError(offers[0])
@@ -210,17 +249,8 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
     for step, manifest in offers[0]:
         final = step_dir(root, step)
         temporary = root / f"{UNFINISHED}{final.name}"
-        say(f"{root}: no whole checkpoint here; copying step {step} from {remote.address}")
-        error = None
-        try:
-            names = sorted(integrity.read_manifest(manifest))
-            temporary.mkdir(parents=True, exist_ok=True)
-            remote.fetch(step, temporary, names[mesh.rank :: mesh.world_size])
-        except Exception as failure:
-            error = f"{remote.address}: step {step}: {last_line(failure)}"
-        errors: list = [None] * mesh.world_size
-        dist.all_gather_object(errors, error, group=mesh.host_group)
-        reason = next((e for e in errors if e), None)
+        say(f"{root}: no complete checkpoint here; copying step {step} from {remote.address}")
+        reason = _copy_together(remote, step, manifest, temporary, mesh)
         if reason is None:
             if mesh.is_main:
                 (temporary / MANIFEST).write_bytes(manifest)
@@ -228,7 +258,8 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
             dist.barrier(group=mesh.host_group)
             reason = _damaged_together(temporary, mesh.host_group)
         if mesh.is_main and reason is None:
-            shutil.rmtree(final, ignore_errors=True)  # damaged: it has been passed over
+            # A folder of this name is a damaged checkpoint: `find_checkpoint` would have returned a complete one.
+            shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             fsync(root)
         elif mesh.is_main:
@@ -241,8 +272,25 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
     return None
 
 
+def _copy_together(remote: Remote, step: int, manifest: bytes | None, temporary: Path, mesh: Mesh) -> str | None:
+    """Copy a checkpoint's files from a remote folder, each rank some of them; return the first error, or None."""
+    error = None
+    try:
+        names = sorted(integrity.read_manifest(manifest))  # type: ignore[arg-type]
+        temporary.mkdir(parents=True, exist_ok=True)
+        remote.fetch(step, temporary, names[mesh.rank :: mesh.world_size])
+    except Exception as failure:
+        error = f"{remote.address}: step {step}: {last_line(failure)}"
+    errors: list = [None] * mesh.world_size
+    dist.all_gather_object(errors, error, group=mesh.host_group)
+    return next((e for e in errors if e), None)
+
+
 def _restore(root: Path) -> None:
-    """Finish what a save was killed in: a checkpoint moved aside goes back, unless the new one is in its place."""
+    """Complete a replacement that was interrupted: move the old checkpoint back, or delete it if the new one exists.
+
+    `store._write_folder` moves the old folder aside before it renames the new one.
+    """
     for replaced in root.glob(f"{REPLACED}*"):
         final = root / replaced.name.removeprefix(REPLACED)
         if final.exists():

@@ -1,9 +1,10 @@
-"""A checkpoint's model in one process: for `generate`, `eval` and the check of an export."""
+"""Load the whole model of a checkpoint into one process, for `generate`, `eval` and the check of an export."""
 
 from pathlib import Path
 
 import torch
 
+from igla_mega.checkpoint import frozen_base
 from igla_mega.checkpoint.base import base_of
 from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.checkpoint.load import load_weights
@@ -17,21 +18,23 @@ from igla_mega.model.spec import DTYPES
 
 
 def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Recipe]:
-    """Build the whole model of a checkpoint in this process, in evaluation mode, on CUDA where there is one.
+    """Load the whole model of a checkpoint into this process, in evaluation mode, on CUDA if available.
 
-    Of adapters, with their base, which is coded in 4 bits where it was in training.
-
-    Joins process groups of this process alone unless they were joined before; `destroy_process_groups` leaves them.
+    A checkpoint of adapters is loaded with its base, quantized to 4 bits if it was in training.
+    Creates process groups of this process alone unless they exist; `destroy_process_groups` destroys them.
 
     Args:
-        dtype: of the weights as the modules see them.
+        dtype: type of the weights that the modules compute with.
+
+    Returns:
+        The model, and the checkpoint's recipe.
 
     Raises:
-        ConfigError: not a checkpoint, or one of another model than its recipe says.
+        ConfigError: not a checkpoint, or one that does not match its recipe.
     """
     recipe = read_recipe(checkpoint)
     model = recipe.model
-    assert model is not None, "read_recipe refuses that"
+    assert model is not None, "read_recipe rejects that"
     device = host.prepare()
     layout = single_process_layout(model)
     mesh = single_process_mesh(layout, device, recipe.training.seed)
@@ -42,8 +45,7 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple
         shards = shards_of(chunks, mesh, model.vocab_size)
         load_weights(checkpoint, named_shards([*chunks], shards), group=None)
         return chunks[0].eval(), recipe
-    from igla_mega.checkpoint import frozen_base  # which exports through this module
-
+    # The base is quantized from the type that the recipe computed in, so that its values are those of the training run.
     base, coded_from = base_of(checkpoint), DTYPES[recipe.distributed.precision]
     frozen_base.attach(chunks, recipe.lora, recipe.quantization, base, mesh, model.vocab_size, coded_from)
     materialize(chunks, device)
@@ -54,7 +56,7 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32) -> tuple
 
 
 def single_process_layout(model: Model) -> Layout:
-    """The layout of a process that runs a whole model by itself, a sequence at a time."""
+    """Return the layout of a process that runs a whole model by itself, one sequence at a time."""
     return Layout(
         tensor=1,
         pipeline=1,

@@ -1,4 +1,4 @@
-"""How far a run is, which checkpoints are kept, and how a save ended."""
+"""Progress of a run, retention of its checkpoints, and the outcome of a save."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +12,10 @@ from igla_mega.config.errors import ConfigError
 
 @dataclass
 class Progress:
-    """How far a run is. Everything random is a function of the seed and the step, so this is all a resume needs."""
+    """Progress of a run, stored in each checkpoint.
+
+    All randomness is a function of the seed and the step, so no generator state is needed to resume.
+    """
 
     step: int = 0
     """Optimizer steps taken."""
@@ -21,32 +24,32 @@ class Progress:
     tokens: int = 0
     """Tokens consumed."""
     stage: int = 0
-    """Stages finished: trained, evaluated and, where that is asked for, consolidated."""
+    """Stages finished: trained, evaluated and, if configured, consolidated."""
     domain_losses: list[dict[str, float]] = field(default_factory=list)
-    """After each of them that is a phase, the loss on each domain, nats per token."""
+    """Loss on each domain after each finished stage that is a phase, in nats per token."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What was measured on each source before the first step of the stage at hand."""
+    """Metrics of each source measured before the first step of the current stage."""
     skipped: list[int] = field(default_factory=list)
     """Steps, counted from 1, whose samples are consumed without an update."""
     bad_steps: list[int] = field(default_factory=list)
-    """Those of them that were bad themselves."""
+    """Those of `skipped` that were bad themselves; the others were skipped with them."""
     losses: list[float] = field(default_factory=list)
-    """Of the last steps of the stage at hand, nats: what a spike is told by."""
+    """Losses of the last steps of the current stage, in nats per token; a spike is detected against them."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay."""
+    """Rule for which checkpoints are kept."""
 
     keep_last: int
-    """How many of the newest."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Also every one whose step is a multiple of this."""
+    """Keep also every checkpoint whose step is a multiple of this."""
     always: frozenset[int] = frozenset()
-    """Also those of these steps: what a later stage starts from."""
+    """Keep also the checkpoints of these steps, from which a later stage starts."""
 
     def obsolete(self, steps: Iterable[int]) -> list[int]:
-        """The steps, of those there are, whose checkpoints may go."""
+        """Return those of `steps` whose checkpoints may be deleted, ascending."""
         steps = sorted(steps)
         kept = {*steps[-self.keep_last :], *self.always}
         return [s for s in steps if s not in kept and not (self.keep_every and s % self.keep_every == 0)]
@@ -54,22 +57,28 @@ class Retention:
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save, or the copying of one to a remote folder, has ended."""
+    """Outcome of a save, or of the copy of a checkpoint to a remote folder."""
 
     step: int
+    """Optimizer step of the checkpoint."""
     seconds: float
-    """From the call, or the start of the copying, until it was whole."""
+    """Duration from the call of `save`, or from the start of the copy, until the checkpoint was complete."""
     bytes: int
-    """Written by all ranks; 0 when it failed."""
+    """Bytes written by all ranks; 0 if it failed."""
     error: str | None
-    """Why it failed, in words, with what still stands; None: it is whole."""
+    """Message for the user with the cause and the remedy if it failed; None if the checkpoint is complete."""
     where: Literal["shared", "local", "remote"]
+    """Destination: the folder that all nodes share, the nodes' own disks, or an object store."""
     note: str | None = None
-    """What else should be said of it."""
+    """Additional message for the user, one sentence a line."""
 
 
 def read_progress(path: Path) -> Progress:
-    """How far the run was that wrote this checkpoint."""
+    """Return the progress of the run that wrote a checkpoint.
+
+    Raises:
+        ConfigError: `progress.json` is missing or invalid.
+    """
     file = path / "progress.json"
     try:
         return TypeAdapter(Progress).validate_json(file.read_bytes())

@@ -1,6 +1,7 @@
-"""Checkpoints in an object store (s3://, gs://, file:// and whatever fsspec knows): copied there when they are whole.
+"""Copy complete checkpoints to an object store (s3://, gs://, file:// and every other scheme of fsspec), and back.
 
-The manifest goes last and is taken away first: what has none is no checkpoint, however much of it lies there.
+An object store has no atomic rename of folders. Instead the manifest is written last and deleted first: a folder
+without a manifest is not a checkpoint, however many of its files exist.
 """
 
 import contextlib
@@ -20,18 +21,20 @@ from igla_mega.checkpoint import integrity
 from igla_mega.config.errors import ConfigError
 
 _PIECE = 1 << 24
+"""Bytes that are read at a time."""
 _OWNER = "run_id"
-_PATIENCE = datetime.timedelta(hours=24)
-"""Ranks wait for one another's uploads."""
+"""File in a remote folder with the id of the run whose checkpoints it holds."""
+_TIMEOUT = datetime.timedelta(hours=24)
+"""How long a rank waits in a collective for the slowest rank's upload."""
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether a path of the command line is an address; `Path` has taken one of its slashes."""
+    """Return True if a path of the command line is an address, in which `Path` may have merged the two slashes."""
     return ":/" in str(path) and not str(path).startswith("/")
 
 
 def address_of(path: str | Path) -> str:
-    """The address that a path of the command line was."""
+    """Return the address of a path of the command line, with the slashes that `Path` has merged."""
     scheme, _, rest = str(path).partition(":/")
     if rest.startswith("/"):
         return str(path)
@@ -42,7 +45,7 @@ class Remote:
     """A folder of an object store with a run's checkpoints.
 
     Raises:
-        ConfigError: fsspec, or what the address needs besides, is not installed.
+        ConfigError: fsspec or the package for this scheme is not installed, or fsspec does not support the scheme.
     """
 
     def __init__(self, address: str):
@@ -56,14 +59,17 @@ class Remote:
                 f"{address}: {error}.\n  pip install 'igla-mega[data]', and for s3:// s3fs, for gs:// gcsfs."
             ) from None
         except ValueError as error:
-            raise ConfigError(f"{address}: not an address that fsspec knows ({error}).\n  Mend it.") from None
+            raise ConfigError(
+                f"{address}: not an address that fsspec supports ({error}).\n  Give one such as s3://bucket/folder."
+            ) from None
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there with their manifests, ascending.
+        """Return the steps of the checkpoints with a manifest in the folder, ascending.
 
         Raises:
             OSError: the store does not answer.
         """
+        # fsspec caches listings of a folder, and another process may have written there since.
         self._system.invalidate_cache()
         if not self._system.exists(self._root):
             return []
@@ -71,43 +77,46 @@ class Remote:
         return sorted(s for s in steps if s is not None and self._system.exists(self._path(s, integrity.MANIFEST)))
 
     def _listed(self) -> list[str]:
+        """Return the paths in the folder; none if it was removed in the meantime."""
         try:
             return self._system.ls(self._root, detail=False)
         except FileNotFoundError:
             return []
 
     def manifest(self, step: int) -> bytes | None:
-        """That of a checkpoint, as it lies there."""
+        """Return the manifest of a step's checkpoint as stored, or None."""
         path = self._path(step, integrity.MANIFEST)
         return self._system.cat_file(path) if self._system.exists(path) else None
 
     def owner(self) -> str | None:
-        """Which run's checkpoints lie here, as `store.run_id` names it."""
+        """Return the id of the run whose checkpoints the folder holds (`store.run_id`), or None."""
         path = f"{self._root}/{_OWNER}"
         return self._system.cat_file(path).decode(errors="replace").strip() if self._system.exists(path) else None
 
     def claim(self, run: str) -> None:
-        """Have the checkpoints here be those of one run, from which another then keeps away."""
-        with contextlib.suppress(Exception):  # of whatever kind the store's client knows; the first copy says it
+        """Record the run whose checkpoints the folder holds from now on; other runs then do not write to it."""
+        # Each store's client raises exceptions of its own types. A run must not fail at its start because of them: the
+        # first copy reports the error.
+        with contextlib.suppress(Exception):
             self._system.makedirs(self._root, exist_ok=True)
             self._system.pipe_file(f"{self._root}/{_OWNER}", f"{run}\n".encode())
 
     def put(self, folder: Path, step: int, names: list[str]) -> None:
-        """Copy some files of a checkpoint there.
+        """Copy some files of a step's checkpoint from `folder` to the store.
 
         Raises:
-            OSError: one could not be copied whole.
+            OSError: a file was not copied completely.
         """
         for name in names:
             target = self._path(step, name)
             self._system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             self._system.put_file(str(folder / name), target)
-            written, there = (folder / name).stat().st_size, self._system.info(target)["size"]
-            if there != written:
-                raise OSError(f"{self.address}: {name} has {there} bytes there, {written} were sent")
+            sent, stored = (folder / name).stat().st_size, self._system.info(target)["size"]
+            if stored != sent:
+                raise OSError(f"{self.address}: {name} has {stored} bytes in the store, {sent} were sent")
 
     def fetch(self, step: int, folder: Path, names: list[str]) -> None:
-        """Copy some files of a checkpoint from there."""
+        """Copy some files of a step's checkpoint from the store to `folder`."""
         for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,18 +126,18 @@ class Remote:
                 os.fsync(copy.fileno())
 
     def unseal(self, step: int) -> None:
-        """Take the manifest away: what is there is then no checkpoint."""
+        """Delete the manifest of a step, so that the rest no longer counts as a checkpoint."""
         path = self._path(step, integrity.MANIFEST)
         if self._system.exists(path):
             self._system.rm_file(path)
 
     def remove(self, step: int) -> None:
-        """Take a checkpoint away."""
+        """Delete a step's checkpoint, its manifest first."""
         self.unseal(step)
         self._system.rm(self._path(step), recursive=True)
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint there, in words, or None. Every byte is read."""
+        """Return what is wrong with a checkpoint in the store, as a message, or None. Every byte is read."""
         path = f"{self.address}/{integrity.step_dir(Path(), step)}"
         try:
             content = self.manifest(step)
@@ -150,23 +159,31 @@ class Remote:
         return None
 
     def _path(self, step: int, name: str = "") -> str:
+        """Return the store's path of a step's folder, or of a file in it."""
         path = f"{self._root}/{integrity.step_dir(Path(), step)}"
         return f"{path}/{name}" if name else path
 
 
 def split(address: str) -> tuple[Remote, int | None]:
-    """The folder of checkpoints that an address means, and the step, when it is that of one."""
+    """Return the folder of an address, and the step if the address is that of one checkpoint."""
     parent, _, name = address.rstrip("/").rpartition("/")
     step = integrity.step_of(name)
     return (Remote(address), None) if step is None else (Remote(parent), step)
 
 
 def report(address: str) -> tuple[list[str], list[str]]:
-    """Check the checkpoints at an address, as `integrity.report` does those in a folder."""
+    """Check the checkpoints at an address, as `integrity.report` does for a folder.
+
+    Returns:
+        Lines about the checkpoints that are complete, and one message for each that is damaged.
+
+    Raises:
+        ConfigError: the address holds no checkpoint.
+    """
     folder, step = split(address)
     steps = folder.steps() if step is None else [step]
     if not steps:
-        raise ConfigError(f"{address}: holds no checkpoint.\n  Mend the address, or the rights to read it.")
+        raise ConfigError(f"{address}: holds no checkpoint.\n  Correct the address, or get permission to read it.")
     lines, damages = [], []
     for one in steps:
         if (reason := folder.damage(one)) is not None:
@@ -178,20 +195,20 @@ def report(address: str) -> tuple[list[str], list[str]]:
 
 
 def copied(address: str) -> Path:
-    """A local copy of the checkpoint at an address, or of the newest there; made once, below $IGLA_CACHE.
+    """Return a local copy of the checkpoint at an address, or of the newest one there; copied once, below $IGLA_CACHE.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is no checkpoint, or it is damaged.
     """
     folder, step = split(address)
     steps = folder.steps()
     if not steps or step not in (None, *steps):
-        raise ConfigError(f"{address}: holds no checkpoint.\n  Mend the address, or the rights to read it.")
+        raise ConfigError(f"{address}: holds no checkpoint.\n  Correct the address, or get permission to read it.")
     step = steps[-1] if step is None else step
     manifest = folder.manifest(step)
     assert manifest is not None, "listed"
     cache = Path(os.environ.get("IGLA_CACHE") or Path.home() / ".cache" / "igla_mega") / "checkpoints"
-    # Another save of the same step is another copy.
+    # The manifest is part of the key: the same step saved again is another checkpoint.
     key = hashlib.sha256(folder.address.encode() + manifest).hexdigest()[:16]
     target = integrity.step_dir(cache / key, step)
     if not (target / integrity.MANIFEST).is_file():
@@ -207,12 +224,15 @@ def copied(address: str) -> Path:
 
 
 class Uploads:
-    """Copies whole checkpoints to a remote folder in the background, in parts by rank; all ranks add the same steps.
+    """Copies complete checkpoints to a remote folder in the background, each rank some of the files.
+
+    All ranks add the same steps in the same order.
 
     Args:
-        run: whose checkpoints they are, by `store.run_id`; those of another run there are left alone.
-        ended: called with step, seconds, bytes and the error of each, on every rank.
-        obsolete: which of the steps there may go.
+        root: folder of the checkpoints that all nodes share.
+        run: id of this run (`store.run_id`); a remote folder of another run is not written to.
+        ended: called on every rank with the step, seconds, bytes and error of each copy.
+        obsolete: returns those of the steps in the remote folder that may be deleted.
     """
 
     def __init__(
@@ -224,26 +244,26 @@ class Uploads:
         obsolete: Callable[[list[int]], list[int]],
     ):
         self.remote, self._root, self._run, self._ended, self._obsolete = remote, root, run, ended, obsolete
-        # Collectives of its own: saves go on meanwhile.
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # A separate group: the collectives of saves run at the same time, and gloo matches collectives by order.
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._steps: queue.Queue[int | None] = queue.Queue()
-        self._open: list[int] = []
+        self._pending: list[int] = []
         self._thread: threading.Thread | None = None
 
     def add(self, step: int) -> None:
-        """Copy the checkpoint of a step, unless it is there."""
-        self._open.append(step)
+        """Queue the copy of a step's checkpoint; it is skipped if the remote folder has it."""
+        self._pending.append(step)
         self._steps.put(step)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="checkpoint-upload", daemon=True)
             self._thread.start()
 
     def pending(self) -> frozenset[int]:
-        """Steps that are not there yet, and must stay here."""
-        return frozenset(self._open)
+        """Return the steps still to be copied, whose local checkpoints must be kept."""
+        return frozenset(self._pending)
 
     def finish(self, alive: Callable[[], None]) -> None:
-        """Wait until all are there, or have failed; `alive` is called meanwhile."""
+        """Wait until all copies have ended, calling `alive` every second."""
         if self._thread is not None:
             self._steps.put(None)
             while self._thread.is_alive():
@@ -252,18 +272,23 @@ class Uploads:
             self._thread = None
 
     def _work(self) -> None:
+        """Copy the queued steps until None is queued; runs in the uploading thread."""
         while (step := self._steps.get()) is not None:
             started = time.monotonic()
             try:
                 size, error = self._upload(step), None
-            except Exception as failure:  # said; the run goes on, and the next checkpoint is tried again
+            except Exception as failure:  # reported, not raised: the run continues, and the next copy may succeed
                 size, error = 0, f"{self.remote.address}: step {step} could not be copied there: {_line(failure)}"
-            self._open.remove(step)
+            self._pending.remove(step)
             if size or error:
                 self._ended(step, time.monotonic() - started, size, error)
 
     def _upload(self, step: int) -> int:
-        """Bytes of the checkpoint; 0 when it need not be copied."""
+        """Copy one checkpoint; return its size in bytes, or 0 if no copy is needed.
+
+        Raises:
+            OSError: on every rank, when any of them failed.
+        """
         folder, rank = integrity.step_dir(self._root, step), dist.get_rank(self._group)
         files: list = [None]
         if rank == 0:
@@ -276,10 +301,12 @@ class Uploads:
         names, error = sorted(files[0]), None
         try:
             self.remote.put(folder, step, names[rank :: dist.get_world_size(self._group)])
-        except Exception as failure:  # of whatever kind the store's client knows; all ranks must hear of it
+        except Exception as failure:  # of any type of the store's client; raising would leave the others in the gather
             error = _line(failure)
         errors: list = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(errors, error, group=self._group)
+        # Only when all ranks have copied their files: with its manifest the checkpoint counts. Older ones are deleted
+        # after that, so that the remote folder always has a complete one.
         if rank == 0 and not any(errors):
             try:
                 self.remote.put(folder, step, [integrity.MANIFEST])
@@ -293,10 +320,11 @@ class Uploads:
         return sum(size for size, _ in files[0].values())
 
     def _needed(self, step: int, folder: Path) -> dict[str, tuple[int, str]] | str:
-        """The files to copy; none when they are there, or when newer ones wait. A text is an error."""
+        """Return the files to copy (none if the copy exists or is not worth making), or an error message."""
         try:
             manifest = (folder / integrity.MANIFEST).read_bytes()
-            if step in self._obsolete(sorted(self._open)):
+            # Copies are slower than saves: skip a step that the queued ones make obsolete before it is copied.
+            if step in self._obsolete(sorted(self._pending)):
                 return {}
             if (owner := self.remote.owner()) is None:
                 self.remote.claim(self._run)
@@ -304,6 +332,7 @@ class Uploads:
                 return f"another run ({owner}) keeps its checkpoints there; set checkpoint.remote to another folder"
             if self.remote.manifest(step) == manifest:
                 return {}
+            # An earlier save of this step may be there: its manifest does not describe the files written from here on.
             self.remote.unseal(step)
             return integrity.read_manifest(manifest)
         except Exception as failure:
@@ -311,4 +340,5 @@ class Uploads:
 
 
 def _line(failure: Exception) -> str:
+    """Return the last line of an error's message, or the name of its type."""
     return (str(failure).strip().splitlines() or [type(failure).__name__])[-1]

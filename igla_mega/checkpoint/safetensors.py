@@ -27,7 +27,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor of a Hugging Face folder lies, and what its header says of it."""
+    """A tensor of a Hugging Face folder: its file, and its shape and type from the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -35,7 +35,11 @@ class Stored:
 
 
 def open_folder(hf_dir: Path) -> dict[str, Stored]:
-    """Every tensor of the folder, by name; reads headers only."""
+    """Return every tensor of a Hugging Face folder, by name; only the headers are read.
+
+    Raises:
+        ConfigError: files are missing or damaged, or hold pickled weights.
+    """
     index, whole = hf_dir / "model.safetensors.index.json", hf_dir / "model.safetensors"
     expected: dict[str, str] | None = None
     if whole.is_file():
@@ -43,13 +47,13 @@ def open_folder(hf_dir: Path) -> dict[str, Stored]:
     elif index.is_file():
         expected = read_json(index).get("weight_map")
         if not isinstance(expected, dict) or not all(Path(str(file)).name == file for file in expected.values()):
-            raise ConfigError(f"{index}: has no `weight_map` of tensor names to files beside it.\n  Download it again.")
+            raise ConfigError(f"{index}: has no `weight_map` of tensor names to file names.\n  Download it again.")
         files = [hf_dir / name for name in sorted(set(expected.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ConfigError(
-                f"{hf_dir}: {missing[0]} is missing ({len(missing)} of the {len(files)} shards that {index.name} lists "
-                "are).\n  Download the folder again."
+                f"{hf_dir}: {missing[0]} is missing ({len(missing)} of the {len(files)} files in {index.name} are).\n"
+                "  Download the folder again."
             )
     elif any(hf_dir.glob("*.bin")):
         raise ConfigError(
@@ -61,30 +65,35 @@ def open_folder(hf_dir: Path) -> dict[str, Stored]:
     found = {name: stored for file in files for name, stored in _header(file)}
     lost = [f"{name} is not in {file}" for name, file in (expected or {}).items() if name not in found]
     if lost:
-        raise ConfigError(f"{hf_dir}: {lost[0]}, where {index.name} says it is.\n  Download the folder again.")
+        raise ConfigError(f"{hf_dir}: {lost[0]}, though {index.name} names it.\n  Download the folder again.")
     return found
 
 
 def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors of a file from its header."""
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 view = tensors.get_slice(name)
-                # A type that is none of ours is refused where the tensor is wanted; int8 stands for all of them.
+                # Types that are not supported become int8, for `refuse_other_tensors` to reject: a file may also hold
+                # tensors that are not read, of any type.
                 yield name, Stored(file, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), torch.int8))
         refuse_repeated_names(file)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file}: not a whole safetensors file ({error}).\n  Download it again.") from None
+        raise ConfigError(f"{file}: not a complete safetensors file ({error}).\n  Download it again.") from None
 
 
 def refuse_repeated_names(file: Path) -> None:
-    """Refuse a header, which the library has found whole, that has a name twice: other readers may take the other one.
+    """Reject a safetensors header that contains a name twice: two programs may then read different tensors.
+
+    The safetensors library accepts such a header. Call this after it has found the file to be valid.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: a name occurs twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return a JSON object's pairs as a dictionary."""
         repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         if repeated:
             raise ConfigError(f"{file}: has {repeated[0]} twice.\n  Download it again.")
@@ -95,10 +104,14 @@ def refuse_repeated_names(file: Path) -> None:
 
 
 def refuse_other_tensors(folder: dict[str, Stored], weights: list[Weight], model: Model, hf_dir: Path) -> None:
-    """Refuse a folder that lacks a tensor, has one of another shape or type, or one that a Llama does not have."""
+    """Reject a folder that lacks a tensor, has one of another shape or type, or one that the model does not have.
+
+    Raises:
+        ConfigError: names the first of these tensors.
+    """
     breaches = []
-    wanted = {name: shape for w in weights for name, shape in w.parts.items()}
-    for name, shape in wanted.items():
+    expected = {name: shape for w in weights for name, shape in w.parts.items()}
+    for name, shape in expected.items():
         if name not in folder:
             breaches.append(f"{hf_dir}: has no tensor {name} {list(shape)}.")
         elif folder[name].shape != shape:
@@ -106,28 +119,31 @@ def refuse_other_tensors(folder: dict[str, Stored], weights: list[Weight], model
         elif folder[name].dtype not in _DTYPES.values():
             breaches.append(f"{hf_dir}: {name} is neither float32, bfloat16 nor float16 (a quantized model?).")
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    ignored = {name for name in folder if name.endswith("rotary_emb.inv_freq")}  # old folders; computed
+    # Folders of older transformers versions hold these; they are computed from rope_theta.
+    ignored = {name for name in folder if name.endswith("rotary_emb.inv_freq")}
     if model.tie_embeddings and head in folder and embedding in folder:
         ignored.add(head)
         if not torch.equal(_tensor(folder, head), _tensor(folder, embedding)):
-            breaches.append(f"{hf_dir}: {head} is not {embedding}, though config.json says tie_word_embeddings.")
-    extra = folder.keys() - wanted.keys() - ignored
+            breaches.append(f"{hf_dir}: {head} differs from {embedding}, but config.json has tie_word_embeddings.")
+    extra = folder.keys() - expected.keys() - ignored
     breaches += [f"{hf_dir}: holds {name}, which such a model does not have." for name in sorted(extra)]
     if breaches:
         raise ConfigError(*few(breaches), "  Download the folder again, or use another model.")
 
 
 def lazy(weight: Weight, folder: dict[str, Stored]) -> Pieces:
+    """Return a parameter of a Hugging Face folder as a piece that is read when it is written."""
     dtype = common_type(folder[name].dtype for name in weight.parts)
 
     def read() -> Tensor:
+        """Read the parts and stack them."""
         return weight.fuse(_tensor(folder, name).to(dtype) for name in weight.parts)
 
     return Pieces(weight.shape, dtype, [((0,) * len(weight.shape), weight.shape, read)])
 
 
 def common_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The narrowest that holds the values of all."""
+    """Return the narrowest type that holds the values of all types."""
     common, *rest = dtypes
     for dtype in rest:
         common = torch.promote_types(common, dtype)
@@ -135,7 +151,11 @@ def common_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def stored_types(reader: Reader, weights: list[Weight], checkpoint: Path) -> dict[str, torch.dtype]:
-    """The type of every tensor in the checkpoint; refuses one of another model than `weights`."""
+    """Return the type of every tensor in a checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is not of the model of `weights`.
+    """
     entries = reader.read_metadata().state_dict_metadata
     stored = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     breaches = []
@@ -153,12 +173,16 @@ def stored_types(reader: Reader, weights: list[Weight], checkpoint: Path) -> dic
         if not name.startswith("optimizer.")
     ]
     if breaches:
-        raise ConfigError(*few(breaches), "  Put the recipe that it was trained with beside it (recipe.yaml).")
+        raise ConfigError(*few(breaches), "  Put the recipe of its training into its folder (recipe.yaml).")
     return {name: entry.properties.dtype for name, entry in stored.items()}
 
 
 def split_into_files(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
-    """Cut the tensors, in their order, into files of at most `max_bytes`."""
+    """Divide tensors, in their order, into files of at most `max_bytes`; a larger tensor gets its own file.
+
+    Args:
+        sizes: bytes of each tensor, by name.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -177,7 +201,14 @@ def read_split(
     types: dict[str, torch.dtype],
     scaling: float = 1.0,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Hugging Face folder; experts' outputs are scaled, which Mixtral cannot do by itself."""
+    """Yield the tensors of a Hugging Face folder, read from a checkpoint one parameter at a time.
+
+    Args:
+        stored: the type of every tensor in the checkpoint.
+        types: the type of every parameter in the folder.
+        scaling: factor for the experts' outputs. Mixtral has no such setting, so the factor is multiplied into the
+            last matrix of each expert.
+    """
     for w in weights:
         whole = torch.empty(w.shape, dtype=stored[w.native])
         state = {w.native: Pieces.of(w.shape, [((0,) * len(w.shape), whole)])}
@@ -189,15 +220,20 @@ def read_split(
 
 @contextlib.contextmanager
 def appearing(final: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which gets its own when all is well and vanishes when not."""
+    """Yield a temporary folder that is renamed to `final` on success, and deleted on an error.
+
+    Raises:
+        ConfigError: `final` exists and is not an empty folder.
+    """
     final = final.resolve()
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ConfigError(f"{final}: exists and is not an empty folder.\n  Give a new one, or remove it.")
+        raise ConfigError(f"{final}: exists and is not an empty folder.\n  Give a new folder, or remove this one.")
     temporary = final.parent / f".writing_{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        # Flush before the rename: file systems may write the rename to the disk before the files' data.
         for path in [*temporary.rglob("*"), temporary]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -209,9 +245,11 @@ def appearing(final: Path) -> Iterator[Path]:
 
 
 def type_names(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the names of types for a message, such as "bfloat16 and float32"."""
     return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
 
 
 def _tensor(folder: dict[str, Stored], name: str) -> Tensor:
+    """Read one tensor."""
     with safe_open(folder[name].file, framework="pt") as tensors:
         return tensors.get_tensor(name)

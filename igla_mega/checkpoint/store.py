@@ -1,9 +1,9 @@
-"""Checkpoints: one format for every layout, whole or not there at all.
+"""Write checkpoints in one format for every layout; a checkpoint exists completely or not at all.
 
-`step_00000100/` holds DCP files with a key per parameter (its fp32 master weights under its global name) and
-`optimizer.<kind>.<name>` beside it (moments; with Elastic Weight Consolidation also `fisher` and `anchor`, which
-`fisher.json` describes), `progress.json`, the resolved `recipe.yaml` and `manifest.json` with the size
-and digest of every file. It is written under a temporary name, checked, and renamed; `latest` moves last.
+`step_00000100/` holds files of torch's distributed checkpoint (DCP) with one key per parameter (its fp32 master weights
+under its global name) and `optimizer.<kind>.<name>` for its moments (with Elastic Weight Consolidation also `fisher`
+and `anchor`, which `fisher.json` describes), `progress.json`, the resolved `recipe.yaml`, and `manifest.json` with the
+size and digest of every file. It is written under a temporary name, checked, and renamed; `latest` is updated last.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,16 +49,16 @@ _RUN = "run_id"
 
 
 class CheckpointWriter:
-    """Saves in the background: a copy is taken at once, and written by a thread with a process group of its own.
+    """Save checkpoints in the background: `save` copies the state, and a thread writes it over its own process group.
 
-    A save that fails is an outcome, not an error: the run goes on, and what was whole stays so. All ranks call the
-    same methods in the same order; `poll` excepted, which waits for nobody.
+    A failed save is an outcome, not an error: the run continues, and earlier checkpoints remain complete. All ranks
+    call the same methods in the same order, except for `poll`, which is not collective.
 
     Args:
         root: folder of the checkpoints that all nodes share.
-        staging_bytes: most that a copy takes of a rank's memory; what is beyond it is written before `save` returns.
-        local: where this node keeps checkpoints of its own, if anywhere.
-        remote: where whole checkpoints are copied to.
+        staging_bytes: maximum size of the copy in a rank's memory; the rest is written before `save` returns.
+        local: where this node keeps its own checkpoints; None: nowhere.
+        remote: folder of an object store to which complete checkpoints are copied; None: no copies.
     """
 
     def __init__(
@@ -75,26 +75,28 @@ class CheckpointWriter:
         self.root, self.mesh, self.retention, self.asynchronous = root, mesh, retention, asynchronous
         self.staging_bytes = staging_bytes
         self.trouble: str | None = None
-        """Why the last save on shared storage failed, until one succeeds."""
-        # Its own: what the training thread asks of the others meanwhile must not be taken for an answer.
+        """Why the last save on shared storage failed; None after a save that succeeded."""
+        # A separate group: gloo matches collectives by order, and those of the training thread, which run at the same
+        # time, must not be matched with those of the writing thread.
         self._group = dist.new_group(backend="gloo")
         self.local = replace(local, group=self._group) if local else None
         self._thread: threading.Thread | None = None
         self._ended: list[SaveOutcome] = []
         self._lock = threading.Lock()
-        self._staging_said = False
-        self._untidy: str | None = None
+        self._staging_reported = False
+        self._cleanup_error: str | None = None
         self._uploads = None
         if remote:
             run = run_id(root, mesh)
-            if mesh.is_main and not steps_in(root):  # it begins: what lies there was another's
+            # A run without checkpoints is new, so checkpoints in the remote folder belong to an earlier run.
+            if mesh.is_main and not steps_in(root):
                 remote.claim(run)
             self._uploads = Uploads(remote, root, run, self._uploaded, retention.obsolete)
         if mesh.is_main:
             root.mkdir(parents=True, exist_ok=True)
             self._device = root.stat().st_dev
-            for begun in (UNFINISHED, REMOVED):
-                for folder in root.glob(f"{begun}*"):
+            for prefix in (UNFINISHED, REMOVED):
+                for folder in root.glob(f"{prefix}*"):
                     shutil.rmtree(folder, ignore_errors=True)
         if local:
             local.tidy()
@@ -108,11 +110,11 @@ class CheckpointWriter:
         *,
         local: bool = False,
     ) -> None:
-        """Save `states` as the checkpoint of `progress.step`; waits until the one before it is written.
+        """Save `states` as the checkpoint of `progress.step`, after waiting for the previous save to end.
 
         Args:
-            notes: more files that describe what the states hold, name -> text.
-            local: on this node's own disk.
+            notes: additional files that describe the states, name -> text.
+            local: True to save on this node's own disk.
         """
         self._join()
         started = time.monotonic()
@@ -123,39 +125,42 @@ class CheckpointWriter:
         step, released = progress.step, threading.Event()
 
         def write() -> None:
+            """Write the folder and record how the save ended; runs in the writing thread."""
             size, error = 0, None
             try:
                 write_folder = self._write_local if local else self._write_shared
                 size = write_folder(step, state, texts, released.set)
-            except (Exception, CheckpointException) as failure:  # the latter is no Exception
+            except (Exception, CheckpointException) as failure:  # CheckpointException derives from BaseException
                 error = _save_failed(self.root, step, failure) if not local else last_line(failure)
             finally:
-                released.set()
-            self._end(step, time.monotonic() - started, size, error, staged, local)
+                released.set()  # also on failure: the training thread may be waiting for it
+            where: Literal["shared", "local"] = "local" if local else "shared"
+            self._end(SaveOutcome(step, time.monotonic() - started, size, error, where), staged)
 
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}")
         self._thread.start()
+        # Pieces that were not staged are views of live memory, which the next optimizer step would overwrite.
         if staged.late_bytes:
             released.wait()
         if not self.asynchronous:
             self._join()
 
     def poll(self) -> list[SaveOutcome]:
-        """What has ended since the last call, without waiting for what is under way."""
+        """Return the saves and copies that have ended since the last call, without waiting for the others."""
         with self._lock:
             ended, self._ended = self._ended, []
         return ended
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait until the last save is on disk, or has failed; copying to a remote folder may go on."""
+        """Wait until the last save is on disk or has failed; a copy to a remote folder may continue."""
         self._join()
         return self.poll()
 
     def finish(self, *, alive: Callable[[], None] = lambda: None) -> list[SaveOutcome]:
-        """Wait for everything.
+        """Wait for the last save and for all copies to the remote folder.
 
         Args:
-            alive: called every second while a remote folder is waited for, which may take hours.
+            alive: called every second during the copies, which may take hours, so that the watchdog sees progress.
         """
         self._join()
         if self._uploads:
@@ -163,88 +168,102 @@ class CheckpointWriter:
         return self.poll()
 
     def refuse_loss(self) -> None:
-        """End a run whose last save has failed.
+        """Raise if the last save on shared storage has failed; called at the end of a run.
 
         Raises:
-            RuntimeError: it has; the message says why, what still stands and what is lost.
+            RuntimeError: the save failed; the message gives the cause, the last complete checkpoint and the loss.
         """
         if self.trouble is None:
             return
-        whole = steps_in(self.root)
-        lost = f"What was trained after step {whole[-1]} is lost" if whole else "All that was trained is lost"
-        raise RuntimeError(f"{self.trouble}\n  {lost}. Make room, then run the same command again to go on from there.")
+        complete = steps_in(self.root)
+        lost = f"Training after step {complete[-1]} is lost" if complete else "All training of this run is lost"
+        raise RuntimeError(
+            f"{self.trouble}\n  {lost}. Free some space, then run the same command again to resume from there."
+        )
 
     def copy_found(self, step: int) -> None:
-        """Copy a checkpoint that was found below `root` to the remote folder, unless it is there."""
+        """Copy a checkpoint found below `root` to the remote folder, unless the folder already has it."""
         if self._uploads:
             self._uploads.add(step)
 
     def _join(self) -> None:
+        """Wait for the writing thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _end(self, step: int, seconds: float, size: int, error: str | None, staged: "_Staging", local: bool) -> None:
-        notes, self._untidy = ([self._untidy] if self._untidy else []), None
-        if not local:
+    def _end(self, outcome: SaveOutcome, staged: "_Staging") -> None:
+        """Record the outcome of a save with its notes, and queue the copy to the remote folder."""
+        shared, error = outcome.where == "shared", outcome.error
+        notes, self._cleanup_error = ([self._cleanup_error] if self._cleanup_error else []), None
+        if shared:
             if error is None and self.trouble is not None:
-                notes.append(f"the checkpoint of step {step} is whole: saves succeed again")
+                notes.append(f"the checkpoint of step {outcome.step} is complete: saves succeed again")
             self.trouble = error
-        if staged.late_bytes and self.asynchronous and not self._staging_said:
-            self._staging_said = True
+        if staged.late_bytes and self.asynchronous and not self._staging_reported:
+            self._staging_reported = True
             notes.append(
                 f"checkpoint.staging_memory: a rank stages {integrity.words(staged.bytes)}; steps wait while the other "
                 f"{integrity.words(staged.late_bytes)} are written"
             )
-        where: Literal["shared", "local"] = "local" if local else "shared"
         with self._lock:
-            self._ended.append(SaveOutcome(step, seconds, size, error, where, "\n".join(notes) or None))
-        if not local and error is None and self._uploads:
-            self._uploads.add(step)
+            self._ended.append(replace(outcome, note="\n".join(notes) or None))
+        if shared and error is None and self._uploads:
+            self._uploads.add(outcome.step)
 
     def _uploaded(self, step: int, seconds: float, size: int, error: str | None) -> None:
+        """Record how a copy to the remote folder ended; called from the uploading thread."""
         with self._lock:
             self._ended.append(SaveOutcome(step, seconds, size, error, "remote"))
 
     def _write_shared(
         self, step: int, state: dict[str, Pieces], texts: dict[str, str], released: Callable[[], None]
     ) -> int:
+        """Write a checkpoint that all nodes share; return the bytes written by all ranks."""
         final = step_dir(self.root, step)
 
-        def begin() -> None:
-            # Where a mount is lost its empty folder is left, or nothing: what is written there is not where it belongs.
+        def check_mount() -> None:
+            """Raise OSError if `root` is no longer the file system on which the run started."""
+            # A lost mount leaves its empty mount point behind. A checkpoint written there would fill the node's system
+            # disk, and be hidden as soon as the mount is back.
             if not self.root.is_dir():
-                raise OSError("the folder is gone")
+                raise OSError("the folder no longer exists")
             if self.root.stat().st_dev != self._device:
-                raise OSError("the folder is on another file system than when the run began: its mount is lost")
+                raise OSError("the folder is on another file system than at the start of the run: its mount is lost")
 
-        def tidy() -> None:
+        def remove_old() -> None:
+            """Update `latest`, and remove the checkpoints that retention does not keep."""
+            # The uploading thread still reads these.
             kept = self._uploads.pending() if self._uploads else ()
             try:
                 _point_latest_to(final)
                 for old in self.retention.obsolete(steps_in(self.root)):
                     if old not in kept:
                         integrity.remove(step_dir(self.root, old))
-            except OSError as error:  # the checkpoint is whole all the same
-                self._untidy = (
-                    f"{self.root}: step {step} is saved, but what is older could not be put in order: {error}"
+            except OSError as error:
+                # Reported, not raised: the new checkpoint is complete, and raising would report it as failed.
+                self._cleanup_error = (
+                    f"{self.root}: step {step} is saved, but older checkpoints could not be removed: {error}"
                 )
 
-        return _write_folder(final, state, texts, self._group, tidy, begin=begin, released=released)
+        hooks = _Hooks(before=check_mount, after=remove_old, released=released)
+        return _write_folder(final, state, texts, self._group, hooks)
 
     def _write_local(
         self, step: int, state: dict[str, Pieces], texts: dict[str, str], released: Callable[[], None]
     ) -> int:
+        """Write this rank's part of a checkpoint on its node's disk; return the bytes written by all ranks."""
         local = self.local
-        assert local is not None, "asked for where there is a folder"
+        assert local is not None, "a local save is requested only where checkpoint.local_folder is set"
+        # All parts carry one random id: a step that is saved again must not be combined from two saves.
         save: list = [secrets.token_hex(8)]
         dist.broadcast_object_list(save, src=0, group=self._group)
         size, error = 0, None
         try:
             texts = {**texts, PLACE: local.place(save[0])}
-            size = _write_folder(local.folder(step), state, texts, None, lambda: None, released=released)
-        except (Exception, CheckpointException) as failure:  # every rank must hear of it
-            error = last_line(failure)
+            size = _write_folder(local.folder(step), state, texts, None, _Hooks(released=released))
+        except (Exception, CheckpointException) as failure:
+            error = last_line(failure)  # not raised here: the other ranks wait in the gather below
         outcomes = local.gathered((size, error))
         failed = [(rank, why) for rank, (_, why) in enumerate(outcomes) if why is not None]
         if failed:
@@ -256,15 +275,27 @@ class CheckpointWriter:
 
 
 def save_folder(folder: Path, states: Iterable[ParameterState], texts: Mapping[str, str], mesh: Mesh) -> None:
-    """Save states by themselves, in the format of a checkpoint: whole or not at all.
+    """Write states as a folder in the format of a checkpoint, completely or not at all, and wait for it.
 
     Raises:
-        RuntimeError: it could not be written.
+        RuntimeError: the folder could not be written.
     """
     try:
-        _write_folder(folder, _to_write(states, mesh, _Staging(0)), texts, mesh.host_group, lambda: None)
+        _write_folder(folder, _to_write(states, mesh, _Staging(0)), texts, mesh.host_group, _Hooks())
     except (CheckpointException, OSError) as error:
         raise RuntimeError(f"{folder}: could not be written: {last_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class _Hooks:
+    """Functions that `_write_folder` calls on its way."""
+
+    before: Callable[[], None] = lambda: None
+    """Called by rank 0 before anything is written; may raise OSError."""
+    after: Callable[[], None] = lambda: None
+    """Called by rank 0 when the folder has its final name."""
+    released: Callable[[], None] = lambda: None
+    """Called by every rank when its pieces that were not staged are on disk."""
 
 
 def _write_folder(
@@ -272,50 +303,51 @@ def _write_folder(
     state: dict[str, Pieces],
     texts: Mapping[str, str],
     group: dist.ProcessGroup | None,
-    tidy: Callable[[], None],
-    *,
-    begin: Callable[[], None] = lambda: None,
-    released: Callable[[], None] = lambda: None,
+    hooks: _Hooks,
 ) -> int:
-    """Write under another name, seal, rename; then `tidy`. Rank 0 does what is done once.
+    """Write a folder under a temporary name, seal it with a manifest, and rename it; return the bytes of all ranks.
+
+    A process killed at any point leaves either the old folder or the new one under the final name:
+    the manifest is written last and flushed, only then is the folder renamed, and one rename is atomic (rename(2)).
 
     Args:
-        group: the ranks that write it; None for this one alone.
-        released: called when the pieces that were not staged are on disk.
+        group: the ranks that write the folder; None for this one alone.
 
-    Returns:
-        Bytes, of all ranks.
+    Raises:
+        CheckpointException | OSError: on every rank, when any of them failed.
     """
     temporary = final.parent / f"{UNFINISHED}{final.name}"
 
     def prepare() -> None:
-        begin()
+        """Create the empty temporary folder with the text files."""
+        hooks.before()
+        # The rest of a save that failed: files that no rank writes again would end up in the manifest.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, text in texts.items():
             write_text(temporary / name, text)
 
     def commit() -> None:
+        """Seal the temporary folder and give it the final name."""
         write_manifest(temporary, digests)
-        # A step may be saved again, after a consolidation or in a run that was taken back; a half of it is undone by
-        # `_restore`.
+        # The same step may be saved twice: after a consolidation, or when a run was rolled back. A folder that is not
+        # empty cannot be replaced by one rename, so the old one is moved aside first. If the process is killed between
+        # the two renames, `load._restore` moves the old folder back.
         replaced = final.parent / f"{REPLACED}{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             os.replace(final, replaced)
         os.replace(temporary, final)
+        # A rename is in the parent folder's data: flush it before the old checkpoint is deleted.
         fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        tidy()
+        hooks.after()
 
     try:
         _on_main(group, prepare)
-        writer = Writer(temporary, released)
+        writer = Writer(temporary, hooks.released)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
-        parts: list = [(writer.digests, writer.num_bytes)]
-        if group is not None:
-            parts *= group.size()
-            dist.all_gather_object(parts, parts[group.rank()], group=group)
+        parts = _written_by_all(writer, group)
         digests = {name: digest for part, _ in parts for name, digest in part.items()}
         _on_main(group, commit)
     except (CheckpointException, OSError):
@@ -325,25 +357,40 @@ def _write_folder(
     return sum(size for _, size in parts)
 
 
-class _Staging:
-    """What of a save is copied, and what is written before training goes on."""
+def _written_by_all(writer: Writer, group: dist.ProcessGroup | None) -> list[tuple[dict[str, str], int]]:
+    """Return the digests and the size of every rank's file."""
+    # Digests of the bytes as they were written: reading the files back would mostly read the page cache, and would seal
+    # a file that was damaged on its way to the disk.
+    parts: list = [(writer.digests, writer.num_bytes)]
+    if group is not None:
+        parts *= group.size()
+        dist.all_gather_object(parts, parts[group.rank()], group=group)
+    return parts
 
-    def __init__(self, most: int | None):
-        self.most, self.bytes, self.late_bytes = most, 0, 0
+
+class _Staging:
+    """Budget of a save's copy on the host, in bytes, and how much of the save is copied (staged) or written late.
+
+    Args:
+        max_bytes: maximum size of the copy; None: no limit.
+    """
+
+    def __init__(self, max_bytes: int | None):
+        self.max_bytes, self.bytes, self.late_bytes = max_bytes, 0, 0
 
     def takes(self, size: int) -> bool:
-        """Whether there is room for so many bytes, which are then taken."""
-        room = self.most is None or self.bytes + size <= self.most
+        """Return True if `size` bytes fit, and account for them as staged; otherwise as late."""
+        room = self.max_bytes is None or self.bytes + size <= self.max_bytes
         self.bytes += size if room else 0
         self.late_bytes += 0 if room else size
         return room
 
 
 def _to_write(states: Iterable[ParameterState], mesh: Mesh | None, staging: _Staging) -> dict[str, Pieces]:
-    """Of those pieces of the state that this rank is the one to write: copies on the host, and what is copied late.
+    """Return the pieces of the state that this rank writes: copies on the host, or functions for those copied late.
 
     Args:
-        mesh: None: all that this rank holds.
+        mesh: decides which of the ranks with the same values writes them; None: this rank writes all that it holds.
     """
     copies: dict[str, list] = {}
     shapes, dtypes = {}, {}
@@ -355,6 +402,7 @@ def _to_write(states: Iterable[ParameterState], mesh: Mesh | None, staging: _Sta
             shapes[name], dtypes[name] = state.shard.shape, values.dtype
             pieces = copies.setdefault(name, [])
             if staging.takes(values.nbytes):
+                # copy=True: on a CPU run `to` would otherwise return the live tensor.
                 staged = values.to("cpu", copy=True)
                 pieces += [(at, p.shape, p) for at, p in state.shard.rectangles(staged, state.start)]
             else:
@@ -364,19 +412,24 @@ def _to_write(states: Iterable[ParameterState], mesh: Mesh | None, staging: _Sta
 
 
 def _is_writer(state: ParameterState, mesh: Mesh) -> bool:
+    """Return True if this rank writes a state that its replicas may hold too."""
     if not state.replicated:
         return True
-    # Ranks that keep the same share the writing by name.
+    # Replicas divide the parameters among them, so that all write at once. blake2b, because Python's `hash` of a string
+    # differs from process to process.
     owner = int.from_bytes(hashlib.blake2b(state.shard.name.encode(), digest_size=4).digest(), "big")
     replicas = mesh.replicas(expert=state.shard.expert)
     return owner % replicas.size == replicas.rank
 
 
 def write_manifest(path: Path, digests: dict[str, str]) -> None:
-    """Seal a checkpoint folder: size and digest of every file below it (those not in `digests` are read).
+    """Seal a checkpoint folder with the size and digest of every file below it.
+
+    Args:
+        digests: of files that were digested while they were written; the others are read.
 
     Raises:
-        OSError: what is on disk is not what was written.
+        OSError: the files on disk are not those that were written.
     """
     files = {}
     for written in sorted(entry for entry in path.rglob("*") if entry.is_file()):
@@ -384,7 +437,8 @@ def write_manifest(path: Path, digests: dict[str, str]) -> None:
         files[name] = {"bytes": written.stat().st_size, "blake2b": digests.get(name) or integrity.digest(written)}
     missing = digests.keys() - files.keys()
     if missing:
-        raise OSError(f"{sorted(missing)[0]} was written and is not there")
+        raise OSError(f"{sorted(missing)[0]} was written but does not exist")
+    # The index is read as a loader would, before the checkpoint counts and the one before it may be deleted.
     try:
         index = Reader(path).read_metadata()
     except ConfigError as error:
@@ -392,12 +446,15 @@ def write_manifest(path: Path, digests: dict[str, str]) -> None:
     for storage in index.storage_data.values():
         size = files.get(storage.relative_path, {}).get("bytes", 0)
         if storage.offset + storage.length > size:
-            raise OSError(f"{storage.relative_path} ends at byte {size}, before what the index says")
+            raise OSError(
+                f"{storage.relative_path} ends at byte {size}, the index needs {storage.offset + storage.length} bytes"
+            )
     write_text(path / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
     fsync(path)
 
 
 def _point_latest_to(checkpoint: Path) -> None:
+    """Write the checkpoint's name into the file `latest` of its folder, atomically."""
     temporary = checkpoint.parent / ".latest"
     temporary.write_text(checkpoint.name + "\n")
     os.replace(temporary, checkpoint.parent / "latest")
@@ -405,14 +462,14 @@ def _point_latest_to(checkpoint: Path) -> None:
 
 
 def _on_main(group: dist.ProcessGroup | None, action: Callable[[], None]) -> None:
-    """Run `action` on rank 0, and raise its error on every rank."""
+    """Run `action` on rank 0 while the others wait, and raise its error on every rank as OSError."""
     if group is None:
         return action()
     outcome: list = [None]
     if group.rank() == 0:
         try:
             action()
-        except Exception as error:  # the others wait for word
+        except Exception as error:  # raising here would leave the other ranks waiting in the broadcast
             outcome = [str(error)]
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[0] is not None:
@@ -420,20 +477,24 @@ def _on_main(group: dist.ProcessGroup | None, action: Callable[[], None]) -> Non
 
 
 def _save_failed(root: Path, step: int, error: BaseException) -> str:
-    whole = steps_in(root)
-    stands = f"The checkpoint of step {whole[-1]} is whole." if whole else "There is no earlier checkpoint."
+    """Return the message for a failed save: the cause, the free space, the last complete checkpoint, the remedy."""
+    complete = steps_in(root)
+    previous = f"The checkpoint of step {complete[-1]} is complete." if complete else "There is no earlier checkpoint."
     try:
         free = f"{shutil.disk_usage(root).free / 2**30:.1f} GiB are free there."
     except OSError:
         free = "The folder cannot be reached."
     return (
         f"{root}: the checkpoint of step {step} could not be written: {last_line(error)}. {free}\n"
-        f"  {stands} Make room (a smaller checkpoint.keep_last deletes old ones), or bring the mount back."
+        f"  {previous} Free some space (a smaller checkpoint.keep_last deletes old ones), or restore the mount."
     )
 
 
 def run_id(root: Path, mesh: Mesh) -> str:
-    """What tells this run from an earlier one in the same folder, which a node may remember; made once."""
+    """Return the id that distinguishes this run from an earlier one in the same folder; created on the first call.
+
+    A node's own disk and a remote folder may still hold checkpoints of that earlier run. All ranks call it.
+    """
     name: list = [None]
     if mesh.is_main:
         root.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,13 @@ from pydantic import ValidationError
 from igla_mega.config import breaches, rules, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import has, merge, without_nulls
+from igla_mega.config.names import safe_name
 from igla_mega.config.schema import Recipe
 from igla_mega.config.tiers import preset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+_MOST_LEVELS = 16
+"""Maximum number of dots plus one in a key of `--set`."""
 _MOST_PARENTS = 32
 """Maximum length of a chain of `extends`; a longer one is certainly a mistake."""
 
@@ -49,7 +52,7 @@ def load_recipe(name_or_path: str | Path, *, scale: str | None = None, overrides
     """
     path = _find(str(name_or_path))
     content = _read_with_parents(path, seen=[])
-    content.setdefault("name", path.stem)
+    content.setdefault("name", safe_name(path.stem))
     if scale is not None:
         content = _at_scale(content, _read_scale(scale))
     for override in overrides or []:
@@ -176,6 +179,8 @@ def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
     parts = path.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"--set {override}: write KEY=VALUE, such as `training.total_steps=100`.")
+    if len(parts) > _MOST_LEVELS:
+        raise ConfigError(f"--set: the key has {len(parts)} levels, and no key has more than {_MOST_LEVELS}.")
     return _put(content, parts, yaml_text.parse(written, f"--set {override}"), override)
 
 
@@ -189,7 +194,8 @@ def _put(container: Any, parts: list[str], value: Any, override: str) -> Any:
         return value
     head, *rest = parts
     if isinstance(container, list):
-        if not head.isdigit() or int(head) >= len(container):
+        # isdigit is also True for `²`, which int() refuses.
+        if not (head.isascii() and head.isdigit()) or len(head) > 9 or int(head) >= len(container):
             raise ConfigError(f"--set {override}: `{head}` is not an index from 0 to {len(container) - 1}.")
         return [_put(item, rest, value, override) if i == int(head) else item for i, item in enumerate(container)]
     if container is not None and not isinstance(container, dict):

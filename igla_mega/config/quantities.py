@@ -12,7 +12,13 @@ BYTE_FORMS = "a size (`8 GiB`, `512 MiB`) or a number of bytes"
 TOKEN_FORMS = "a number of tokens: `140B`, `1.5T`, `200K` (K, M, B, T are powers of 1000) or a whole number"
 
 MOST = 2**63 - 1
-"""Maximum of any count, the largest signed 64-bit integer; a number with hundreds of digits would overflow a float."""
+"""Maximum number of tokens or bytes, the largest signed 64-bit integer."""
+MOST_COUNT = 2**40
+"""Maximum of every other whole number. A product of several still fits into a float."""
+MOST_NUMBER = 1e30
+"""Maximum of numbers with a fraction: their squares, and sums over all sources, stay finite."""
+SECONDS_OF_A_YEAR = 31_536_000
+"""Maximum of waiting times: timeouts of torch and of the operating system overflow far above it."""
 _BATCH = re.compile(r"(\d+(?:\.\d+)?) ?([KM]?) tokens", re.IGNORECASE)
 _BATCH_UNIT = {"": 1, "K": 2**10, "M": 2**20}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])i?B?)?", re.IGNORECASE)
@@ -109,18 +115,20 @@ def _positive_tokens(value: Any) -> int:
 
 
 _RECOMPUTE_WORDS = {True: "full", False: "none"}
-Count = Annotated[int, Field(ge=1, le=MOST), BeforeValidator(_no_bool)]
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT), BeforeValidator(_no_bool)]
 """A whole number of at least 1."""
-Whole = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(_no_bool)]
+Whole = Annotated[int, Field(ge=0, le=MOST_COUNT), BeforeValidator(_no_bool)]
 """A whole number of at least 0."""
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(gt=0, le=MOST_NUMBER, allow_inf_nan=False), BeforeValidator(_no_bool)]
 """A finite number above 0."""
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST_NUMBER, allow_inf_nan=False), BeforeValidator(_no_bool)]
 """A finite number of at least 0."""
 Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(_no_bool)]
 """A share, 0 to 1."""
 Percent = Annotated[float, Field(ge=0, le=100), BeforeValidator(_no_bool)]
 """A share in percent, 0 to 100."""
+Seconds = Annotated[int, Field(ge=0, le=SECONDS_OF_A_YEAR), BeforeValidator(_no_bool)]
+"""A waiting time in seconds, 0 to a year."""
 BelowOne = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
 """A share, 0 to below 1."""
 CountOrAuto = Annotated[Count | Literal["auto"], is_not("a whole number of at least 1, or `auto`")]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.names import name_error, printable
 from igla_mega.config.near import near_divisors, near_multiples
 from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
 from igla_mega.config.rules_experts import expected_drop_rate, experts_add_up, experts_fit_the_rest
@@ -73,6 +74,21 @@ def stages_hold_the_model(recipe: Recipe) -> Iterator[str]:
     for key in ("model", "base_model"):
         if getattr(recipe, key) is not None:
             yield f"{key}: given next to `stages:`, each of which is a complete recipe. Move it into the first stage."
+
+
+def names_can_be_files(recipe: Recipe) -> Iterator[str]:
+    """Names become folders, files and lines of a terminal, so one rule holds for all of them."""
+    named = [("name", recipe.name)] if recipe.name else []
+    named += [(f"data.sources.{name}", name) for name in recipe.data.sources]
+    named += [(f"data.mix.{name}", name) for name in recipe.data.mix if name not in recipe.data.sources]
+    if recipe.curriculum is not None:
+        named += [(f"curriculum.phases.{i}.name", phase.name) for i, phase in enumerate(recipe.curriculum.phases)]
+    for i, stage in enumerate(recipe.stages or ()):
+        named += [(f"stages.{i}.name", stage.name)] if stage.name else []
+        named += [(f"stages.{i}.data.sources.{name}", name) for name in stage.data.sources]
+    for place, name in named:
+        if (error := name_error(name)) is not None:
+            yield f"{printable(place)}: {name!a} {error}."
 
 
 def has_a_model(recipe: Recipe) -> Iterator[str]:
@@ -414,6 +430,7 @@ FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), 
 
 
 RULES: list[Rule] = [
+    names_can_be_files,
     has_a_model,
     heads_fit_hidden_size,
     rope_scaling_bands_are_ordered,

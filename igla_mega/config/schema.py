@@ -34,6 +34,7 @@ from igla_mega.config.quantities import (
     Positive,
     Precision,
     RecomputeOrUnset,
+    Seconds,
     Tokens,
     Whole,
     is_not,
@@ -250,11 +251,11 @@ class Distributed(Section):
     keep_freed_memory: bool = False
     """True if freed memory is kept in the process, not returned to the system (CPU, glibc). Speed-up: 1.03x on 2
     cores."""
-    timeout_seconds: Count = 600
-    """Maximum time that a rank waits for its peers before the run ends, in seconds. At least 1."""
-    hang_seconds: Whole = 60
+    timeout_seconds: Annotated[Seconds, Field(ge=1)] = 600
+    """Maximum time that a rank waits for its peers before the run ends, in seconds. 1 to a year."""
+    hang_seconds: Seconds = 60
     """Maximum time without progress of any rank, in seconds; then the run ends and names the rank that hangs. Start-up,
-    saving and the first step may take `timeout_seconds`. At least 0; 0 disables."""
+    saving and the first step may take `timeout_seconds`. 0 to a year; 0 disables."""
     straggler_every: Whole = 50
     """Steps between comparisons of the ranks' compute times, without waiting for peers. At least 0; 0 disables."""
     straggler_factor: Positive = 1.5

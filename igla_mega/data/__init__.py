@@ -1,1 +1,1 @@
-"""Text to tokens to batches: tokenizer, indexed datasets, blending, windows. Only `batches` imports torch."""
+"""Data that a run reads: tokenizer, indexed datasets, blending, windows, packing, micro-batches."""

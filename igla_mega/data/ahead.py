@@ -7,11 +7,13 @@ from typing import Any
 
 
 def ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """The same items, made by a thread of their own, at most `depth` ahead."""
+    """Yield the same items, produced by a background thread at most `depth` ahead."""
     waiting: queue.Queue = queue.Queue(depth)
     ended = threading.Event()
 
     def put(item: Any) -> bool:
+        """Enqueue an item; return False once the consumer has stopped."""
+        # With a timeout, since a blocked `put` would never notice that the consumer is gone.
         while not ended.is_set():
             try:
                 waiting.put(item, timeout=0.2)
@@ -21,12 +23,13 @@ def ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
         return False
 
     def work() -> None:
+        """Produce the items in the background thread."""
         try:
             for item in items:
                 if not put((item, None)):
                     return
             put((None, StopIteration()))
-        except BaseException as error:  # raised where the items are used
+        except BaseException as error:  # raised again in the consumer's thread
             put((None, error))
 
     threading.Thread(target=work, daemon=True, name="read ahead").start()

@@ -1,7 +1,7 @@
-"""Mix sources by weight: which source, and which of its samples, is global sample n.
+"""Mix sources by weight: map global sample n to a source and a sample of that source.
 
-A pure function of n in bounded memory. One period of the schedule is built, every prefix of it within one sample of
-n * weight for every source; the periods repeat.
+The map is a pure function of n in bounded memory. One period of the schedule is built and then repeated; in every
+prefix of n samples, each source's count is within one sample of n * weight.
 """
 
 import heapq
@@ -23,26 +23,31 @@ except ImportError:
     built_blend_schedule = None
 
 MAX_PERIOD = 1_000_000
+"""Maximum number of samples in one period of the schedule."""
 _PART = 1 << 14
+"""Samples handled at a time, so that the temporary arrays fit in the CPU cache."""
 TOLERANCE = 1e-6
-"""Of a sum of weights."""
+"""Deviation of the sum of the weights from 1 that is not reported."""
 
 
 class Blend:
-    """A schedule over named sources. Sources are numbered in the order of `weights`."""
+    """Schedule over named sources, numbered in the order of `weights`."""
 
     def __init__(self, weights: Mapping[str, float], after: "tuple[Blend, int] | None" = None):
-        """
+        """Build one period of the schedule.
+
         Args:
-            weights: not negative, at least one above zero; they need not add up to 1. Weight 0 is never drawn.
-            after: (blend, n): global samples before n are that blend's, and each source goes on where it left it.
+            weights: nonnegative, at least one above zero; they need not add up to 1. Weight 0 is never drawn.
+            after: (blend, n): global samples before n belong to that blend, and each source continues where it stopped.
 
         Raises:
-            ConfigError: no weight above zero, or one that is negative or not finite.
+            ConfigError: no weight is above zero, or a weight is negative or not finite.
         """
         wrong = {name: weight for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)}
         if wrong:
-            raise ConfigError(*[f"data.mix.{name}: {w} is no weight.\n  Use 0 or more." for name, w in wrong.items()])
+            raise ConfigError(
+                *[f"data.mix.{name}: {w} is not a weight.\n  Use 0 or more." for name, w in wrong.items()]
+            )
         if not any(weights.values()):
             sources = ", ".join(weights) or "no sources"
             raise ConfigError(f"data.mix: no weight above 0 ({sources}).\n  Give at least one source a weight.")
@@ -50,9 +55,10 @@ class Blend:
         self._before, self._first = after or (None, 0)
         self.names: list[str]
         if self._before is not None:
-            # Sources keep their numbers; one that is new comes last, one that is gone is not drawn.
+            # Sources keep their numbers across a change: new ones are appended, removed ones get weight 0.
             weights = {**dict.fromkeys(self._before.names, 0), **weights}
         self.names = list(weights)
+        # Exact fractions of the decimal text: 0.1 means 1/10, so that the period of 0.1 / 0.9 is 10, not 2^55.
         exact = [Fraction(str(weight)) for weight in weights.values()]
         total = sum(exact)
         shares = [weight / total for weight in exact]
@@ -60,6 +66,7 @@ class Blend:
         self.counts, self.note = period_counts(self.names, shares)
         self.period = int(self.counts.sum())
         self._schedule = (built_blend_schedule or blend_schedule)(self.counts)
+        # _rank[slot]: number of earlier slots of the period that the same source has.
         self._rank = np.empty(self.period, dtype=np.int32)
         by_source = np.argsort(self._schedule, kind="stable")
         first = np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
@@ -68,13 +75,12 @@ class Blend:
         self._offsets = np.array([drawn.get(name, 0) for name in self.names], dtype=np.int64)
 
     def sources_of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number and index within that source of the global samples [start, stop), each int64."""
+        """Return source number and index within the source of the global samples [start, stop), int64 each."""
         return self.lookup(np.arange(start, stop, dtype=np.int64))
 
     def lookup(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same for any global sample numbers (int64)."""
+        """Return source number and index within the source of any global samples (int64), int64 each."""
         sources, indices = np.empty_like(samples), np.empty_like(samples)
-        # In parts that stay in the cache.
         for at in range(0, len(samples), _PART):
             part = slice(at, at + _PART)
             counted = samples[part] - self._first if self._first else samples[part]
@@ -89,7 +95,7 @@ class Blend:
         return sources, indices
 
     def consumed(self, samples: int) -> dict[str, int]:
-        """How many samples of each source the first `samples` global samples hold."""
+        """Return the number of samples drawn from each source by the first `samples` global samples."""
         if self._before is not None and samples < self._first:
             return {**dict.fromkeys(self.names, 0), **self._before.consumed(samples)}
         periods, rest = divmod(samples - self._first, self.period)
@@ -98,10 +104,10 @@ class Blend:
 
 
 def changing_blend(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> Blend:
-    """One blend of several mixes.
+    """Return one blend of several successive mixes.
 
     Args:
-        mixes: (n, weights) in order: from global sample n on, these weights; the first n is 0.
+        mixes: (n, weights) in order; the weights apply from global sample n on, and the first n is 0.
     """
     blend = Blend(mixes[0][1])
     for first, weights in mixes[1:]:
@@ -112,11 +118,13 @@ def changing_blend(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> Blend:
 def recorded_mixes(
     file: Path, mix: Mapping[str, float], consumed_samples: int, *, write: bool
 ) -> list[tuple[int, dict[str, float]]]:
-    """The mixes that a run has followed, and from now on `mix`: from `consumed_samples` on, where it is another one.
+    """Return the successive mixes of a run, with `mix` appended from `consumed_samples` on if it differs from the last.
 
     The file is the ledger of the changes: a JSON list of {"first_sample": n, "mix": {...}, "consumed": {source: samples
-    before n}}. What was noted behind `consumed_samples`, by a run that is taken up again from an earlier checkpoint, is
-    dropped.
+    before n}}. Entries after `consumed_samples`, left when a run resumes from an earlier checkpoint, are dropped.
+
+    Args:
+        write: True to write the updated ledger back.
 
     Raises:
         ConfigError: the file is damaged.
@@ -125,7 +133,7 @@ def recorded_mixes(
         entries = json_text.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         mixes = [(int(e["first_sample"]), dict(e["mix"])) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or begin another --run.") from None
+        raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or start another --run.") from None
     mixes = [(first, weights) for first, weights in mixes if first == 0 or first < consumed_samples]
     if not mixes or consumed_samples == 0:
         mixes = [(0, dict(mix))]
@@ -146,37 +154,37 @@ def recorded_mixes(
 
 
 def normalised(mix: Mapping[str, float]) -> str | None:
-    """What to say of weights that do not add up to 1, or of which some are 0."""
-    total, said = sum(mix.values()), []
+    """Return a notice about weights that do not add up to 1 or are 0, or None."""
+    total, notices = sum(mix.values()), []
     if mix and total > 0 and abs(total - 1) > TOLERANCE:
         shares = ", ".join(f"{name} {weight / total:.4g}" for name, weight in mix.items())
-        said.append(f"data.mix: the weights add up to {total:.4g}, not 1; taken as {shares}")
+        notices.append(f"data.mix: the weights add up to {total:.4g}, not 1; normalized to {shares}")
     if zero := [name for name, weight in mix.items() if weight == 0]:
-        said.append(f"data.mix: {', '.join(zero)} with weight 0 is never drawn")
-    return "; ".join(said) or None
+        notices.append(f"data.mix: {', '.join(zero)} with weight 0 is never drawn")
+    return "; ".join(notices) or None
 
 
 def consumption(mix: Mapping[str, float], tokens: Mapping[str, int], total_tokens: int) -> list[str]:
-    """What a run of so many tokens reads of each source, a line each.
+    """Return a line per source with the tokens and epochs that a run of `total_tokens` reads from it.
 
     Args:
-        tokens: that there are of each source.
+        tokens: number of available tokens per source.
     """
     total = sum(mix.values())
     lines = []
     for name, weight in mix.items():
         read = total_tokens * weight / total
-        there = tokens.get(name, 0)
-        epochs = f"{read / there:.2f} epochs" if there else "not prepared"
-        lines.append(f"{name:16} {weight / total:8.2%} {read:18,.0f} of {there:16,} tokens, {epochs}")
+        available = tokens.get(name, 0)
+        epochs = f"{read / available:.2f} epochs" if available else "not prepared"
+        lines.append(f"{name:16} {weight / total:8.2%} {read:18,.0f} of {available:16,} tokens, {epochs}")
     return lines
 
 
 def period_counts(names: list[str], shares: list[Fraction]) -> tuple[np.ndarray, str | None]:
-    """Samples of each source in one period, int64, and a sentence when the shares had to be rounded.
+    """Return the samples of each source in one period, int64, and a notice if the shares had to be rounded.
 
-    Exact while their common denominator is at most MAX_PERIOD; beyond that largest remainders, at least one sample for
-    every share above zero.
+    Exact if their common denominator is at most MAX_PERIOD. Otherwise rounded by largest remainder, with at least one
+    sample for every share above zero.
     """
     denominator = math.lcm(*(share.denominator for share in shares))
     if denominator <= MAX_PERIOD:
@@ -186,22 +194,22 @@ def period_counts(names: list[str], shares: list[Fraction]) -> tuple[np.ndarray,
     missing = MAX_PERIOD - sum(counts)
     for s in by_remainder[: max(missing, 0)]:
         counts[s] += 1
-    # Raising tiny shares to one sample can overfill the period: the largest source gives way.
+    # Raising tiny shares to one sample can overfill the period: the largest source is reduced.
     counts[max(range(len(counts)), key=counts.__getitem__)] += min(missing, 0)
     used = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
     return np.array(counts, dtype=np.int64), f"data.mix: rounded to parts of {MAX_PERIOD:,}: {used}."
 
 
 def blend_schedule(counts: np.ndarray) -> np.ndarray:
-    """Spread `counts[s]` turns of each source over `sum(counts)` slots.
+    """Spread `counts[s]` turns of each source over D = `sum(counts)` slots.
 
     Turn k of a source with share w = counts[s] / D must fall into slots [floor(k / w), ceil((k + 1) / w)); then every
-    prefix of n slots holds more than n*w - 1 and fewer than n*w + 1 of its turns. Earliest deadline first meets all
-    these windows, because the fluid schedule does and the turns are of unit length (Tijdeman 1980, "The chairman
-    assignment problem"; Baruah et al. 1996, "Proportionate progress"). Of equal deadlines the lower source goes first.
+    prefix of n slots holds more than n*w - 1 and fewer than n*w + 1 of its turns. Earliest-deadline-first scheduling
+    satisfies all these windows, because the fluid schedule does and the turns have unit length (Tijdeman 1980, "The
+    chairman assignment problem"; Baruah et al. 1996, "Proportionate progress"). Ties go to the lower source number.
 
     Args:
-        counts: int64, not negative, not all zero.
+        counts: turns per source, int64 [sources], nonnegative, not all zero.
 
     Returns:
         Source number of each slot, int32 [D].
@@ -212,7 +220,7 @@ def blend_schedule(counts: np.ndarray) -> np.ndarray:
         turns = np.arange(count, dtype=np.int64)
         releases.append(turns * period // max(count, 1))
         deadlines = -(-(turns + 1) * period // max(count, 1))
-        keys.append(deadlines * num_sources + source)
+        keys.append(deadlines * num_sources + source)  # one integer sorts by (deadline, source)
     released = np.concatenate(releases)
     order = np.argsort(released, kind="stable")
     upcoming = iter(zip(released[order].tolist(), np.concatenate(keys)[order].tolist(), strict=True))

@@ -1,15 +1,16 @@
-"""Conversations to tokens and the mask of those that an assistant said, by the tokenizer's own chat template.
+"""Tokenize conversations with the tokenizer's chat template, and mark the assistant's tokens as targets.
 
-What a line of JSONL may be:
+Accepted forms of a JSONL line:
     {"messages": [{"role": "system" | "user" | "assistant", "content": text}, ...]}
     {"prompt": text, "completion": text}, or both as lists of messages
     {"instruction": text, "input": text, "output": text}, input optional (Alpaca); also `system`
 
-The rules of the mask, for every template: targets are the tokens of the assistant's text and of what ends the turn, up
-to its last special token (a newline behind that is the template's, not the assistant's); where a turn ends without one,
-up to its end. Headers of turns, system and user text are no targets. Where an answer begins and ends is found by
-rendering the conversation up to there: templates whose shorter rendering is not the beginning of the longer are
-refused. Tokens are those of the whole rendered text; one that straddles the begin of an answer is no target.
+The target mask follows the same rules for every template. Targets are the tokens of the assistant's text and of the end
+of the turn, up to its last special token (a newline after that belongs to the template); in a turn without a special
+token, up to its end. Turn headers, system text and user text are not targets. The borders of an answer are found by
+rendering the conversation up to them, so a template whose shorter rendering is not a prefix of the longer one is
+rejected. The tokens are those of the whole rendered text; a token that straddles the beginning of an answer is not a
+target.
 """
 
 import datetime
@@ -43,24 +44,23 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
-"""For tokenizers with no special tokens of turns: plain headers, and the end-of-document token behind an answer."""
-
+"""Template for tokenizers without special turn tokens: plain headers, and end-of-document tokens after answers."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Sample(NamedTuple):
-    """One conversation."""
+    """One tokenized conversation."""
 
     tokens: np.ndarray
-    """int64 [n]"""
+    """Token ids, int64 [n]."""
     targets: np.ndarray
-    """bool [n]: whether the token is to be predicted from those before it."""
+    """True if the token is to be predicted from those before it, bool [n]."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A compiled chat template and the special tokens that it may name."""
+    """Compiled chat template and the special tokens that it may refer to."""
 
     source: str
     compiled: jinja2.Template
@@ -68,10 +68,10 @@ class ChatTemplate:
     environment: "_Sandbox"
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation.
+        """Return the text of a conversation.
 
         Raises:
-            jinja2.TemplateError: the template refuses it, fails on it, or takes more than a template needs.
+            jinja2.TemplateError: the template rejects it, fails on it, or exceeds the sandbox's limits.
         """
         try:
             self.environment.turns = 0
@@ -80,18 +80,18 @@ class ChatTemplate:
             )
         except jinja2.TemplateError:
             raise
-        except Exception as error:  # a template is a program, which fails in any way
+        except Exception as error:  # a template is a program and can raise anything
             raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def load_template(tokenizer: str | Path, given: str | Path | None = None) -> ChatTemplate:
-    """The chat template of a tokenizer's folder, or the one given.
+    """Return the given chat template, or the one of a tokenizer's folder.
 
     Args:
         given: a file with a template, or `plain` for `PLAIN_TEMPLATE`.
 
     Raises:
-        ConfigError: there is none, or it is not a Jinja template.
+        ConfigError: there is no template, or it is not a Jinja template.
     """
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     settings = _settings(folder / "tokenizer_config.json")
@@ -100,13 +100,14 @@ def load_template(tokenizer: str | Path, given: str | Path | None = None) -> Cha
         environment = _environment()
         compiled = environment.from_string(source)
     except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{place}: not a chat template ({error}).\n  Give one that Jinja can read.") from None
+        raise ConfigError(f"{place}: not a chat template ({error}).\n  Give a valid Jinja template.") from None
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: _text(settings.get(name)) for name in names if settings.get(name) is not None}
     return ChatTemplate(source, compiled, tokens, environment)
 
 
 def _given(given: str | Path) -> str:
+    """Return the source of the template that `data.chat_template` names."""
     if str(given) == "plain":
         return PLAIN_TEMPLATE
     try:
@@ -118,7 +119,7 @@ def _given(given: str | Path) -> str:
 
 
 def _found(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Where a folder's template lies, and the template: a file of its own, else in the tokenizer's settings."""
+    """Return a folder's template and its location: a separate file, or a key of the tokenizer's settings."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return str(file), _given(file)
@@ -131,14 +132,15 @@ def _found(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
         template = named.get("default")
     if not isinstance(template, str):
         raise ConfigError(
-            f"{folder}: the tokenizer has no chat template, so turns cannot be told apart.\n"
-            "  Put one beside it as chat_template.jinja, name a file with data.chat_template, or set "
+            f"{folder}: the tokenizer has no chat template, so turns cannot be rendered.\n"
+            "  Add chat_template.jinja to the folder, name a file with data.chat_template, or set "
             "data.chat_template=plain."
         )
     return place, template
 
 
 def _settings(file: Path) -> dict[str, Any]:
+    """Return the JSON object of a settings file, empty if there is none."""
     if not file.is_file():
         return {}
     try:
@@ -149,11 +151,12 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str:
+    """Return the text of a special token, given as a string or as Hugging Face's AddedToken object."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
 def _environment() -> "_Sandbox":
-    """What transformers renders chat templates with, so that a template means here what it means there."""
+    """Return a Jinja environment with the same options, filters and globals as transformers' chat templates."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -168,29 +171,37 @@ def _environment() -> "_Sandbox":
     return environment
 
 
-_MOST_TURNS, _MOST_SIZE = 1_000_000, 1 << 24
-"""Of one rendering: passes of loops and calls; of one value: characters, elements, bits. No template comes near."""
+_MAX_TURNS, _MAX_SIZE = 1_000_000, 1 << 24
+"""Limits on the loop passes and calls of one rendering, and on the characters, elements or bits of one value.
+
+Real templates stay far below both.
+"""
 
 
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox keeps a template from files and code; this one also from taking all time and memory.
+    """Jinja sandbox that also bounds the time and memory of a template, in addition to denying access to files.
 
-    Loops, calls and values are bounded as they are met. It is no wall: a list of lists of itself can still be large.
+    A template comes with a downloaded tokenizer and is untrusted. Loops, calls and values are bounded where they occur.
+    The bound is not strict: nested lists can still be large.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     turns = 0
 
     def __init__(self, **options: Any):
+        """Wrap all filters with the limits."""
         super().__init__(**options)
         self.filters = {name: self._guarded(filter_) for name, filter_ in self.filters.items()}
         self.filters |= {"_looped": self._looped, "_small": self._small}
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call an object of a template within the limits."""
         self._before(getattr(inspect.unwrap(obj), "__self__", None), *args, *kwargs.values())
         return self._small(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Apply an operator within the limits."""
+        # Estimated before the operation: checking its result would come after the memory was allocated.
         sizes = [_size(value) for value in (left, right)]
         if operator == "**" or (operator == "*" and not isinstance(left, int | float)):
             sizes[0] = max(sizes[0], 1) * (right if isinstance(right, int) else sizes[1])
@@ -198,11 +209,13 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
             sizes[0] = left * sizes[1] if hasattr(right, "__len__") else sum(sizes)
         elif operator == "%" and isinstance(left, str):
             self._before(left, *(right if isinstance(right, tuple) else (right,)))
-        if max(sizes) > _MOST_SIZE:
-            raise jinja2.exceptions.SecurityError(f"a value of more than {_MOST_SIZE:,} characters, elements or bits")
+        if max(sizes) > _MAX_SIZE:
+            raise jinja2.exceptions.SecurityError(f"a value of more than {_MAX_SIZE:,} characters, elements or bits")
         return self._small(super().call_binop(context, operator, left, right))
 
     def _guarded(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter with the limits applied to its arguments and result."""
+
         @functools.wraps(filter_)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self._before(*args, *kwargs.values())
@@ -211,32 +224,36 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return guarded
 
     def _before(self, *values: Any) -> None:
-        """Count a call, and refuse widths and counts that only make a value large, also in a format."""
+        """Count a call, and reject huge widths and counts, given as arguments or within a format string."""
         self._spend(1)
         for value in values:
-            told = [value] if isinstance(value, int) else []
+            numbers = [value] if isinstance(value, int) else []
             if isinstance(value, str) and ("%" in value or "{" in value):
-                told = [int(number) for number in re.findall(r"\d{6,18}", value)]
-            if any(abs(number) > _MOST_SIZE for number in told):
-                raise jinja2.exceptions.SecurityError(f"a width or count of more than {_MOST_SIZE:,}")
+                numbers = [int(number) for number in re.findall(r"\d{6,18}", value)]
+            if any(abs(number) > _MAX_SIZE for number in numbers):
+                raise jinja2.exceptions.SecurityError(f"a width or count of more than {_MAX_SIZE:,}")
 
     def _looped(self, value: Any) -> Any:
-        """What a loop goes through."""
-        items = value if hasattr(value, "__len__") else list(itertools.islice(value, _MOST_TURNS + 1))
+        """Return the items that a loop iterates over, after counting them."""
+        items = value if hasattr(value, "__len__") else list(itertools.islice(value, _MAX_TURNS + 1))
         self._spend(1 + len(items))
         return items
 
     def _small(self, value: Any) -> Any:
-        if _size(value) > _MOST_SIZE:
-            raise jinja2.exceptions.SecurityError(f"a value of more than {_MOST_SIZE:,} characters, elements or bits")
+        """Return a value unchanged; raise SecurityError if it is too large."""
+        if _size(value) > _MAX_SIZE:
+            raise jinja2.exceptions.SecurityError(f"a value of more than {_MAX_SIZE:,} characters, elements or bits")
         return value
 
     def _spend(self, turns: int) -> None:
+        """Count loop passes and calls; raise SecurityError beyond the limit."""
         self.turns += turns
-        if self.turns > _MOST_TURNS:
-            raise jinja2.exceptions.SecurityError(f"more than {_MOST_TURNS:,} turns of loops and calls")
+        if self.turns > _MAX_TURNS:
+            raise jinja2.exceptions.SecurityError(f"more than {_MAX_TURNS:,} loop passes and calls")
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Parse a template and insert the limits into its syntax tree."""
+        # Loops, `{% set %}` blocks and `~` are compiled to plain Python, out of reach of `call` and `call_binop`.
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = nodes.Filter(loop.iter, "_looped", [], [], None, None, lineno=loop.lineno)
@@ -249,37 +266,39 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
 
 def _size(value: Any) -> int:
+    """Return the size of a value: bits of an integer, characters of a text, elements of a container."""
     if isinstance(value, int):
         return value.bit_length()
     return len(value) if hasattr(value, "__len__") else 0
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`, with which some templates mark the assistant's text: rendered as what it encloses."""
+    """The `{% generation %}` tag, which marks the assistant's text in some templates; rendered as its content."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Parse the tag and its content."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
 
 
 def read_conversations(file: str | Path) -> Iterator[tuple[str, list[Message] | tuple[str, str]]]:
-    """Every line of a JSONL file as messages, or as a plain prompt and its completion, with its place (`file:line`).
+    """Yield (`file:line`, messages or a plain prompt and completion) for every line of a JSONL file.
 
     Raises:
-        ConfigError: a line that is none of the known forms, or a conversation whose turns are not in order.
+        ConfigError: a line has no accepted form, or the turns of a conversation are not in order.
     """
     for place, entry in json_lines(file):
         yield place, conversation_of(entry, place)
 
 
 def json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every line of a JSONL file that is not blank, with its place.
+    """Yield (`file:line`, object) for every line of a JSONL file that is not blank.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is no JSON object.
+        ConfigError: the file cannot be read, or a line is not a JSON object.
     """
     try:
         with open(file, encoding="utf-8") as lines:
@@ -290,9 +309,9 @@ def json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     entry = json_text.loads(line)
                 except ValueError as error:
-                    raise ConfigError(f"{place}: not JSON ({error}).\n  Mend or remove the line.") from None
+                    raise ConfigError(f"{place}: not JSON ({error}).\n  Fix or remove the line.") from None
                 if not isinstance(entry, dict):
-                    raise ConfigError(f"{place}: not a JSON object.\n  Mend or remove the line.")
+                    raise ConfigError(f"{place}: not a JSON object.\n  Fix or remove the line.")
                 yield place, entry
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}).\n  Give a JSONL file.") from None
@@ -301,10 +320,10 @@ def json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def conversation_of(entry: Mapping[str, Any], place: str) -> list[Message] | tuple[str, str]:
-    """The messages of one line, or its plain prompt and completion.
+    """Return the messages of one line, or its plain prompt and completion.
 
     Raises:
-        ConfigError: the line is of no known form, or its turns are not in order.
+        ConfigError: the line has no accepted form, or its turns are not in order.
     """
     if "messages" in entry:
         return checked(entry["messages"], place)
@@ -316,7 +335,7 @@ def conversation_of(entry: Mapping[str, Any], place: str) -> list[Message] | tup
             refuse_surrogates(prompt + completion, place)
             return prompt, completion
         raise ConfigError(
-            f"{place}: prompt and completion: neither two texts nor two lists of messages.\n  Mend or remove the line."
+            f"{place}: prompt and completion are not both texts or both lists of messages.\n  Fix or remove the line."
         )
     if "instruction" in entry and "output" in entry:
         user = "\n".join(str(part) for part in (entry["instruction"], entry.get("input")) if part)
@@ -325,41 +344,42 @@ def conversation_of(entry: Mapping[str, Any], place: str) -> list[Message] | tup
         return checked([*system, *turns], place)
     known = "`messages`, `prompt` and `completion`, or `instruction` and `output`"
     keys = ", ".join(sorted(entry)) or "none"
-    raise ConfigError(f"{place}: no conversation: its keys are {keys}.\n  Give {known}.")
+    raise ConfigError(f"{place}: not a conversation: its keys are {keys}.\n  Use {known}.")
 
 
 def checked(messages: Any, place: str, *, answered: bool = True) -> list[Message]:
-    """Messages in an order that a model can learn from: an optional system text, then user and assistant in turn.
+    """Return messages after checking their order: an optional system text, then user and assistant alternately.
 
     Args:
-        answered: the last turn must be the assistant's.
+        place: `file:line` for the errors.
+        answered: True to require at least one turn by the assistant.
 
     Raises:
-        ConfigError: anything else, with the place and the number of the turn.
+        ConfigError: the messages are malformed or out of order.
     """
     if not isinstance(messages, list) or not messages:
-        raise ConfigError(f"{place}: messages: not a list of turns.\n  Mend or remove the line.")
+        raise ConfigError(f"{place}: messages: not a list of turns.\n  Fix or remove the line.")
     for number, message in enumerate(messages, 1):
         turn = f"{place}: turn {number}"
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ConfigError(f'{turn}: not a {{"role": ..., "content": text}}.\n  Mend or remove the line.')
+            raise ConfigError(f'{turn}: not a {{"role": ..., "content": text}}.\n  Fix or remove the line.')
         refuse_surrogates(message["content"], turn)
         role = message.get("role")
         if role not in ROLES:
-            raise ConfigError(f"{turn}: role {role!r} is not one of {', '.join(ROLES)}.\n  Mend or remove the line.")
+            raise ConfigError(f"{turn}: role {role!r} is not one of {', '.join(ROLES)}.\n  Fix or remove the line.")
         if role == "system" and number > 1:
-            raise ConfigError(f"{turn}: a system text after the first turn.\n  Move it to the start.")
+            raise ConfigError(f"{turn}: system text after the first turn.\n  Move it to the start.")
         if number > 1 and role == messages[number - 2]["role"]:
             raise ConfigError(f"{turn}: two turns in a row by the {role}.\n  Join them, or remove one.")
     if answered and not any(message["role"] == "assistant" for message in messages):
-        raise ConfigError(f"{place}: no turn by the assistant, so there is nothing to learn.\n  Remove the line.")
+        raise ConfigError(f"{place}: no turn by the assistant, so there are no targets.\n  Remove the line.")
     return messages
 
 
 def refuse_surrogates(text: str, place: str) -> None:
-    """JSON can spell half of a character, which no tokenizer takes."""
+    """Raise ConfigError on an unpaired surrogate, which JSON escapes can express and no tokenizer accepts."""
     if not text.isascii() and _SURROGATE.search(text):
-        raise ConfigError(f"{place}: half of a surrogate pair: not Unicode.\n  Mend or remove the line.")
+        raise ConfigError(f"{place}: contains half of a surrogate pair (invalid Unicode).\n  Fix or remove the line.")
 
 
 def tokenize(
@@ -371,32 +391,31 @@ def tokenize(
     max_length: int | None = None,
     too_long: TooLong = "error",
 ) -> Sample | None:
-    """Tokens of a conversation, and which of them the assistant said.
+    """Return the tokens of a conversation and the mask of those written by the assistant.
 
     Args:
-        template: None only where every conversation is a plain prompt and completion: these are put end to end, and the
-            end-of-document token, a target, behind them.
-        max_length: tokens that a sample may have.
-        too_long: a longer one is an error, or cut at its end (what of its answers is beyond is not learned), or left
-            out.
+        template: may be None only if every conversation is a plain prompt and completion. These are concatenated and
+            followed by the end-of-document token, which is a target.
+        max_length: maximum number of tokens of a sample.
+        too_long: a longer sample is an error (`error`), cut at its end (`cut`), or dropped (`skip`).
 
     Returns:
-        None for one that is left out, also when no target is left of a cut one.
+        The sample, or None if it is dropped or has no target left after the cut.
 
     Raises:
-        ConfigError: too long; or the template takes back text that it has rendered, or refuses the conversation.
+        ConfigError: the sample is too long, or the template rejects the conversation or changes earlier turns.
     """
     if isinstance(conversation, tuple):
         sample = _plain(*conversation, tokenizer)
     else:
         if template is None:
-            raise ConfigError(f"{place}: turns, but no chat template.\n  Set data.chat_template.")
+            raise ConfigError(f"{place}: contains messages, but there is no chat template.\n  Set data.chat_template.")
         sample = _rendered(conversation, tokenizer, template, place)
     if max_length is None or len(sample.tokens) <= max_length:
         return sample
     if too_long == "error":
         raise ConfigError(
-            f"{place}: {len(sample.tokens)} tokens are more than the {max_length} of data.max_length.\n"
+            f"{place}: {len(sample.tokens)} tokens exceed data.max_length {max_length}.\n"
             "  Raise it, shorten the conversation, or set data.too_long to `cut` or `skip`."
         )
     cut = Sample(sample.tokens[:max_length], sample.targets[:max_length])
@@ -404,6 +423,7 @@ def tokenize(
 
 
 def _plain(prompt: str, completion: str, tokenizer: Tokenizer) -> Sample:
+    """Return prompt, completion and end-of-document token, the last two as targets."""
     end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     context, answer = tokenizer.encode(prompt), [*tokenizer.encode(completion), *end]
     tokens = np.array([*context, *answer], dtype=np.int64)
@@ -411,11 +431,12 @@ def _plain(prompt: str, completion: str, tokenizer: Tokenizer) -> Sample:
 
 
 def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTemplate, place: str) -> Sample:
+    """Return the tokens of rendered messages, with the assistant's turns as targets."""
     try:
         text = template.render(messages)
         spans = list(_answer_spans(messages, template, text, place))
     except jinja2.TemplateError as error:
-        raise ConfigError(f"{place}: the chat template refuses it: {error}.\n  Mend or remove the line.") from None
+        raise ConfigError(f"{place}: the chat template fails: {error}.\n  Fix or remove the line.") from None
     specials = special_ids(tokenizer)
     encoding = tokenizer.engine.encode(text, add_special_tokens=False)
     tokens = np.array(encoding.ids, dtype=np.int64)
@@ -424,24 +445,27 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
     targets = np.zeros(len(tokens), dtype=bool)
     for begin, body_end, end in spans:
         inside = (begins >= begin) & (ends <= end) & (ends > begins)
-        # What ends the turn lies behind the answer's text: of that, up to the last special token.
+        # The end of the turn follows the answer's text: it is a target up to its last special token. Text after that,
+        # such as a newline, is written by the template and never has to be generated.
         closing = np.flatnonzero(inside & special & (begins >= body_end))
         if len(closing):
             inside[closing[-1] + 1 :] = False
         targets |= inside
     if not targets[1:].any():
-        raise ConfigError(
-            f"{place}: the assistant's turns are empty, so there is nothing to learn.\n  Remove the line."
-        )
+        raise ConfigError(f"{place}: the assistant's turns are empty, so there are no targets.\n  Remove the line.")
     return Sample(tokens, targets)
 
 
 def special_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of the tokens that text cannot spell by its characters, int64."""
+    """Return the ids of the special tokens, which ordinary text does not produce, int64.
+
+    Raises:
+        ConfigError: the tokenizer's library reports no character offsets.
+    """
     if not hasattr(tokenizer.engine, "get_added_tokens_decoder"):
         raise ConfigError(
-            f"data.tokenizer: {tokenizer.path} does not tell which characters its tokens are of, so turns cannot be"
-            " told apart.\n  Save it as a tokenizer.json."
+            f"data.tokenizer: {tokenizer.path} does not report the character offsets of its tokens, so turns cannot be"
+            " located.\n  Save it as a tokenizer.json."
         )
     added = tokenizer.engine.get_added_tokens_decoder()
     return np.array([number for number, token in added.items() if token.special], dtype=np.int64)
@@ -450,7 +474,7 @@ def special_ids(tokenizer: Tokenizer) -> np.ndarray:
 def _answer_spans(
     messages: Sequence[Message], template: ChatTemplate, text: str, place: str
 ) -> Iterator[tuple[int, int, int]]:
-    """For each of the assistant's turns: where its answer begins, where its text ends, where the turn ends."""
+    """Yield the character offsets of each assistant turn: start of the answer, end of its text, end of the turn."""
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -458,9 +482,11 @@ def _answer_spans(
         after = template.render(messages[: index + 1])
         if not after.startswith(before) or not text.startswith(after):
             raise ConfigError(
-                f"{place}: turn {index + 1}: the chat template writes earlier turns otherwise once more follow, so "
-                "that an answer cannot be placed.\n  Use a template that only appends, or conversations of one answer."
+                f"{place}: turn {index + 1}: the chat template renders earlier turns differently when more follow, so "
+                "the answer cannot be located.\n  Use a template that only appends, or conversations with one answer."
             )
+        # Stripped, since many templates trim the content. If a template rewrites it, it is not found, and the whole
+        # turn is searched for the special token that closes it.
         content = message["content"].strip()
         found = text.find(content, len(before), len(after)) if content else len(before)
         body_end = found + len(content) if found >= 0 else len(before)

@@ -1,4 +1,4 @@
-"""NVIDIA DALI as loader: its pipeline's threads take the batches over, and copy them to the GPU where there is one."""
+"""Load micro-batches through an NVIDIA DALI pipeline, which runs ahead in its own threads and copies to the GPU."""
 
 from collections import deque
 from collections.abc import Hashable, Iterator
@@ -13,10 +13,14 @@ from igla_mega.data.prefetch import Make, steps_from
 
 
 class Dali:
-    """The micro-batches of `make`, through a DALI pipeline that runs ahead."""
+    """Loader that passes the micro-batches of `make` through a DALI pipeline."""
 
     def __init__(self, make: Make, depth: int):
-        """
+        """Import DALI; the pipeline is built at the first step.
+
+        Args:
+            depth: number of micro-batches that the pipeline prefetches, at least 1.
+
         Raises:
             ConfigError: DALI is not installed.
         """
@@ -32,34 +36,37 @@ class Dali:
         self._next: tuple[int, Hashable] | None = None
         self._pipeline: Any = None
         self._source: Iterator[tuple[MicroBatch, bool]] = iter(())
-        self._under_way: deque[tuple[MicroBatch, bool]] = deque()
-        """Batches inside the pipeline, and whether each is the last of its step."""
+        self._in_flight: deque[tuple[MicroBatch, bool]] = deque()
+        """Batches in the pipeline, each with True if it is the last of its step. Their tensors come back from DALI."""
 
     def step(self, step: int, share: Any) -> Iterator[MicroBatch]:
-        """The micro-batches of a step, in order."""
+        """Yield the micro-batches of a step, in order."""
+        # The pipeline has already read ahead in step order: any other step discards it and builds a new one.
         if self._next != (step, share):
             self._source = steps_from(self._make, step, share)
-            self._under_way.clear()
+            self._in_flight.clear()
             self._pipeline = self._built()
         self._next = None
         is_last = False
         while not is_last:
             tensors = [_tensor(output) for output in self._pipeline.run()]
-            batch, is_last = self._under_way.popleft()
+            batch, is_last = self._in_flight.popleft()
             if is_last:
                 self._next = step + 1, share
             changed: dict[str, Any] = dict(zip(SEQUENCES, tensors, strict=True))
             yield batch._replace(**changed)
 
     def _feed(self) -> tuple[np.ndarray, ...]:
+        """Return the next micro-batch's arrays to DALI and queue its other fields, which DALI cannot carry."""
         batch, is_last = next(self._source)
-        self._under_way.append((batch, is_last))
+        self._in_flight.append((batch, is_last))
         return tuple(getattr(batch, name).numpy() for name in SEQUENCES)
 
     def _built(self) -> Any:
+        """Build the pipeline, on the current CUDA device if there is one."""
         cuda = torch.cuda.is_available()
         pipeline = self._dali.Pipeline(
-            batch_size=1 << 16,
+            batch_size=1 << 16,  # DALI's bound on the rows of a micro-batch, not their number
             num_threads=1,
             device_id=torch.cuda.current_device() if cuda else None,
             prefetch_queue_depth=self._depth,
@@ -72,6 +79,6 @@ class Dali:
 
 
 def _tensor(samples: Any) -> torch.Tensor:
-    """A batch of DALI's as one tensor of our own: it uses its memory again."""
+    """Return a copy of a DALI batch as one tensor; DALI reuses its own buffer for a later batch."""
     whole = samples.as_tensor()
     return torch.from_dlpack(whole).clone() if hasattr(whole, "__dlpack__") else torch.from_numpy(np.array(whole))

@@ -1,7 +1,7 @@
-"""Documents packed whole into rows of one length: best fit, decreasing, longer ones first cut into full rows.
+"""Pack whole documents into rows of one length by best-fit decreasing; longer documents are first cut into full rows.
 
-After Ding et al. 2024 (arXiv:2404.10830): no document is cut but where it is longer than a row, tokens see their own
-document alone, and what does not fill a row is padding. The plan is made once for a data set and kept beside it.
+Follows Ding et al. 2024 (arXiv:2404.10830): only documents longer than a row are cut, tokens attend to their own
+document only, and the rest of a row is padding. The plan is computed once per dataset and stored next to it.
 """
 
 import hashlib
@@ -16,26 +16,29 @@ from igla_mega.data.journal import Lock
 from igla_mega.data.windows import feistel_permutation, round_keys
 
 _PATIENCE_SECONDS = 3600.0
+"""Maximum time to wait for another process that computes the plan."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What becomes of the tokens of a data set in rows of one length."""
+    """Padding and truncation of a dataset in rows of one length."""
 
     rows: int
+    """Number of rows in one pass over the dataset."""
     tokens: int
+    """Number of tokens of all documents."""
     padding: float
-    """Share of the rows' places that hold no token, 0 to 1."""
+    """Fraction of the positions that hold no token, 0 to 1."""
     cut_documents: int
-    """Documents that do not lie whole within one row."""
+    """Number of documents split over several rows."""
     truncated: int
-    """Tokens that follow a cut: they do not see the begin of their document."""
+    """Number of tokens after a cut, which do not see the beginning of their document."""
     long_share: float
-    """Share of the tokens that are of documents longer than a row, 0 to 1."""
+    """Fraction of the tokens in documents longer than a row, 0 to 1."""
 
 
 def statistics(lengths: np.ndarray, sequence_length: int, *, packed: bool) -> Statistics:
-    """Of documents of these lengths: concatenated and split, or packed best fit."""
+    """Return the statistics of documents of these lengths, concatenated and split or (`packed`) packed by best fit."""
     lengths = np.asarray(lengths, dtype=np.int64)
     total = int(lengths.sum())
     long_tokens = int(lengths[lengths > sequence_length].sum())
@@ -57,10 +60,10 @@ def statistics(lengths: np.ndarray, sequence_length: int, *, packed: bool) -> St
 
 
 def cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents that lie end to end into pieces of at most one row.
+    """Cut contiguous documents into pieces of at most one row.
 
     Returns:
-        Where each piece begins in the stream, and its length; int64.
+        Offset in the stream and length of each piece, in tokens, int64 [pieces] each.
     """
     counts = -(-lengths // sequence_length)
     documents = np.repeat(np.arange(len(lengths)), counts)
@@ -70,19 +73,21 @@ def cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarr
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Put each piece, longest first, into the fullest row that has room for it.
+    """Assign each piece, longest first, to the fullest row that has room for it.
 
     Args:
-        lengths: each in [1, capacity], int64 [n].
+        lengths: length of each piece in tokens, in [1, capacity], int64 [n].
+        capacity: tokens per row.
 
     Returns:
-        The row of each, int64 [n].
+        Row number of each piece, int64 [n].
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(-lengths, return_counts=True)
     rows = np.empty(len(lengths), dtype=np.int64)
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit r is set where a row has room for r more: the fullest that fits is the lowest set bit from the size on.
+    # Bit r of the integer is set if some row has room for r more tokens. The fullest row that fits is then the lowest
+    # set bit at or above the size: one shift and one mask instead of a search tree.
     rooms, num_rows, at = 0, 0, 0
     for size, count in zip((-sizes).tolist(), counts.tolist(), strict=True):
         while count:
@@ -94,32 +99,33 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             else:
                 room, row = capacity, num_rows
                 num_rows += 1
-            # Having taken one of this size it is the fullest that has room for the next, until it has none.
+            # After taking one piece of this size the row remains the fullest that fits the next, until it has no room.
             taken = min(count, room // size)
             rows[order[at : at + taken]] = row
             at, count, left = at + taken, count - taken, room - taken * size
             with_room[left].append(row)
             rooms |= 1 << left
-            rooms &= ~1  # a full row is none to look for
+            rooms &= ~1  # a full row is never a candidate
     return rows
 
 
 class PackedRows:
-    """The samples of the training part of one source: row i of a run is a pure function of (seed, name, i)."""
+    """Samples of the training split of one source; row i of a run is a pure function of (seed, name, i)."""
 
     def __init__(self, name: str, reader: IndexedReader, num_documents: int, sequence_length: int, seed: int):
-        """Open the plan, made by whichever process comes first.
+        """Open the plan; the first process to need it computes it while the others wait.
 
         Args:
-            num_documents: of the training part, the first ones of the data set.
+            num_documents: number of documents in the training split, which begins at the first document.
 
         Raises:
-            ConfigError: no document to pack; another process has been making the plan for an hour.
+            ConfigError: no document to pack, or the wait for another process exceeded an hour.
         """
         self.name, self.seed = name, seed
         path = plan_path(reader, num_documents, sequence_length)
         if not path.is_file():
             with Lock(path, patience_seconds=_PATIENCE_SECONDS):
+                # Another process may have written the plan while this one waited for the lock.
                 if not path.is_file():
                     _make_plan(path, reader, num_documents, sequence_length)
         plan = _opened(path)
@@ -128,7 +134,7 @@ class PackedRows:
         self._rows = rows
 
     def segments(self, index: int) -> list[tuple[int, int]]:
-        """Where in the stream the pieces of a sample begin, and their lengths in tokens."""
+        """Return (offset in the stream, length), in tokens, of each piece of a sample."""
         epoch, place = divmod(int(index), self.per_epoch)
         keys = round_keys(self.seed, self.name, epoch)
         row = int(feistel_permutation(np.array([place]), self.per_epoch, keys[:-1])[0])
@@ -137,28 +143,30 @@ class PackedRows:
 
 
 def _opened(path: Path) -> np.ndarray:
+    """Return the memory-mapped plan, int64 [3, pieces]; raise ConfigError if the file is something else."""
     try:
         plan = np.load(path, mmap_mode="r", allow_pickle=False)
         if plan.ndim != 2 or len(plan) != 3 or plan.shape[1] < 1 or plan.dtype != np.int64:
             raise ValueError(f"{plan.dtype} {list(plan.shape)}")
     except (ValueError, EOFError) as error:
-        raise ConfigError(f"{path}: not a plan of rows ({error}).\n  Remove it: it is made again.") from None
+        raise ConfigError(f"{path}: not a packing plan ({error}).\n  Remove the file; it is computed again.") from None
     return plan
 
 
 def plan_path(reader: IndexedReader, num_documents: int, sequence_length: int) -> Path:
-    """Where the plan lies: beside the data set, named after what decides about it."""
-    decides = f"{num_documents}/{reader.num_tokens}/{sequence_length}"
-    return Path(f"{reader.prefix}.packed_{hashlib.sha256(decides.encode()).hexdigest()[:12]}.npy")
+    """Return the path of the plan, next to the dataset; a digest in its name identifies the inputs."""
+    inputs = f"{num_documents}/{reader.num_tokens}/{sequence_length}"
+    return Path(f"{reader.prefix}.packed_{hashlib.sha256(inputs.encode()).hexdigest()[:12]}.npy")
 
 
 def _make_plan(path: Path, reader: IndexedReader, num_documents: int, sequence_length: int) -> None:
-    """int64 [3, pieces]: begin and length of each piece, and its row, by rows and within them in the file's order."""
+    """Write the plan, int64 [3, pieces]: offset, length and row of each piece, sorted by row, then by offset."""
     starts, lengths = cut(np.diff(reader.document_starts(0, num_documents)), sequence_length)
     if not len(lengths):
         raise ConfigError(f"{reader.prefix}: no document to pack.\n  Give the source some text.")
     rows = best_fit(lengths, sequence_length)
     order = np.lexsort((starts, rows))
+    # Written under another name and renamed: a reader on another node never sees half a plan.
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as stream:
         np.save(stream, np.stack([starts[order], lengths[order], rows[order]]))

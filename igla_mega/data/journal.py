@@ -1,4 +1,4 @@
-"""What lets a killed preparation go on: a lock that says who writes, and a journal of what is finished."""
+"""Make an interrupted preparation resumable: a lock with the name of its holder, and a journal of finished work."""
 
 import fcntl
 import getpass
@@ -15,15 +15,16 @@ from igla_mega.config.errors import ConfigError
 
 
 class Lock:
-    """Held by one process at a time; ends with the process, however that ends."""
+    """File lock held by one process at a time; the kernel releases it when the process ends, even if it is killed."""
 
     def __init__(self, prefix: str | Path, patience_seconds: float = 0.0):
-        """
+        """Acquire `<prefix>.lock`.
+
         Args:
-            patience_seconds: how long to wait for another process.
+            patience_seconds: maximum time to wait for another process.
 
         Raises:
-            ConfigError: another process holds it; says which.
+            ConfigError: another process, which the error names, holds the lock.
         """
         end = time.monotonic() + patience_seconds
         self.path = Path(f"{prefix}.lock")
@@ -38,12 +39,13 @@ class Lock:
                     time.sleep(0.1)
                     continue
                 self._stream.seek(0)
-                who = self._stream.read().strip() or "another process"
+                holder = self._stream.read().strip() or "another process"
                 self._stream.close()
                 raise ConfigError(
-                    f"{prefix}: another process is writing this dataset ({who}).\n  Wait for it, or write elsewhere."
+                    f"{prefix}: another process is writing this dataset ({holder}).\n  Wait for it, or write elsewhere."
                 ) from None
-            # Between open and lock its holder may have finished, and have removed this very file.
+            # Between `open` and `flock` the previous holder may have released the lock and removed this very file: a
+            # lock on a removed file excludes no other process, so the file must still be the one at the path.
             if self.path.exists() and os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.path)):
                 break
             self._stream.close()
@@ -52,6 +54,8 @@ class Lock:
         self._stream.flush()
 
     def release(self) -> None:
+        """Remove the lock file, then release the lock."""
+        # In this order: removed after the release, it could be the file that another process has just locked.
         self.path.unlink(missing_ok=True)
         self._stream.close()
 
@@ -63,20 +67,22 @@ class Lock:
 
 
 def _user() -> str:
+    """Return the user's name, or its number if it has none."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container without a name for its user
+    except (KeyError, OSError):  # a container whose /etc/passwd does not list its user
         return str(os.getuid())
 
 
 class Journal:
-    """Lines of JSON, each with its checksum: of which the last ones may be torn, and are then not there."""
+    """File of JSON lines, each with a checksum, so that lines torn by a crash are detected and dropped."""
 
     def __init__(self, path: str | Path, job: str, continues: str | None = None):
-        """
+        """Open the journal of a job, or start an empty one.
+
         Args:
-            job: digest of what is being made; a journal of another job is started anew.
-            continues: another job whose finished shards are also this one's.
+            job: digest of the inputs and options; a journal of another job is replaced.
+            continues: digest of another job whose finished shards are also valid for this one.
         """
         self.path = Path(path)
         self.entries = self._read(job, continues)
@@ -87,30 +93,32 @@ class Journal:
 
     @property
     def shards(self) -> list[dict[str, Any]]:
-        """What is finished, in order."""
+        """Entries of the finished shards, in order."""
         return [entry for entry in self.entries if "documents" in entry]
 
     @property
     def finished(self) -> bool:
-        """All is written; at most the names are not yet the final ones."""
+        """True if all data is written; only renaming the files to their final names may be outstanding."""
         return bool(self.entries[-1].get("finished"))
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry; it is on the disk when this returns."""
+        """Append an entry durably: it is on disk when this returns."""
         self._append(entry)
         self.entries.append(entry)
 
     def cut(self, shards: int) -> None:
-        """Forget what comes behind the first `shards`."""
+        """Drop all entries after the first `shards` shards."""
         self.entries = [self.entries[0], *self.shards[:shards]]
         self._write(b"".join(map(_line, self.entries)))
 
     def _read(self, job: str, continues: str | None) -> list[dict[str, Any]]:
+        """Return the valid entries of the file; none if it is missing or belongs to another job."""
         try:
             lines = self.path.read_bytes().split(b"\n")[:-1]
         except OSError:
             return []
         entries = []
+        # The first bad checksum ends the reading: after a crash, what follows a torn line is not trustworthy.
         for line in lines:
             digest, _, text = line.partition(b" ")
             if digest != b"%08x" % zlib.crc32(text):
@@ -129,23 +137,26 @@ class Journal:
         return entries
 
     def _append(self, entry: dict[str, Any]) -> None:
+        """Write one line and flush it to the disk."""
         with open(self.path, "ab") as stream:
             stream.write(_line(entry))
             stream.flush()
             os.fsync(stream.fileno())
 
     def _write(self, content: bytes) -> None:
+        """Replace the whole file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, content)
 
 
 def _line(entry: dict[str, Any]) -> bytes:
+    """Return the line of an entry: CRC-32 in hexadecimal, a space, JSON."""
     text = json.dumps(entry, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is there whole, or as it was before."""
+    """Write a file atomically: after a crash it has either its old or its new content."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as stream:
         stream.write(content)

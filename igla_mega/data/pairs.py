@@ -1,15 +1,15 @@
-"""Preference pairs: a prompt, the answer that was chosen and the one that was rejected.
+"""Read and tokenize preference pairs: a prompt, the chosen answer and the rejected answer.
 
-What a line of JSONL may be:
+Accepted forms of a JSONL line:
     {"prompt": text, "chosen": text, "rejected": text}
     {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
-    {"chosen": [messages], "rejected": [messages]}: the prompt is what both begin with
+    {"chosen": [messages], "rejected": [messages]}: the prompt is the common beginning of both
 
-Messages go through the tokenizer's chat template; of text, prompt and answer are put end to end, and the
-end-of-document token behind them. Both answers follow the same prompt tokens.
+Messages are rendered by the tokenizer's chat template. Plain text is the concatenation of prompt, answer and
+end-of-document token. Both answers follow the same prompt tokens.
 
-Lengths, in tokens: a prompt longer than `max_prompt_length` is an error, or (`cut`) keeps its end, or (`skip`) its pair
-is left out. An answer that goes beyond `max_length` together with its prompt loses its end.
+Lengths, in tokens: a prompt longer than `max_prompt_length` is an error, or keeps its end (`cut`), or drops its pair
+(`skip`). An answer is truncated where prompt and answer together exceed `max_length`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ from igla_mega.data.tokenizer import Tokenizer
 
 
 class Pair(NamedTuple):
-    """Tokens of a pair, int64 each."""
+    """Tokens of a preference pair, int64 [n] each."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -51,10 +51,10 @@ def read_pairs(
     max_prompt_length: int,
     too_long: TooLong = "error",
 ) -> Iterator[tuple[str, Pair | None]]:
-    """Every line of a JSONL file as a pair with its place (`file:line`); None for one that is left out.
+    """Yield (`file:line`, pair) for every line of a JSONL file, with None for a pair that is dropped.
 
     Raises:
-        ConfigError: a line is no pair, its answers are the same, or its prompt is too long.
+        ConfigError: a line is not a pair, its answers are equal, or its prompt is too long.
     """
     for place, entry in json_lines(file):
         pair = _tokens(entry, tokenizer, template, place)
@@ -64,10 +64,10 @@ def read_pairs(
 def limited(
     pair: Pair, place: str, *, max_length: int, max_prompt_length: int, too_long: TooLong = "error"
 ) -> Pair | None:
-    """A pair within the limits; None for one that is left out.
+    """Return a pair cut to the limits, or None if it is dropped.
 
     Raises:
-        ConfigError: its prompt is too long or leaves no room for an answer, or the answers are the same once cut.
+        ConfigError: the prompt is too long or leaves no room for an answer, or the answers are equal after the cut.
     """
     prompt = pair.prompt
     if len(prompt) > max_prompt_length:
@@ -85,6 +85,7 @@ def limited(
             f"{place}: the prompt's {len(prompt)} tokens leave no room for an answer in the {max_length} of "
             "data.max_length.\n  Raise it, or lower data.max_prompt_length."
         )
+    # Two answers that differ only beyond the limit carry no preference once both are cut.
     cut = Pair(prompt, pair.chosen[:room], pair.rejected[:room])
     if np.array_equal(cut.chosen, cut.rejected):
         if too_long == "skip":
@@ -97,55 +98,58 @@ def limited(
 
 
 def _tokens(entry: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None, place: str) -> Pair:
+    """Return the tokens of one line; raise ConfigError if it is not a preference pair."""
     missing = [key for key in ("chosen", "rejected") if not entry.get(key)]
     if missing:
         raise ConfigError(
-            f"{place}: no preference pair: `{missing[0]}` is missing or empty.\n  Mend or remove the line."
+            f"{place}: not a preference pair: `{missing[0]}` is missing or empty.\n  Fix or remove the line."
         )
     if entry["chosen"] == entry["rejected"]:
-        raise ConfigError(f"{place}: chosen equals rejected, so nothing is preferred.\n  Remove the line.")
+        raise ConfigError(f"{place}: chosen equals rejected, so there is no preference.\n  Remove the line.")
     forms = {type(entry[key]) for key in ("prompt", "chosen", "rejected") if key in entry}
     if forms == {str} and "prompt" in entry:
         refuse_surrogates(entry["prompt"] + entry["chosen"] + entry["rejected"], place)
         return _plain(entry["prompt"], entry["chosen"], entry["rejected"], tokenizer)
     if forms != {list}:
         raise ConfigError(
-            f"{place}: prompt, chosen and rejected: neither three texts nor lists of messages.\n  Mend the line."
+            f"{place}: prompt, chosen and rejected are neither three texts nor lists of messages.\n  Fix the line."
         )
     if template is None:
-        raise ConfigError(f"{place}: turns, but no chat template.\n  Set data.chat_template.")
+        raise ConfigError(f"{place}: contains messages, but there is no chat template.\n  Set data.chat_template.")
     prompt, chosen, rejected = _turns(entry, place)
     try:
         context = template.render(prompt, add_generation_prompt=True)
         answers = [template.render([*prompt, *answer]) for answer in (chosen, rejected)]
     except jinja2.TemplateError as error:
-        raise ConfigError(f"{place}: the chat template refuses it: {error}.\n  Mend or remove the line.") from None
+        raise ConfigError(f"{place}: the chat template fails: {error}.\n  Fix or remove the line.") from None
     if not all(answer.startswith(context) for answer in answers):
         raise ConfigError(
-            f"{place}: the chat template writes the prompt otherwise once an answer follows.\n"
+            f"{place}: the chat template renders the prompt differently when an answer follows.\n"
             "  Use a template that only appends."
         )
-    # Tokenized apart, so that both answers follow the same tokens.
+    # Prompt and answers are tokenized separately: a merge across the border would give the answers different prompts,
+    # and the difference of their log-probabilities would no longer be that of the answers alone.
     ids = np.array(tokenizer.encode(context), dtype=np.int64)
     ends = [_answer(answer[len(context) :], tokenizer) for answer in answers]
     return Pair(ids, *ends)
 
 
 def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer) -> Pair:
+    """Return the tokens of a pair of plain texts, with the end-of-document token after each answer."""
     end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     context, *answers = (np.array(ids, dtype=np.int64) for ids in tokenizer.encode_batch([prompt, chosen, rejected]))
     return Pair(context, *(np.append(answer, end).astype(np.int64) for answer in answers))
 
 
 def _answer(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokens of an answer up to the last special token: what a template puts behind it is nobody's."""
+    """Return the tokens of an answer up to its last special token, without what the template appends after the turn."""
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     special = np.flatnonzero(np.isin(ids, special_ids(tokenizer)))
     return ids[: special[-1] + 1] if len(special) else ids
 
 
 def _turns(entry: Mapping[str, Any], place: str) -> tuple[list[Message], list[Message], list[Message]]:
-    """Messages of the prompt and of both answers."""
+    """Return the messages of the prompt, the chosen answer and the rejected answer."""
     if "prompt" in entry:
         prompt = entry["prompt"]
         chosen, rejected = entry["chosen"], entry["rejected"]
@@ -156,12 +160,12 @@ def _turns(entry: Mapping[str, Any], place: str) -> tuple[list[Message], list[Me
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         whole = checked([*prompt, *answer], f"{place}: {name}")
         if not answer or whole[len(prompt)]["role"] != "assistant":
-            raise ConfigError(f"{place}: {name}: does not begin with the assistant's turn.\n  Mend or remove the line.")
+            raise ConfigError(f"{place}: {name}: does not begin with an assistant turn.\n  Fix or remove the line.")
     return prompt, chosen, rejected
 
 
 def rows_of(pairs: Sequence[Pair], sequence_length: int, pad_id: int) -> list[Row]:
-    """Two rows of each pair, the chosen answer's first; the answers' tokens are the targets."""
+    """Return two rows per pair, the chosen answer's first, with the tokens of the answers as targets."""
     rows = []
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):

@@ -1,4 +1,4 @@
-"""Micro-batches put together ahead of their step: the one interface of both loaders."""
+"""Assemble micro-batches ahead of their step in a background thread; defines the interface of both loaders."""
 
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
@@ -7,29 +7,30 @@ from igla_mega.data.ahead import ahead
 from igla_mega.data.micro_batch import MicroBatch
 
 Make = Callable[[int, Any], Iterator[MicroBatch]]
-"""Of a step and a rank's share, its micro-batches."""
+"""Function from (step, batch shard of a rank) to the micro-batches of that step."""
 
 
 class Loader(Protocol):
-    """Gives the micro-batches of one step after another; any other order costs what was put together ahead."""
+    """Source of micro-batches, step by step; requesting steps out of order discards what was prefetched."""
 
     def step(self, step: int, share: Any) -> Iterator[MicroBatch]: ...
 
 
 class Prefetch:
-    """A thread that stays some micro-batches ahead, across steps."""
+    """Loader whose background thread runs a fixed number of micro-batches ahead, across steps."""
 
     def __init__(self, make: Make, depth: int):
-        """
+        """Set up the loader; the thread starts at the first step.
+
         Args:
-            depth: micro-batches ahead; 0 makes each when it is asked for.
+            depth: number of micro-batches ahead; 0 assembles each when it is requested.
         """
         self._make, self._depth = make, depth
         self._next: tuple[int, Hashable] | None = None
         self._stream: Iterator[tuple[MicroBatch, bool]] = iter(())
 
     def step(self, step: int, share: Any) -> Iterator[MicroBatch]:
-        """The micro-batches of a step, in order."""
+        """Yield the micro-batches of a step, in order."""
         if self._depth == 0:
             yield from self._make(step, share)
             return
@@ -38,21 +39,22 @@ class Prefetch:
             self._stream = ahead(steps_from(self._make, step, share), self._depth)
         self._next = None
         for batch, is_last in self._stream:
-            if is_last:  # known before it is used: who knows how many there are does not ask for one more
+            # Set before the yield: a consumer that counts its micro-batches never resumes the generator after the last.
+            if is_last:
                 self._next = step + 1, share
             yield batch
             if is_last:
                 return
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Stop the thread."""
         close = getattr(self._stream, "close", None)
         if close is not None:
             close()
 
 
 def steps_from(make: Make, step: int, share: Any) -> Iterator[tuple[MicroBatch, bool]]:
-    """The micro-batches of this step and all that follow, each with whether it is its step's last."""
+    """Yield (micro-batch, True if the last of its step) for this step and all following ones."""
     while True:
         held: MicroBatch | None = None
         failure: Exception | None = None
@@ -60,7 +62,7 @@ def steps_from(make: Make, step: int, share: Any) -> Iterator[tuple[MicroBatch, 
         while failure is None:
             try:
                 batch = next(batches, None)
-            except Exception as error:  # raised behind the batch that is held
+            except Exception as error:  # raised only after the batch already held was delivered
                 batch, failure = None, error
             if held is not None:
                 yield held, batch is None and failure is None

@@ -1,4 +1,4 @@
-"""Kinds of raw text files, told by the endings of their names."""
+"""File name suffixes of the raw text formats, plain and compressed."""
 
 LINES, TEXT, ROWS = "lines", "text", "rows"
 KINDS = {".jsonl": LINES, ".json": LINES, ".ndjson": LINES, ".txt": TEXT, ".text": TEXT, ".parquet": ROWS}

@@ -1,4 +1,4 @@
-"""Files of object stores (s3://, gs://, http:// and whatever fsspec knows), copied once to a local folder."""
+"""Copy files from object stores (s3://, gs://, http://, any protocol of fsspec) once to a local folder."""
 
 import hashlib
 import os
@@ -10,24 +10,28 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.journal import Lock
 
 _PIECE = 1 << 24
+"""Bytes per read."""
 _PATIENCE_SECONDS = 6 * 3600.0
+"""Maximum time to wait for another process that copies the same file."""
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path is the address of something that is not on this machine."""
+    """Return True if a path is a URL, not a local path."""
     return "://" in str(path)
 
 
-def cache_folder(asked: str | None) -> Path:
-    """Where copies lie: as asked for, or `data` below $IGLA_CACHE or ~/.cache/igla_mega."""
-    return Path(asked) if asked else Path(os.environ.get("IGLA_CACHE") or Path.home() / ".cache" / "igla_mega") / "data"
+def cache_folder(configured: str | None) -> Path:
+    """Return the folder of the copies: the configured one, or `data` in $IGLA_CACHE or ~/.cache/igla_mega."""
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("IGLA_CACHE") or Path.home() / ".cache" / "igla_mega") / "data"
 
 
 def local_dataset(address: str, cache: Path) -> str:
-    """The prefix of a local copy of an indexed dataset.
+    """Copy an indexed dataset if necessary, and return the prefix of the local copy.
 
     Raises:
-        ConfigError: as `local_file`.
+        ConfigError: a file is missing or cannot be copied.
     """
     prefix = cache / _key(address) / Path(address).name
     for suffix in (".bin", ".idx", ".manifest.json"):
@@ -36,10 +40,10 @@ def local_dataset(address: str, cache: Path) -> str:
 
 
 def local_files(addresses: Iterable[str | Path], cache: Path) -> list[str | Path]:
-    """The same paths, those of object stores as local copies; `*` in an address stands for all that match.
+    """Return the paths with every remote one replaced by its local copy; `*` in an address expands to all matches.
 
     Raises:
-        ConfigError: as `local_file`, or nothing matches.
+        ConfigError: nothing matches, or a file is missing or cannot be copied.
     """
     paths: list[str | Path] = []
     for address in addresses:
@@ -49,7 +53,7 @@ def local_files(addresses: Iterable[str | Path], cache: Path) -> list[str | Path
         system, path = _system(str(address))
         found = sorted(system.glob(path)) if "*" in path else [path]
         if not found:
-            raise ConfigError(f"{address}: no file of this pattern.\n  Mend the address.")
+            raise ConfigError(f"{address}: no file matches this pattern.\n  Correct the address.")
         for name in found:
             full = system.unstrip_protocol(name)
             paths.append(_copy(full, cache / _key(full) / Path(name).name))
@@ -57,14 +61,19 @@ def local_files(addresses: Iterable[str | Path], cache: Path) -> list[str | Path
 
 
 def _copy(address: str, target: Path, *, needed: bool = True) -> Path:
-    """Copy what is not there yet, or has changed there; one process does, the others wait."""
+    """Copy a file that is missing locally or has changed remotely; one process copies while the others wait.
+
+    Args:
+        needed: False if the file may be missing; the target is then returned without a copy.
+    """
     system, path = _system(address)
     try:
-        there = system.exists(path)
-        if not there and not needed:
+        exists = system.exists(path)
+        if not exists and not needed:
             return target
-        if not there:
-            raise ConfigError(f"{address}: no such file.\n  Mend the address, or the rights to read it.")
+        if not exists:
+            raise ConfigError(f"{address}: no such file.\n  Correct the address or its read permissions.")
+        # Size and version of the remote file, stored next to the copy: a later run copies again if they differ.
         mark = repr((system.size(path), _version(system.info(path))))
         noted = target.with_name(target.name + ".copied")
         with Lock(target, patience_seconds=_PATIENCE_SECONDS):
@@ -76,21 +85,25 @@ def _copy(address: str, target: Path, *, needed: bool = True) -> Path:
                     copy.write(piece)
                 copy.flush()
                 os.fsync(copy.fileno())
+            # Some stores end a broken connection like an end of file: only the size reveals it.
             if partial.stat().st_size != system.size(path):
-                raise ConfigError(f"{address}: the connection ended before the file did.\n  Run it again.")
+                raise ConfigError(f"{address}: the connection ended before the end of the file.\n  Run again.")
             os.replace(partial, target)
             noted.write_text(mark)
         return target
     except OSError as error:
-        raise ConfigError(f"{address}: cannot be copied to {target} ({error}).\n  Mend it and run again.") from None
+        raise ConfigError(
+            f"{address}: cannot be copied to {target} ({error}).\n  Fix the cause and run again."
+        ) from None
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes when a file of an object store does, as far as the store says."""
+    """Return a value that changes with the file's content: its ETag, MD5 or time, or "" if the store reports none."""
     return str(next((info[name] for name in ("ETag", "etag", "md5Hash", "mtime", "created") if name in info), ""))
 
 
 def _system(address: str) -> tuple[Any, str]:
+    """Return the fsspec file system of an address and the path within it."""
     try:
         import fsspec
     except ImportError:
@@ -98,8 +111,9 @@ def _system(address: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{address}: cannot be read ({error}).\n  Install what it names.") from None
+        raise ConfigError(f"{address}: cannot be read ({error}).\n  Install the package it names.") from None
 
 
 def _key(address: str) -> str:
+    """Return the name of an address's folder in the cache."""
     return hashlib.sha256(address.encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Any tokenizer: Hugging Face folders, SentencePiece models, tiktoken ranks; and train a byte-level BPE.
+"""Load a tokenizer (Hugging Face folder, SentencePiece model, tiktoken ranks) or train a byte-level BPE.
 
-Imports `transformers` only for a folder that has no tokenizer.json to read.
+Imports `transformers` only for a Hugging Face folder without a tokenizer.json.
 """
 
 import base64
@@ -22,16 +22,17 @@ from igla_mega.config.errors import ConfigError
 END_OF_DOCUMENT = "<|endoftext|>"
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<eod>")
 _OLDER_FILES = ("vocab.json", "vocab.txt")
-"""Of Hugging Face folders without a tokenizer.json."""
+"""Vocabulary files of Hugging Face folders without a tokenizer.json."""
 _MOST_IDS = 2**31
+"""Exclusive upper bound of token ids: datasets store int32."""
 _NO_FOLDER_FORMAT = (
     "  Give a Hugging Face folder, a tokenizer.json, a SentencePiece *.model or a *.tiktoken file;"
-    " `tools/toy_corpus.py --vocab-size N` makes a small one."
+    " `tools/toy_corpus.py --vocab-size N` trains a small one."
 )
 
 
 class Engine(Protocol):
-    """The library behind a tokenizer; adds no begin or end token."""
+    """Library behind a tokenizer; adds no begin-of-text or end-of-text token."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
@@ -39,33 +40,35 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back. Adds no begin or end token of its own."""
+    """Conversion between text and token ids, without begin-of-text or end-of-text tokens."""
 
     path: str
+    """Path or encoding name from which the tokenizer was loaded."""
     engine: Any
-    """The library's own object."""
+    """The library's own tokenizer object."""
     vocab_size: int
-    """Largest id + 1, added tokens included: the least `model.vocab_size` that can read its output."""
+    """Largest id + 1, added tokens included: the minimum `model.vocab_size` for its output."""
     eod_id: int | None
-    """Id of the end-of-document token; None where the tokenizer has none."""
+    """Id of the end-of-document token; None if the tokenizer has none."""
     codec: Engine
-    """The same, behind one interface."""
+    """`engine` behind the interface common to all libraries."""
     file: Path
-    """What decides about the ids, and is digested."""
+    """File that determines the ids; the input of `digest`."""
     added: tuple[str, ...] = ()
-    """Tokens that are found in a text before all others."""
+    """Added tokens, matched in a text before all others."""
     written: bytes | None = None
-    """Of a tokenizer that had to be converted, its tokenizer.json."""
+    """The tokenizer.json of a tokenizer that had to be converted, else None."""
 
     def encode(self, text: str) -> list[int]:
+        """Encode one text."""
         return self.codec.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts in the library's own threads."""
+        """Encode several texts, in the library's own threads if it has any."""
         return self.codec.encode_batch(list(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end, uint32, and how many each has, int64."""
+        """Return the concatenated ids of all texts, uint32, and the number of tokens per text, int64."""
         encoded = self.encode_batch(texts)
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         ids = itertools.chain.from_iterable(encoded)
@@ -75,15 +78,17 @@ class Tokenizer:
         return self.codec.decode([int(i) for i in ids], skip_special_tokens)
 
     def digest(self) -> str:
-        """sha256 of the tokenizer's file: two tokenizers of one digest give the same ids."""
+        """Return the sha256 of the tokenizer's file: tokenizers with equal digests produce equal ids."""
         content = self.written
         if content is None and self.file.is_file():
             content = self.file.read_bytes()
-        # What has no file is an encoding known by its name.
+        # A tokenizer without a file is a published encoding, identified by its name and size.
         return hashlib.sha256(content or repr((self.path, self.vocab_size)).encode()).hexdigest()
 
 
 class _HuggingFace:
+    """`Engine` over a Hugging Face `tokenizers.Tokenizer`."""
+
     def __init__(self, engine: tokenizers.Tokenizer):
         self._engine = engine
 
@@ -95,10 +100,13 @@ class _HuggingFace:
 
 
 class _SentencePiece:
+    """`Engine` over a SentencePieceProcessor."""
+
     def __init__(self, engine: Any):
         self._engine = engine
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        # One thread: the callers already encode blocks in parallel.
         return self._engine.encode(texts, num_threads=1)
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -108,6 +116,8 @@ class _SentencePiece:
 
 
 class _Tiktoken:
+    """`Engine` over a tiktoken Encoding."""
+
     def __init__(self, engine: Any):
         self._engine = engine
         self._special = set(engine._special_tokens.values())
@@ -122,14 +132,13 @@ class _Tiktoken:
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Open a Hugging Face folder, a tokenizer.json, a SentencePiece model, a file of tiktoken ranks, or by its name an
-    encoding that tiktoken has.
+    """Open a Hugging Face folder, tokenizer.json, SentencePiece model, tiktoken ranks file, or tiktoken encoding name.
 
     Args:
-        vocab_size: rows of the model's embedding, where a model is known.
+        vocab_size: number of rows in the model's embedding; None skips the check against it.
 
     Raises:
-        ConfigError: no such tokenizer, a file that is none, or ids that the model has no row for.
+        ConfigError: no such tokenizer, an invalid file, or ids beyond the model's embedding.
     """
     file = tokenizer_file(path)
     if file.suffix == ".tiktoken":
@@ -139,7 +148,9 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     else:
         tokenizer = _load_hugging_face(path, file)
     if tokenizer.vocab_size > _MOST_IDS:
-        raise ConfigError(f"{file}: has an id of {tokenizer.vocab_size - 1}, the last that data can hold is 2^31 - 1.")
+        raise ConfigError(
+            f"{file}: has token id {tokenizer.vocab_size - 1}, above the maximum of 2^31 - 1 in a dataset."
+        )
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size: {vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer {path}.\n"
@@ -149,6 +160,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
 
 
 def _load_hugging_face(path: str | Path, file: Path) -> Tokenizer:
+    """Open a tokenizer.json, or convert a folder of older files."""
     written = None
     try:
         if file.name not in _OLDER_FILES:
@@ -158,9 +170,10 @@ def _load_hugging_face(path: str | Path, file: Path) -> Tokenizer:
             written = engine.to_str().encode()
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the library raises plain Exception for malformed files, and Rust's panics for some
+    # The library raises plain Exception for malformed files, and for some a Rust panic, which is a BaseException.
+    except BaseException as error:
         raise ConfigError(f"{file}: not a tokenizer.json ({error}).\n  Save the tokenizer again.") from None
-    # Folders often carry their model's limits; a corpus must not be cut or padded by them.
+    # A tokenizer.json often carries its model's length limits, which must not truncate or pad a corpus.
     engine.no_truncation()
     engine.no_padding()
     vocabulary = engine.get_vocab(with_added_tokens=True)
@@ -171,18 +184,19 @@ def _load_hugging_face(path: str | Path, file: Path) -> Tokenizer:
 
 
 def _converted(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a folder that has only the files of an older class."""
+    """Convert the tokenizer of a folder that has only vocabulary files of an older class."""
     try:
         from transformers import AutoTokenizer
     except ImportError:
         raise ConfigError(
-            f"{folder}: has no tokenizer.json, and converting its other files needs transformers.\n"
+            f"{folder}: has no tokenizer.json, and converting its other files requires transformers.\n"
             "  pip install 'igla-mega[hf]', or save the tokenizer as tokenizer.json."
         ) from None
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True).backend_tokenizer
 
 
 def _load_sentencepiece(path: str | Path, file: Path) -> Tokenizer:
+    """Open a SentencePiece model."""
     sentencepiece = _library("sentencepiece", file)
     try:
         engine = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -193,8 +207,11 @@ def _load_sentencepiece(path: str | Path, file: Path) -> Tokenizer:
 
 
 def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
-    """Ranks alone do not say how a text is cut: a published encoding is known by the file's name, another one says it
-    in `<name>.json` beside it (pat_str, special_tokens)."""
+    """Open a file of tiktoken ranks, or a published encoding by its name.
+
+    Ranks alone do not define how a text is split. A published encoding is recognized by the file's name; any other one
+    needs `<name>.json` next to it, with pat_str and special_tokens.
+    """
     tiktoken = _library("tiktoken", file)
     from tiktoken import registry
 
@@ -203,9 +220,9 @@ def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
             ranks = _ranks(file)
         except ValueError as error:
             raise ConfigError(f"{file}: not a file of tiktoken ranks ({error}).\n  Save the tokenizer again.") from None
-        said = file.with_suffix(".json")
-        if said.is_file():
-            engine = _described(file, said, ranks, tiktoken)
+        description = file.with_suffix(".json")
+        if description.is_file():
+            engine = _described(file, description, ranks, tiktoken)
         else:
             engine = _published(file, ranks, tiktoken, registry)
     else:
@@ -213,7 +230,7 @@ def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
             engine = tiktoken.get_encoding(str(path))
         except Exception as error:  # no network, or no such name
             raise ConfigError(
-                f"data.tokenizer: tiktoken has no {path} here ({error}).\n  Give its *.tiktoken file."
+                f"data.tokenizer: tiktoken cannot load {path} ({error}).\n  Give its *.tiktoken file."
             ) from None
     special = engine._special_tokens
     end = next((special[name] for name in (END_OF_DOCUMENT, *_OTHER_ENDS) if name in special), None)
@@ -221,8 +238,9 @@ def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
-    """Token -> rank. Not by tiktoken's own function: it keeps a copy for each path in a folder that all users share,
-    and gives that copy when the file has long changed."""
+    """Return token -> rank of a file; raise ValueError where it is malformed."""
+    # Not tiktoken.load.load_tiktoken_bpe: it caches by path in a temporary folder shared by all users, and returns
+    # the stale copy after the file has changed.
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if line:
@@ -233,41 +251,43 @@ def _ranks(file: Path) -> dict[bytes, int]:
                 raise ValueError(f"line {number}: {error}") from None
     numbers = set(ranks.values())
     if len(numbers) < len(ranks) or not all(0 <= number < _MOST_IDS for number in numbers):
-        raise ValueError("two tokens of one rank, or a rank that is none")
+        raise ValueError("two tokens with the same rank, or a rank outside 0 to 2^31 - 1")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"no rank for the byte {missing[0]:#04x}")
     return ranks
 
 
-def _described(file: Path, said: Path, ranks: dict[bytes, int], tiktoken: Any) -> Any:
-    """The encoding that `<name>.json` beside the ranks describes."""
+def _described(file: Path, description: Path, ranks: dict[bytes, int], tiktoken: Any) -> Any:
+    """Return the encoding described by the `<name>.json` next to the ranks."""
     try:
-        about = json_text.loads(said.read_bytes())
+        about = json_text.loads(description.read_bytes())
         special = about.get("special_tokens", {})
         if any(not 0 <= number < _MOST_IDS for number in special.values()):
-            raise ValueError("a special token's id is no whole number from 0 to 2^31 - 1")
+            raise ValueError("a special token's id is not an integer from 0 to 2^31 - 1")
         return tiktoken.Encoding(file.stem, pat_str=about["pat_str"], mergeable_ranks=ranks, special_tokens=special)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # Rust's panics among them
+    except BaseException as error:  # a Rust panic is a BaseException
         raise ConfigError(
-            f"{said}: does not describe an encoding ({type(error).__name__}: {error}).\n"
+            f"{description}: does not describe an encoding ({type(error).__name__}: {error}).\n"
             '  Write {"pat_str": "...", "special_tokens": {"...": ID}}.'
         ) from None
 
 
 def _published(file: Path, ranks: dict[bytes, int], tiktoken: Any, registry: Any) -> Any:
+    """Return the published encoding with the file's name, built from the file's ranks."""
     registry._find_constructors()
     constructor = registry.ENCODING_CONSTRUCTORS.get(file.stem)
     if constructor is None:
         raise ConfigError(
-            f"{file}: ranks alone do not say how a text is cut, and {file.stem} is no encoding that tiktoken has.\n"
-            f"  Write {file.with_suffix('.json').name} beside it:"
+            f"{file}: ranks alone do not define how a text is split, and tiktoken has no encoding {file.stem}.\n"
+            f"  Write {file.with_suffix('.json').name} next to it:"
             ' {"pat_str": "...", "special_tokens": {"...": ID}}.'
         )
     names = constructor.__globals__
     original = names["load_tiktoken_bpe"]
-    # Its own description of the encoding, with the ranks from this file in place of a download.
+    # tiktoken's constructor defines the encoding but downloads the ranks. Replacing its loader for the duration of the
+    # call substitutes the ranks of this file.
     names["load_tiktoken_bpe"] = lambda *_, **__: ranks
     try:
         return tiktoken.Encoding(**constructor())
@@ -276,21 +296,24 @@ def _published(file: Path, ranks: dict[bytes, int], tiktoken: Any, registry: Any
 
 
 def _library(name: str, file: Path) -> Any:
+    """Import an optional library that a tokenizer file requires."""
     try:
         return __import__(name)
     except ImportError:
-        raise ConfigError(f"{file}: needs {name}, which is not installed.\n  pip install 'igla-mega[data]'") from None
+        raise ConfigError(
+            f"{file}: requires {name}, which is not installed.\n  pip install 'igla-mega[data]'"
+        ) from None
 
 
 def _holds_ranks(file: Path) -> bool:
-    """Whether a *.model is a text of base64 tokens and ranks, as Llama 3's is, and no protocol buffer."""
+    """Return True if a *.model is a text of base64 tokens and ranks, as Llama 3's is, not a protocol buffer."""
     with open(file, "rb") as stream:
         line = stream.readline(1000).split()
     return len(line) == 2 and line[1].isdigit()
 
 
 def version(library: str) -> str | None:
-    """The installed version, None where it is not there."""
+    """Return the installed version of a library, or None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -302,14 +325,17 @@ def train_bpe(
 ) -> Tokenizer:
     """Train a byte-level BPE on JSONL files and save it as a folder that `transformers.AutoTokenizer` opens.
 
-    The same files in the same order give the same bytes.
+    The same files in the same order produce the same bytes.
 
     Args:
-        vocab_size: number of ids, the 256 bytes and `<|endoftext|>` included.
+        vocab_size: number of ids, including the 256 bytes and `<|endoftext|>`.
+
+    Raises:
+        ConfigError: `vocab_size` is below 257, or a file cannot be read.
     """
     if vocab_size < 257:
         raise ConfigError(
-            f"vocab_size: {vocab_size} is below 257: 256 bytes and {END_OF_DOCUMENT}.\n  Use 257 or more."
+            f"vocab_size: {vocab_size} is below 257, the 256 bytes and {END_OF_DOCUMENT}.\n  Use 257 or more."
         )
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -333,6 +359,7 @@ def train_bpe(
 
 
 def _texts(files: Sequence[str | Path], text_key: str) -> Iterator[str]:
+    """Yield the text of every line that is not blank."""
     for file in files:
         try:
             with open(file, encoding="utf-8") as lines:
@@ -346,19 +373,20 @@ def _texts(files: Sequence[str | Path], text_key: str) -> Iterator[str]:
 
 
 def _text(line: str, text_key: str, place: str) -> str:
+    """Return the text of one JSONL line; `place` is its file:line for the error."""
     try:
         return str(json_text.loads(line)[text_key])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{place}: not a JSON object with the text under `{text_key}` ({error}).\n  Mend or remove the line."
+            f"{place}: not a JSON object with the text under `{text_key}` ({error}).\n  Fix or remove the line."
         ) from None
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The file that decides about a tokenizer's ids.
+    """Return the file that determines a tokenizer's ids.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such file exists.
     """
     path = Path(path)
     if path.is_dir():
@@ -376,7 +404,7 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def digest_at(path: str | Path | None) -> str | None:
-    """The digest of a tokenizer that need not be opened; None where there is no file of one."""
+    """Return the digest of a tokenizer without opening it; None if that requires a conversion or there is no file."""
     try:
         file = tokenizer_file(path) if path else None
     except ConfigError:
@@ -387,13 +415,14 @@ def digest_at(path: str | Path | None) -> str | None:
 
 
 def _encoding_names() -> list[str]:
+    """Return the names of tiktoken's published encodings."""
     import tiktoken
 
     return tiktoken.list_encoding_names()
 
 
 def _end_of_document(file: Path, vocabulary: dict[str, int]) -> int | None:
-    """The folder's `eos_token` if it names one, else the usual names."""
+    """Return the id of the folder's `eos_token` if it names one, else of the first common end token; None if none."""
     names = [END_OF_DOCUMENT, *_OTHER_ENDS]
     config = file.with_name("tokenizer_config.json")
     if config.is_file():

@@ -1,4 +1,4 @@
-"""Which tokens are sample i of a source: windows of sequence_length + 1 tokens, each once per epoch, shuffled."""
+"""Map sample i of a source to a window of sequence_length + 1 tokens; each window occurs once per epoch, shuffled."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,48 +8,51 @@ import numpy as np
 from igla_mega.config.errors import ConfigError
 
 _ROUNDS = 6
+"""Rounds of the Feistel network."""
 _PART = 1 << 17
+"""Samples handled at a time, so that the temporary arrays fit in the CPU cache."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The samples of one split of one source: a pure function of (seed, name, index), nothing stored."""
+    """Samples of one split of one source, computed from (seed, name, index); nothing is stored."""
 
     name: str
     first_token: int
-    """Offset in the token stream where the split begins."""
+    """Offset of the split in the token stream, in tokens."""
     num_tokens: int
-    """Tokens in the split."""
+    """Number of tokens in the split."""
     sequence_length: int
-    """Tokens that a model reads per sample; the window has one more, for the last label."""
+    """Number of input tokens per sample; a window has one more, for the last label."""
     seed: int
 
     def __post_init__(self) -> None:
+        """Raise ConfigError if the split is shorter than one window."""
         if self.num_tokens < self.sequence_length + 1:
             raise ConfigError(
-                f"data.sources.{self.name}: {self.num_tokens} training tokens are too few for one window of"
+                f"data.sources.{self.name}: {self.num_tokens} training tokens are fewer than one window of"
                 f" {self.sequence_length} + 1.\n"
                 "  Give the source more text, shorten training.sequence_length, or lower data.validation_fraction."
             )
 
     @property
     def per_epoch(self) -> int:
-        """Windows in one pass over the split."""
+        """Number of windows in one pass over the split."""
         return (self.num_tokens - 1) // self.sequence_length
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
-        """Offset in the token stream of the window of each sample, int64 like `indices`.
+        """Return the offset in the token stream of each sample's window, int64 [n] like `indices`.
 
-        Within an epoch the windows lie end to end and come in a permuted order. Each epoch begins at an offset of its
-        own, within what is left over at the end, so that the cuts move.
+        Within an epoch the windows are contiguous and visited in a permuted order. Each epoch shifts all windows by a
+        random part of the remainder at the end of the split, so that the cuts differ between epochs.
         """
         starts = np.empty_like(indices)
-        # In parts that stay in the cache.
         for at in range(0, len(indices), _PART):
             starts[at : at + _PART] = self._starts(indices[at : at + _PART])
         return starts
 
     def _starts(self, indices: np.ndarray) -> np.ndarray:
+        """Return the window offsets of one part of the samples."""
         epochs = indices // self.per_epoch
         places = indices - epochs * self.per_epoch
         spare = self.num_tokens - 1 - self.per_epoch * self.sequence_length
@@ -64,16 +67,16 @@ class Windows:
 
 
 def round_keys(seed: int, name: str, epoch: int) -> np.ndarray:
-    """Keys of the permutation, and one more for the epoch's offset: uint64 [_ROUNDS + 1]."""
+    """Return the keys of an epoch's permutation and one more for its offset: uint64 [_ROUNDS + 1]."""
     digest = hashlib.blake2b(f"{seed}/{name}/{epoch}".encode(), digest_size=8 * (_ROUNDS + 1)).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 
 def feistel_permutation(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """A keyed permutation of 0 .. size - 1, evaluated at `places`, in O(1) memory.
+    """Evaluate a keyed permutation of 0 .. size - 1 at `places`, in O(1) memory.
 
-    A balanced Feistel network permutes the next even power of two; a place that lands at or above `size` walks on along
-    its cycle until it is back inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A balanced Feistel network permutes a power of four >= size. A value at or above `size` is encrypted again until it
+    falls below (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         places: int64, each in [0, size).
@@ -89,13 +92,14 @@ def feistel_permutation(places: np.ndarray, size: int, keys: np.ndarray) -> np.n
         return (left << half) | right
 
     values = encrypt(places.astype(np.uint64))
+    # The domain is at most about 4 * size (16 for the smallest sizes): a few iterations on average.
     while (outside := np.flatnonzero(values >= size)).size:
         values[outside] = encrypt(values[outside])
     return values.astype(np.int64)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every input bit reaches every output bit."""
+    """Apply the finalizer of splitmix64, in which every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

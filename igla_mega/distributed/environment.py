@@ -1,4 +1,4 @@
-"""What this process is to who started it: a rank of torchrun's, of Slurm's `srun`, a node of Kubeflow's. No torch."""
+"""Determine this process's rank from its launcher's environment: torchrun, Slurm's `srun` or Kubeflow. No torch."""
 
 import ctypes
 import os
@@ -10,34 +10,35 @@ from collections.abc import MutableMapping
 from igla_mega.config.errors import ConfigError
 
 LAUNCHER = "IGLA_LAUNCHER"
-"""Process number of the launcher that has started this rank."""
+"""Environment variable with the process id of the launcher that started this rank."""
 
 
 def end_with_launcher() -> None:
-    """Have the kernel end this rank when torchrun's process is gone, however it went: no rank trains on alone.
+    """Ask the kernel to kill this rank when torchrun's process ends, for any reason, so that no rank trains on alone.
 
-    Called first of all: importing torch takes seconds, in which the launcher may go.
+    Call this before importing torch, which takes seconds in which the launcher may end.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
-        os._exit(1)  # it was gone before
+        os._exit(1)  # the launcher ended before prctl, and the kernel signals later deaths only
 
 
 def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tell this process its rank as torchrun would, where a scheduler has told it in words of its own.
+    """Translate a scheduler's environment variables to those of torchrun.
 
-    Under `srun` each task is a rank. A pod of Kubeflow is a machine: torchrun's variables (PET_*) say how many there
-    are, and become the defaults of `--nnodes` and `--rendezvous`; PyTorchJob's RANK and WORLD_SIZE count pods.
+    Under `srun` each task is a rank. A Kubeflow pod is a machine: torchrun's variables (PET_*) give the number of
+    machines and become the defaults of `--nnodes` and `--rendezvous`; PyTorchJob's RANK and WORLD_SIZE count pods.
 
     Raises:
-        ConfigError: `srun` started fewer tasks on this node than it has GPUs for.
+        ConfigError: `srun` started fewer tasks on this node than it allocated GPUs.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         return
     if "PET_NNODES" in environment:
+        # Left in place, these would make this process one rank of a run without torchrun's agent.
         environment.pop("RANK", None)
         environment.pop("WORLD_SIZE", None)
         host = environment.get("PET_MASTER_ADDR") or environment.get("MASTER_ADDR")
@@ -53,10 +54,10 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
     if gpus > here:
         raise ConfigError(
             f"srun: {here} task{'s' if here > 1 else ''} on node {environment.get('SLURMD_NODENAME', '')} of {gpus} "
-            "GPUs; a task is a rank, and a rank has one GPU.\n"
+            "GPUs; each task is a rank, and each rank uses one GPU.\n"
             f"  Use --ntasks-per-node={gpus}, or --gpus-per-node={here}."
         )
-    # By --gpus-per-task a task sees one GPU, its own, whichever of the node's that is.
+    # With --gpus-per-task each task sees a single GPU, which is then index 0 in every task of the node.
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     bound = here > 1 and visible != "" and "," not in visible
     environment.update(
@@ -66,18 +67,18 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
         LOCAL_WORLD_SIZE=str(here),
     )
     environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
-    # Two jobs of one node must not meet each other.
+    # Derived from the job, because two jobs that share a node must not use the same port.
     environment.setdefault("MASTER_PORT", str(15000 + int(environment["SLURM_JOB_ID"]) % 15000))
 
 
 def first_host(nodes: str) -> str:
-    """The first node of Slurm's short list, such as `a[01-03,7]-x,b2`."""
+    """Return the first host name of Slurm's compressed list, such as `a[01-03,7]-x,b2`."""
     found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def _tasks_of_node(environment: MutableMapping[str, str]) -> int:
-    """From Slurm's `8(x3),4`: three nodes of 8 tasks and one of 4."""
+    """Return the number of tasks on this node; Slurm writes three nodes of 8 tasks and one of 4 as `8(x3),4`."""
     counts: list[int] = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, times = part.rstrip(")").partition("(x")

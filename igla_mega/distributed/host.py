@@ -1,8 +1,8 @@
-"""Let megatron-core run on a machine without CUDA: gloo, CPU tensors. Inert where CUDA is.
+"""Let megatron-core run on a machine without CUDA, with gloo and CPU tensors; changes nothing where CUDA is available.
 
-Called once by the entry point (`prepare`), never at import. Two parts, kept apart:
-`_map_cuda_to_host` answers what megatron-core asks of `torch.cuda` with the CPU's equivalent;
-`_PATCHES` mends lines of the pinned megatron-core 0.16.1 that fail there. Each patch names its line.
+The entry point calls `prepare` once; importing this module changes nothing. `_map_cuda_to_host` replaces the functions
+of torch that megatron-core calls by their CPU equivalents; `megatron_patches.HOST_PATCHES` replaces the lines of
+megatron-core itself that fail even then.
 """
 
 import contextlib
@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
+from igla_mega.distributed import megatron_patches
+
 MALLOC_TRIM_THRESHOLD, MALLOC_TOP_PAD, MALLOC_MMAP_MAX = -1, -2, -4  # mallopt(3), <malloc.h>
 
 
 _mapped = False
-"""Whether this process's torch has been mapped already: twice would map the mapping."""
+"""True if this process's torch has been mapped; a second mapping would wrap the wrappers of the first."""
 
 
 def prepare() -> torch.device:
-    """Make this process ready for megatron-core and return the device that it will use."""
-    # Advice to the authors of these two libraries, repeated by every rank.
+    """Prepare this process for megatron-core and return the device that it will use."""
+    # These warnings address the authors of the two libraries, and every rank would repeat them.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -33,20 +35,20 @@ def prepare() -> torch.device:
     global _mapped
     if not _mapped:
         _map_cuda_to_host()
-        for patch in _PATCHES:
+        for patch in megatron_patches.HOST_PATCHES:
             patch()
         _mapped = True
     return torch.device("cpu")
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed pages instead of giving them back to the kernel after each large tensor.
+    """Make glibc keep freed pages instead of returning them to the kernel after each large tensor.
 
-    A training step frees and takes the same gigabyte again and again; each time the kernel must fault it in.
-    Opt-in, since a process then never shrinks. The measured gain stands in `bench/results`.
+    A training step frees and allocates the same gigabyte repeatedly, and the kernel must fault the pages in each time.
+    Opt-in, because the process then never shrinks. `bench/results` has the measured gain.
 
     Returns:
-        False where the C library is not glibc and nothing was changed.
+        False if the C library is not glibc and nothing was changed.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -57,15 +59,17 @@ def keep_freed_memory() -> bool:
 
 
 def _names_cuda(device) -> bool:
-    # `torch.cuda.current_device()` is an index, so a bare int means CUDA.
+    """Return True if a `device` argument refers to CUDA."""
+    # `torch.cuda.current_device()` is an index, so a bare int means CUDA; a bool is an int too (`non_blocking`).
     return (isinstance(device, int) and not isinstance(device, bool)) or str(device).startswith("cuda")
 
 
 def _on_host(constructor: Callable) -> Callable:
-    """`torch.zeros(..., device="cuda", pin_memory=True)` becomes an unpinned CPU tensor."""
+    """Wrap a constructor so that `torch.zeros(..., device="cuda", pin_memory=True)` makes an unpinned CPU tensor."""
 
     @functools.wraps(constructor)
     def wrapper(*args, **kwargs):
+        """Call the constructor with the CPU as its device."""
         if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
         if kwargs.get("pin_memory"):
@@ -76,7 +80,7 @@ def _on_host(constructor: Callable) -> Callable:
 
 
 class _Inert:
-    """A CUDA stream or event: on the host everything has already happened."""
+    """A stand-in for a CUDA stream or event: CPU work is complete when the call returns, so every wait is a no-op."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -98,15 +102,21 @@ class _Inert:
 
 
 def _map_cuda_to_host() -> None:
-    from torch import _dynamo  # its tables must see the genuine torch.cuda functions, so import it first
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.utils._device import _device_constructors
+    """Replace the functions of torch that name CUDA by their CPU equivalents, for this process."""
+    # dynamo builds tables of the genuine torch.cuda functions when it is imported: import it before replacing them.
+    from torch import _dynamo
 
-    _dynamo.config.disable = True  # mcore's jit_fuser is torch.compile: no C++ compiler run for forty tiny fusions
+    # megatron-core's `jit_fuser` is torch.compile, which would run a C++ compiler for about forty tiny fusions.
+    _dynamo.config.disable = True
+    _map_constructors()
+    _map_moves()
+    _map_streams_and_generators()
 
+
+def _map_streams_and_generators() -> None:
+    """Replace device selection, streams, events and random generators of `torch.cuda`."""
     cuda: Any = torch.cuda
-    tensor: Any = torch.Tensor
-    # One function object per name: dynamo refuses the same object under two names.
+    # One function object per name: dynamo rejects the same object under two names.
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     for name in ("current_stream", "default_stream"):
@@ -115,30 +125,24 @@ def _map_cuda_to_host() -> None:
     cuda.Stream, cuda.Event = type("Stream", (_Inert,), {}), type("Event", (_Inert,), {})
     cuda.stream = lambda stream: contextlib.nullcontext()
 
+    # The "device" generator, which tensor_parallel/random.py tracks by name, is the CPU's: same seeds, same draws.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _map_constructors() -> None:
+    """Replace every function that creates a tensor or a mesh on a device."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.utils._device import _device_constructors
+
     for constructor in filter(None, _device_constructors()):
         name = constructor.__name__
         if getattr(torch, name, None) is constructor:
             setattr(torch, name, _on_host(constructor))  # type: ignore[arg-type]
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
         setattr(torch.Tensor, name, _on_host(getattr(torch.Tensor, name)))
-
-    move, type_name = torch.Tensor.to, torch.Tensor.type
-
-    def to(self, *args, **kwargs):
-        args = tuple("cpu" if not torch.is_tensor(a) and _names_cuda(a) else a for a in args)
-        if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
-            kwargs["device"] = "cpu"
-        return move(self, *args, **kwargs)
-
-    def cuda_type(self, *args, **kwargs):
-        # mcore's optimizers sort parameters by the *name* of their CUDA tensor type.
-        name = type_name(self, *args, **kwargs)
-        asked_for_name = not args and not kwargs and self.device.type == "cpu"
-        return name.replace("torch.", "torch.cuda.", 1) if asked_for_name else name
-
-    tensor.to, tensor.type = to, cuda_type
-    tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     make_mesh = DeviceMesh.__init__
 
@@ -147,67 +151,27 @@ def _map_cuda_to_host() -> None:
 
     DeviceMesh.__init__ = host_mesh  # type: ignore[method-assign]
 
-    # The tracked "device" random generator is the host's.
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    for module in (cuda, cuda.random):
-        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
+def _map_moves() -> None:
+    """Replace the methods of tensors and modules that move them to CUDA or report their type there."""
+    tensor: Any = torch.Tensor
+    move, type_name = torch.Tensor.to, torch.Tensor.type
 
-def _define_te_general_gemm() -> None:
-    """moe/moe_utils.py:1192: the router names `te_general_gemm`, undefined without Transformer Engine."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
+    def to(self, *args, **kwargs):
+        """Convert a tensor's type; a move to CUDA leaves it on the CPU."""
+        args = tuple("cpu" if not torch.is_tensor(a) and _names_cuda(a) else a for a in args)
+        if kwargs.get("device") is not None and _names_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        return move(self, *args, **kwargs)
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    def cuda_type(self, *args, **kwargs):
+        """Return a CPU tensor's type under the name of the CUDA type, or convert it as `type` does."""
+        # optimizer/optimizer.py:671,690 and distrib_optimizer.py:361 compare this *name* with torch.cuda.FloatTensor
+        # to group the parameters, and raise TypeError on any other.
+        name = type_name(self, *args, **kwargs)
+        is_query = not args and not kwargs and self.device.type == "cpu"
+        return name.replace("torch.", "torch.cuda.", 1) if is_query else name
 
-
-def _make_split_sizes_numpy() -> None:
-    """moe/moe_utils.py:1091: all-to-all split sizes become numpy only when they leave a GPU."""
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-
-
-def _gather_unevenly_on_host() -> None:
-    """tensor_parallel/mappings.py:146,187: gloo gathers and scatters lists of one size alone; all-to-all takes any."""
-    import megatron.core.tensor_parallel.mappings as mappings
-    import torch.distributed as dist
-
-    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-
-    def gather_unevenly(input_, group, output_split_sizes=None, use_global_buffer=False):
-        if output_split_sizes is None or group.size() == 1:
-            return gather(input_, group, output_split_sizes, use_global_buffer)
-        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
-        copies = torch.cat([input_] * group.size())
-        dist.all_to_all_single(output, copies, output_split_sizes, [len(input_)] * group.size(), group=group)
-        return output
-
-    def scatter_unevenly(input_, group, input_split_sizes=None, use_global_buffer=False):
-        if input_split_sizes is None or group.size() == 1:
-            return scatter(input_, group, input_split_sizes, use_global_buffer)
-        own, size = input_split_sizes[group.rank()], group.size()
-        parts = input_.new_empty(size * own, *input_.shape[1:])
-        dist.all_to_all_single(parts, input_.contiguous(), [own] * size, input_split_sizes, group=group)
-        return parts.view(size, own, *input_.shape[1:]).sum(0)
-
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_unevenly, scatter_unevenly
-
-
-def _set_cuda_rng_state_on_host() -> None:
-    """tensor_parallel/random.py:60: `_set_cuda_rng_state` takes a CUDA generator by index."""
-    import megatron.core.tensor_parallel.random as random
-
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-_PATCHES = (
-    _define_te_general_gemm,
-    _make_split_sizes_numpy,
-    _gather_unevenly_on_host,
-    _set_cuda_rng_state_on_host,
-)
+    tensor.to, tensor.type = to, cuda_type
+    tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

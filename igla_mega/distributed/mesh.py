@@ -1,4 +1,4 @@
-"""Process groups as a value. The only file that touches megatron-core's `parallel_state`."""
+"""The process groups of a run as a frozen value; the only module that uses megatron-core's global `parallel_state`."""
 
 import datetime
 import os
@@ -16,7 +16,7 @@ from igla_mega.layout.layout import Layout
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh as this rank sees it."""
+    """One axis of the mesh: the group of ranks along it that contains this rank."""
 
     group: dist.ProcessGroup
     size: int
@@ -25,48 +25,54 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Every axis of the layout, and this rank's place on each."""
+    """Every axis of the layout, and this rank's position on each.
+
+    The ranks of a group differ in their position on its axis and agree on all others.
+    """
 
     rank: int
     world_size: int
     tensor: Axis
     pipeline: Axis
     context: Axis
-    """These ranks hold parts of the same sequences."""
+    """Context parallel: these ranks hold different parts of the same sequences, and the same parameters."""
     data: Axis
-    """Data parallel, context ranks not included: these ranks read different samples."""
+    """Data parallel, without the context axis: these ranks read different samples."""
     data_context: Axis
-    """Data and context parallel: these ranks hold the same parameters."""
+    """Data and context parallel: these ranks hold the same parameters, so gradients are reduced over them."""
     model: Axis
-    """Tensor and pipeline parallel: these ranks hold one replica of the model, of whose experts each has some."""
+    """Tensor and pipeline parallel: these ranks together hold one replica of the model, and a share of its experts."""
     expert: Axis
-    """These ranks, of the data, context and tensor axes, hold different experts."""
+    """Expert parallel: these ranks, taken from the data, context and tensor axes, hold different experts."""
     expert_tensor: Axis
-    """These ranks hold parts of the same experts."""
+    """Expert tensor parallel: these ranks hold different parts of the same experts."""
     expert_data: Axis
-    """These ranks hold the same experts, or the same parts of them."""
+    """Expert data parallel: these ranks hold the same experts, or the same parts of them."""
     host_group: dist.ProcessGroup
-    """All ranks over gloo: for objects, for checkpoints written from a thread, and for agreeing on errors."""
+    """All ranks over gloo: for Python objects, for checkpoints written from a thread, and for agreeing on errors."""
 
     @property
     def is_main(self) -> bool:
+        """True if this rank does what is done once per run: logs, folder names, manifests."""
         return self.rank == 0
 
     def replicas(self, *, expert: bool) -> Axis:
-        """The ranks that hold the same parameters as this one: an expert's, or others."""
+        """Return the axis of ranks that hold the same copy of a parameter: an expert's, or any other."""
+        # Experts are spread over ranks that replicate everything else, so the two groups differ.
         return self.expert_data if expert else self.data_context
 
 
 def under_launcher() -> bool:
-    """Whether torchrun (or the like) has told this process its rank."""
+    """Return True if a launcher (torchrun, or `environment.adopt`) has set this process's rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def init_process_groups(device: torch.device, timeout_seconds: float = 600.0, dumps: Path | None = None) -> None:
-    """Join the default process group: NCCL beside gloo on CUDA, gloo on CPU; alone when not under torchrun.
+    """Join the default process group: NCCL and gloo on CUDA, gloo on CPU; a group of one when not under a launcher.
 
     Args:
-        dumps: folder for what NCCL recorded of the last collectives, written when one of them times out.
+        timeout_seconds: how long a collective may wait for other ranks.
+        dumps: folder to which NCCL writes its record of the last collectives when one of them times out.
     """
     if device.type == "cuda" and dumps is not None:
         _record_collectives(dumps)
@@ -75,13 +81,13 @@ def init_process_groups(device: torch.device, timeout_seconds: float = 600.0, du
     if under_launcher():
         dist.init_process_group(backend, timeout=timeout)
         return
-    # A file store needs no free port.
+    # A file store instead of TCP: it needs no free port, so that runs of one process never collide.
     store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="igla-"), "store"), 1)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _record_collectives(dumps: Path) -> None:
-    """Switch on torch's flight recorder, under the names of torch 2.9 and those before; what is set by hand stays."""
+    """Enable torch's flight recorder, under its names since torch 2.9 and before; variables that are set are kept."""
     dumps.mkdir(parents=True, exist_ok=True)
     settings = {
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -93,12 +99,18 @@ def _record_collectives(dumps: Path) -> None:
 
 
 def own_store() -> dist.Store:
-    """A connection of its own to what the ranks met at: it may be used from another thread."""
+    """Return a new connection to the store of the default group, which may be used from another thread."""
+    # One connection serves one request at a time: a `get` that waits in a thread would block the others.
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def build_mesh(layout: Layout, seed: int) -> Mesh:
-    """Lay the ranks out: tensor innermost, then context, data, pipeline (megatron-core's order)."""
+    """Create the process groups: tensor innermost, then context, data and pipeline (megatron-core's order).
+
+    Args:
+        seed: of the model-parallel random generators.
+    """
+    # Tensor parallel ranks exchange most bytes per layer, hence neighbours: ranks of one node are consecutive.
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -112,19 +124,23 @@ def build_mesh(layout: Layout, seed: int) -> Mesh:
 
 
 def single_process_mesh(layout: Layout, device: torch.device, seed: int) -> Mesh:
-    """The mesh of a process that runs a whole model by itself; what was joined before is kept.
+    """Return the mesh of a process that runs a whole model by itself; groups that exist are reused.
 
     Raises:
-        RuntimeError: this process is one of several.
+        RuntimeError: this process is one of several ranks.
     """
     if not dist.is_initialized():
         init_process_groups(device)
     if dist.get_world_size() > 1:
-        raise RuntimeError(f"a whole model was asked for on one of {dist.get_world_size()} ranks; start one process")
+        raise RuntimeError(
+            f"a whole model was requested in one process, but this is one of {dist.get_world_size()} ranks. "
+            "Start a single process."
+        )
     return _mesh() if parallel_state.model_parallel_is_initialized() else build_mesh(layout, seed)
 
 
 def _mesh() -> Mesh:
+    """Return megatron-core's groups as a mesh, with a new gloo group of all ranks."""
     ps = parallel_state
     return Mesh(
         rank=dist.get_rank(),
@@ -147,7 +163,8 @@ def _axis(group: dist.ProcessGroup) -> Axis:
 
 
 def destroy_process_groups() -> None:
-    """Leave the process groups; safe when they were never joined."""
+    """Destroy the process groups; does nothing if they were never joined."""
+    # megatron-core's globals first: they refer to groups that the second call destroys.
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -155,7 +172,7 @@ def destroy_process_groups() -> None:
 
 
 def pipeline_ends(virtual_stage: int | None) -> tuple[bool, bool]:
-    """Whether this rank's chunk `virtual_stage` holds the embedding, and whether it holds the output layer."""
+    """Return whether this rank's chunk `virtual_stage` holds the embedding, and whether it holds the output layer."""
     return (
         parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),

@@ -1,4 +1,4 @@
-"""Start the ranks of this machine by torch's elastic agent, hand signals on to them, and say how they ended."""
+"""Start the ranks of this machine with torch's elastic agent, forward signals to them, and return their exit code."""
 
 import contextlib
 import logging
@@ -6,56 +6,48 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.distributed import environment
+from igla_mega.distributed.rendezvous import LoopbackRendezvous, keep_to_loopback, open_rendezvous
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 WRONG, REQUEUE, STUCK = 2, 75, 76
-"""Exit codes of ranks that are the command's too: a user's mistake; asked to stop by a scheduler; found stuck."""
+"""Exit codes that the command passes on from its ranks: a user's mistake; stopped by a scheduler; found stuck."""
 SAVE_SECONDS = 600
-"""How long ranks may take to save and end when a node joins, before they are killed."""
+"""Maximum time that ranks may take to save and end when a node joins, in seconds; then they are killed."""
 
 
 def torchrun(
-    nproc: int, *, nodes: tuple[int, int] = (1, 1), rendezvous: str | None = None, restarts: int = 0, run_id: str = ""
+    nproc: int,
+    *,
+    nodes: tuple[int, int] = (1, 1),
+    rendezvous: str | None = None,
+    restarts: int = 0,
+    run_dir: Path | None = None,
 ) -> int:
     """Start this same command as `nproc` ranks on this machine and return their exit code.
 
     Args:
-        nodes: least and most machines; between them the run goes on with those that are there.
-        rendezvous: HOST:PORT where several machines meet; the agent on HOST keeps it.
-        restarts: how often ranks are started again after a failure.
-        run_id: of the machines that belong together.
+        nodes: minimum and maximum number of machines; the run continues with any number between them.
+        rendezvous: HOST:PORT at which several machines meet; the agent on HOST serves it.
+        restarts: how often the ranks are started again after a failure.
+        run_dir: folder of the run, which several machines share.
 
     Raises:
         ConfigError: the machines did not meet.
     """
-    # What went wrong is said by the rank; torch's own account of it is a page of traceback.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ[environment.LAUNCHER] = str(os.getpid())
-    # Signals but this one are handed on: torch would kill ranks that take 30 s for their step and its save.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    if nodes != (1, 1):
-        # torch's agents keep the address of their first store: one that joins, or outlives it, would wait in vain.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # A node that is gone is missed after 15 s; those that are left wait so much longer for others.
-    waits = {"last_call_timeout": 10, "keep_alive_interval": 5, "keep_alive_max_attempt": 3}
-    handler = get_rendezvous_handler(
-        RendezvousParameters(
-            "c10d", rendezvous or "localhost:0", run_id or "igla-mega", nodes[0], nodes[1], None, **waits
-        )
-    )
+    _set_environment(nproc, several_nodes=nodes != (1, 1))
+    handler = _rendezvous(nodes, rendezvous, run_dir)
     spec = WorkerSpec(
         role="igla-mega",
         local_world_size=nproc,
@@ -68,18 +60,16 @@ def torchrun(
     agent = _Agent(spec, DefaultLogsSpecs())
     agent.fixed = nodes[0] == nodes[1]
     for number in STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, agent.hand_on)
+        # A signal that the parent ignores stays ignored: nohup ignores SIGHUP.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, agent.forward_signal)
     try:
         result = agent.run()
-        return _exit_code(result, agent.asked) if result.is_failed() else 0
+        return _exit_code(result, agent.stop_signal) if result.is_failed() else 0
     except SignalException as stopped:
         return _code_of_signal(stopped.sigval)
     except RendezvousConnectionError:
-        raise ConfigError(
-            f"--rendezvous: {rendezvous} cannot be reached from {socket.gethostname()}, or what was there is gone.\n"
-            "  Name a host and a free port that all nodes reach; a command on that host must run."
-        ) from None
+        raise _unreachable(rendezvous) from None
     except RendezvousError as error:
         raise ConfigError(
             f"--rendezvous: the nodes did not meet at {rendezvous or 'this machine'} ({type(error).__name__}).\n"
@@ -89,56 +79,100 @@ def torchrun(
         handler.shutdown()
 
 
+def _rendezvous(nodes: tuple[int, int], address: str | None, run_dir: Path | None) -> RendezvousHandler:
+    """Return where the agents of the run meet: behind the loopback interface for one machine."""
+    if nodes == (1, 1):
+        keep_to_loopback()
+        return LoopbackRendezvous(run_dir.name if run_dir else "igla-mega")
+    assert address is not None and run_dir is not None, "the command line asks for both"
+    # A lost node is noticed after 15 s (5 s, three times); the remaining ones then wait 10 s for others to join.
+    waits = {"last_call_timeout": 10, "keep_alive_interval": 5, "keep_alive_max_attempt": 3}
+    try:
+        return open_rendezvous(RendezvousParameters("c10d", address, run_dir.name, *nodes, None, **waits), run_dir)
+    except RendezvousConnectionError:
+        raise _unreachable(address) from None
+
+
+def _unreachable(address: str | None) -> ConfigError:
+    return ConfigError(
+        f"--rendezvous: {address} cannot be reached from {socket.gethostname()}, or its server has ended.\n"
+        "  Give a host and a free port that all nodes can reach; the command must also run on that host."
+    )
+
+
+def _set_environment(nproc: int, *, several_nodes: bool) -> None:
+    """Set the environment variables and the log level that torch's agent and the ranks read."""
+    # A failed rank prints its own error; torch's report of it is a page of traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ[environment.LAUNCHER] = str(os.getpid())
+    # torch kills ranks 30 s after a signal that it handles, which is too short for a step and its save. So it handles
+    # this one alone, and `_Agent.forward_signal` forwards the others.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    if several_nodes:
+        # An agent that shares the ranks' store keeps the address of its first one (dynamic_rendezvous.py:1146), so a
+        # node that joins later, or outlives the node of that store, would wait for it forever.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+
 class _Agent(LocalElasticAgent):
-    """torch's agent, but that a run which was asked to stop is not started again."""
+    """torch's elastic agent, except that ranks are not restarted once a stop was requested."""
 
-    asked: int = 0
-    """The first signal that asked for a stop."""
+    stop_signal: int = 0
+    """First signal that requested a stop; 0 if there was none."""
     fixed: bool = True
-    """Whether nodes neither come nor go: where they may, ranks end as asked and are started again in another number."""
+    """True if the number of nodes is fixed. Otherwise ranks may end on request and restart in a different number."""
 
-    def hand_on(self, number: int, _) -> None:
-        """Pass a signal on to the ranks, which finish their step and save; where there are none yet, end."""
-        first, self.asked = not self.asked, self.asked or number
+    def forward_signal(self, number: int, _) -> None:
+        """Forward a signal to the ranks, which finish their step and save; end at once if there are none yet."""
+        first, self.stop_signal = not self.stop_signal, self.stop_signal or number
         ranks = psutil.Process().children()
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
         if first and not ranks:
-            raise SignalException(f"asked to stop by signal {number}", signal.Signals(number))
+            raise SignalException(f"stop requested by signal {number}", signal.Signals(number))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Return the state of the ranks, and disable restarts where another start would not help."""
         result = super()._monitor_workers(worker_group)
         codes = {one.exitcode for one in result.failures.values()}
         if WRONG in codes or (self.fixed and any(code == REQUEUE or code > 128 for code in codes)):
-            self._remaining_restarts = 0  # another start would end the same way, or is for the scheduler
+            # A mistake in the recipe fails again; after a stop request it is the scheduler that starts the run again.
+            self._remaining_restarts = 0
         return result
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        if self.asked:
-            raise SignalException("asked to stop", signal.Signals(self.asked))
-        if worker_group.state == WorkerState.HEALTHY:  # a node has joined: what was trained is saved first
+        """Restart the ranks, after a save if they are healthy; end instead if a stop was requested."""
+        if self.stop_signal:
+            raise SignalException("stop requested", signal.Signals(self.stop_signal))
+        # Healthy ranks are restarted only when a node has joined. torch would kill them, and the steps since the last
+        # checkpoint would be lost: SIGTERM makes them save first.
+        if worker_group.state == WorkerState.HEALTHY:
             self._shutdown(signal.SIGTERM, SAVE_SECONDS)
         else:
             print("starting the ranks again, from the last checkpoint", file=sys.stderr, flush=True)
         super()._restart_workers(worker_group)
 
 
-def _exit_code(result: RunResult, asked: int) -> int:
-    """The first failure's, where it means something; peers that lose the first rank end with errors of their own."""
+def _exit_code(result: RunResult, stop_signal: int) -> int:
+    """Return the exit code of the rank that failed first, if it is one that the command passes on, else 1."""
+    # By time, not by rank: ranks that lose a peer fail soon after it, with errors about the lost connection.
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     codes = {one.exitcode for one in result.failures.values()}
     if STUCK in codes:
-        return STUCK  # that rank has said why, and has ended the one that could not end by itself
+        # The rank with this code has reported the cause and killed the one that hung, which may have ended before it.
+        return STUCK
     code = failure.exitcode
-    if asked and (code < 0 or code in (REQUEUE, 128 + asked)):
-        return _code_of_signal(asked)
+    if stop_signal and (code < 0 or code in (REQUEUE, 128 + stop_signal)):
+        return _code_of_signal(stop_signal)
     if code < 0:
         name = signal.Signals(-code).name
-        hint = " (SIGKILL is also how a machine without memory left ends a process)" if name == "SIGKILL" else ""
+        hint = " (the kernel also sends SIGKILL when memory is exhausted)" if name == "SIGKILL" else ""
         print(f"error: rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr)
     return code if code in (WRONG, REQUEUE) or code > 128 else 1
 
 
 def _code_of_signal(number: int) -> int:
+    """Return the exit code of a run that ended on a stop signal: as a shell's for a person, else REQUEUE."""
     return 128 + number if number in (signal.SIGINT, signal.SIGHUP) else REQUEUE

@@ -1,5 +1,7 @@
-"""Test the machines of a run before it: every rank measures itself, pairs of ranks their link, a rank of each node its
-disk and clock; who falls behind the hardware table or the others is named.
+"""Test the machines of a run before it starts, and name those that are slower than expected.
+
+Every rank measures its device, pairs of ranks measure their link, and one rank per node measures the disk and the
+clock. The results are compared with the hardware table, with the other ranks and with limits.
 """
 
 import datetime
@@ -34,49 +36,51 @@ from igla_mega.doctor.measure import (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a node must reach. Shares of a table are of its makers' peaks (plan/hardware.py)."""
+    """Limits that every node must meet; the table contains the manufacturers' peaks (`layout/hardware.py`)."""
 
     matmul: float = 0.5
-    """Least share of the table's matrix peak."""
+    """Minimum rate of matrix products, as a fraction of the table's peak."""
     copy: float = 0.7
-    """Least share of the table's memory bandwidth, read and written."""
+    """Minimum rate of copies in the device's memory, read and written, as a fraction of the table's bandwidth."""
     host: float = 0.3
-    """Least share of the table's bandwidth from the machine's memory to the GPU."""
+    """Minimum rate of copies from the machine's memory to the GPU, as a fraction of the table's bandwidth."""
     link: float = 0.4
-    """Least share of the table's link to another rank of the machine."""
+    """Minimum rate to another rank of the machine, as a fraction of the table's link."""
     network: float = 0.4
-    """Least share of the table's network to a rank of another machine."""
+    """Minimum rate to a rank of another machine, as a fraction of the table's network."""
     peers: float = 0.8
-    """Least share of what the ranks reach in the middle, of all the above."""
+    """Minimum of every rate above, as a fraction of the median over the ranks."""
     memory: float = 0.9
-    """Least share of its memory that is free."""
+    """Minimum fraction of the memory that is free."""
     clock: float = 0.6
-    """Least share of its highest clock that a GPU runs at under load."""
+    """Minimum clock of a GPU under load, as a fraction of its maximum."""
     disk: float = 50e6
-    """Least bytes a second that are written, flushed, into the run folder."""
+    """Minimum rate of flushed writes into the run folder, in bytes per second."""
     fsync: float = 0.5
-    """Most seconds that flushing a small file takes."""
+    """Maximum time to flush a small file, in seconds."""
     skew: float = 0.5
-    """Most seconds between the clocks of two nodes."""
+    """Maximum difference between the clocks of two nodes, in seconds."""
 
 
-# A table of one CPU says little of another, and cores are shared with whatever else runs.
+# Loose, because the table describes one CPU, others differ widely, and other processes use the same cores.
 ON_CPU = Limits(matmul=0.03, copy=0.03, link=0.01, network=0.01, peers=0.35, memory=0.02, disk=5e6, fsync=2.0)
 
 
 @dataclass(frozen=True)
 class Bad:
+    """A limit that a rank does not meet."""
+
     node: str
     rank: int
     what: str
-    """The figure, what it should be, and why, in words."""
+    """Message with the figure, its limit, and where the limit comes from."""
 
 
 def parse_limits(given: Sequence[str], *, on_cpu: bool) -> Limits:
-    """Return the limits of this kind of device, with `name=value` of the user's.
+    """Return the limits for a kind of device, changed by the user's `name=value` options.
 
     Raises:
-        ConfigError: a name that is not one of them, or a value that is no number above 0; all of them at once.
+        ConfigError: names every unknown limit, and every value that is not a number above 0.
     """
     limits, breaches = ON_CPU if on_cpu else Limits(), []
     known = [entry.name for entry in fields(Limits)]
@@ -90,7 +94,7 @@ def parse_limits(given: Sequence[str], *, on_cpu: bool) -> Limits:
         try:
             number = float(value)
         except ValueError:
-            number = -1.0
+            number = -1.0  # rejected below, as NaN and infinity are
         if not 0 < number < float("inf"):
             breaches.append(f"--limit {text}: not a number above 0; write {name}={getattr(limits, name):g}.")
         else:
@@ -101,7 +105,10 @@ def parse_limits(given: Sequence[str], *, on_cpu: bool) -> Limits:
 
 
 def start() -> torch.device:
-    """Join the ranks of this test, alone where no launcher has started several, and take this rank's device."""
+    """Join the process group of this test, a group of one without a launcher, and return this rank's device.
+
+    Not `mesh.init_process_groups`, because that module imports megatron-core, which this test does not need.
+    """
     timeout = datetime.timedelta(seconds=60)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -117,17 +124,17 @@ def start() -> torch.device:
 
 
 def test(device: torch.device, folder: Path, *, full: bool = False, clock: Clock = time.time) -> list[Report]:
-    """Measure on every rank of the default group, all at once as in a run.
+    """Measure on all ranks of the default group at the same time, as in a run.
 
     Args:
-        folder: where the run will write, or below which; nothing stays there.
-        full: longer, with larger files: what comes with heat and full caches shows.
-        clock: of this node.
+        folder: where the run will write; the nearest existing parent is used, and no file remains.
+        full: True to measure longer and with larger files, which shows the effects of heat and full caches.
+        clock: this node's clock.
 
     Returns:
-        The reports of all ranks, on all of them, by rank.
+        The reports of all ranks, by rank; the same on every rank.
     """
-    folder = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     names = gather(node_name())
     seconds = 5.0 if full else 0.4
     report = Report(dist.get_rank(), names[dist.get_rank()], device_name(device), device.type == "cpu")
@@ -146,7 +153,7 @@ def test(device: torch.device, folder: Path, *, full: bool = False, clock: Clock
 
 
 def verdicts(reports: Sequence[Report], limits: Limits) -> list[Bad]:
-    """Hold every rank to the table, to the others and to the limits; by node and rank."""
+    """Return every limit that a rank does not meet, in the order of the reports."""
     bad = []
     for report in reports:
         found = [*report.faults, *_too_slow(report, reports, limits), *_out_of_bounds(report, reports, limits)]
@@ -164,6 +171,7 @@ _RATES = {
 
 
 def _too_slow(report: Report, reports: Sequence[Report], limits: Limits) -> Iterator[str]:
+    """Yield a message for every rate of a rank below the table's or its peers' bound."""
     for name, (words, unit) in _RATES.items():
         if name not in report.figures:
             continue
@@ -171,51 +179,58 @@ def _too_slow(report: Report, reports: Sequence[Report], limits: Limits) -> Iter
         if name in report.expected:
             share, peak = getattr(limits, name), report.expected[name]
             bounds.append((share * peak, f"{share:g} of the table's {_si(peak, unit)}"))
-        like = [other.figures[name] for other in reports if name in other.figures and other.device == report.device]
-        middle = statistics.median_high(like)
-        bounds.append((limits.peers * middle, f"{limits.peers:g} of its peers' {_si(middle, unit)}"))
-        least, why = max(bounds)
-        if value < least:
-            yield f"{words}: {_si(value, unit)}, below {_si(least, unit)} ({why}; --limit {name}, peers)"
+        peers = [other.figures[name] for other in reports if name in other.figures and other.device == report.device]
+        # The higher of two medians: of two ranks, the slower one is then compared with the faster.
+        median = statistics.median_high(peers)
+        bounds.append((limits.peers * median, f"{limits.peers:g} of its peers' {_si(median, unit)}"))
+        bound, reason = max(bounds)
+        if value < bound:
+            yield f"{words}: {_si(value, unit)}, below {_si(bound, unit)} ({reason}; --limit {name}, peers)"
 
 
 def _out_of_bounds(report: Report, reports: Sequence[Report], limits: Limits) -> Iterator[str]:
+    """Yield a message for every figure of a rank outside the limits of memory, clocks and disk."""
     figures = report.figures
     if figures["memory free"] < limits.memory * figures["memory"]:
         yield (
             f"memory: {_si(figures['memory free'], 'B')} of {_si(figures['memory'], 'B')} free, below "
-            f"{limits.memory:g} of it: something else runs there (--limit memory)"
+            f"{limits.memory:g} of it: another process uses it (--limit memory)"
         )
+    # Less than the table: another model of GPU, or a part of one.
     if "memory" in report.expected and figures["memory"] < 0.95 * report.expected["memory"]:
         yield f"memory: {_si(figures['memory'], 'B')}, the table has {_si(report.expected['memory'], 'B')}"
     if "clock" in figures and "highest clock" in figures and not report.on_cpu:
-        least = limits.clock * figures["highest clock"]
-        if figures["clock"] < least:
+        bound = limits.clock * figures["highest clock"]
+        if figures["clock"] < bound:
             yield (
-                f"clock under load: {_si(figures['clock'], 'Hz')}, below {_si(least, 'Hz')} ({limits.clock:g} of its "
-                "highest; --limit clock): heat or power holds it back"
+                f"clock under load: {_si(figures['clock'], 'Hz')}, below {_si(bound, 'Hz')} ({limits.clock:g} of its "
+                "maximum; --limit clock): limited by heat or power"
             )
     if "disk" in figures and figures["disk"] < limits.disk:
         yield f"disk: {_si(figures['disk'], 'B/s')} written, below {_si(limits.disk, 'B/s')} (--limit disk)"
     if figures.get("fsync", 0) > limits.fsync:
         yield f"disk: {figures['fsync']:.3f} s to flush a small file, above {limits.fsync:g} s (--limit fsync)"
     offset = figures["skew"] - _reference(reports)
+    # The error of the measurement is subtracted: a slow network alone must not fail a node.
     if abs(offset) - figures["skew error"] > limits.skew:
         side = "ahead of" if offset > 0 else "behind"
         yield (
             f"clock: {abs(offset):.3f} s (+- {figures['skew error']:.3f}) {side} the others, above {limits.skew:g} s "
-            "(--limit skew): is its time service running?"
+            "(--limit skew). Check its time service (NTP)."
         )
 
 
 def _reference(reports: Sequence[Report]) -> float:
-    """The clock that most agree with, seconds from rank 0's; of two that differ, rank 0's."""
+    """Return the median clock, in seconds ahead of rank 0's; of two that differ, rank 0's.
+
+    Not simply rank 0's: if that one is wrong, every other node would be reported.
+    """
     offsets = [report.figures["skew"] for report in reports]
-    return min(offsets, key=lambda mine: sum(abs(mine - other) for other in offsets))
+    return min(offsets, key=lambda offset: sum(abs(offset - other) for other in offsets))
 
 
 def text(reports: Sequence[Report], bad: Sequence[Bad]) -> str:
-    """What was found, a line a figure: in the middle, the worst, and whose it is; then the bad nodes."""
+    """Return the results as text: a line per figure with median, worst value and its rank, then the failures."""
     nodes = list(dict.fromkeys(report.node for report in reports))
     devices = ", ".join(dict.fromkeys(report.device for report in reports))
     ranks = f"{len(reports)} rank{'s' if len(reports) > 1 else ''}"
@@ -226,18 +241,18 @@ def text(reports: Sequence[Report], bad: Sequence[Bad]) -> str:
             continue
         values = [value for value, _ in found]
         worst, whose = (min if lower_is_worse else max)(found, key=lambda pair: pair[0])
-        middle = statistics.median(values)
-        line = f"  {words:32} {_si(middle, unit):>14}"
-        differs = abs(worst - middle) > 0.01 * abs(middle)
+        median = statistics.median(values)
+        line = f"  {words:32} {_si(median, unit):>14}"
+        differs = abs(worst - median) > 0.01 * abs(median)
         line += f"  worst {_si(worst, unit)} ({whose.node}, rank {whose.rank})" if differs else ""
         line += f"  {worst / whose.expected[name]:.0%} of the table" if name in whose.expected else ""
         lines.append(line)
     if len(nodes) > 1:
         reference = _reference(reports)
         apart, name = max((abs(report.figures["skew"] - reference), report.node) for report in reports)
-        lines.append(f"  {'clocks apart, most':32} {_si(apart, 's'):>14}  ({name})")
+        lines.append(f"  {'largest clock difference':32} {_si(apart, 's'):>14}  ({name})")
     lines += [f"bad: {entry.node} (rank {entry.rank}): {entry.what}" for entry in bad]
-    lines.append("" if bad else "  nothing bad was found")
+    lines.append("" if bad else "  no fault was found")
     return "\n".join(lines).rstrip()
 
 
@@ -247,14 +262,16 @@ _SHOWN = {
     "threads": ("threads of a rank", "", True),
     "clock": ("clock", "Hz", True),
     **{name: (words, unit, True) for name, (words, unit) in _RATES.items()},
-    "all-reduce": ("all-reduce of all ranks, of bus", "B/s", True),
+    "all-reduce": ("all-reduce of all ranks, bus rate", "B/s", True),
     "disk": ("written to disk", "B/s", True),
     "disk free": ("disk, free", "B", True),
-    "fsync": ("a small file, flushed", "s", False),
+    "fsync": ("flush of a small file", "s", False),
 }
+"""Figures in the text: label, unit, and whether a lower value is worse."""
 
 
 def as_json(reports: Sequence[Report], bad: Sequence[Bad], limits: Limits) -> dict:
+    """Return the results for the option `--json`."""
     return {
         "ranks": [asdict(report) for report in reports],
         "bad": [asdict(entry) for entry in bad],
@@ -263,7 +280,7 @@ def as_json(reports: Sequence[Report], bad: Sequence[Bad], limits: Limits) -> di
 
 
 def _si(value: float, unit: str) -> str:
-    """A number with three digits and the prefix that fits."""
+    """Return a number with three digits and its SI prefix, such as `1.98 GHz`."""
     prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"))
     factor, prefix = next((pair for pair in prefixes if abs(value) >= pair[0]), prefixes[-1])
     return f"{value / factor:.3g} {prefix}{unit}".rstrip()

@@ -104,7 +104,14 @@ def _chunks(
     )
     config = build.transformer_config(model, layout, how, recipe.moe)
     output = _output(recipe, overlap=_overlaps(recipe, device))
-    chunks = build.build_chunks(config, model, transformer_engine=transformer_engine, moe=recipe.moe, output=output)
+    chunks = build.build_chunks(
+        config,
+        model,
+        transformer_engine=transformer_engine,
+        moe=recipe.moe,
+        output=output,
+        fused=where.fused_layers,
+    )
     switch = None
     if recipe.lora is not None:
         quantized = recipe.quantization

@@ -1,4 +1,4 @@
-"""What the training step asks of an optimizer, and what a checkpoint needs to know of its state."""
+"""Define the optimizer interface of the training step and checkpoints, and the step with an EWC penalty."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,54 +12,56 @@ from igla_mega.model.shards import ParameterState, local_values
 from igla_mega.objective.ewc import Ewc, Pull
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's moments, as torch stores them and as checkpoints contain them."""
 
 
 class BadStep(FloatingPointError):
-    """A step that was not taken: nothing has been updated."""
+    """Non-finite or abnormal value that prevented a step; no parameter has been updated."""
 
     def __init__(self, what: str, value: float, losses: Sequence[float] = ()):
-        """
+        """Record the reason.
+
         Args:
-            what: `loss`, `gradient norm`, or `spike` (a loss that is finite and out of all proportion).
-            value: of the loss, or of the norm.
-            losses: this rank's, of each micro-batch, summed over its targets.
+            what: `loss`, `gradient norm`, or `spike` (a finite loss far above its recent values).
+            value: value of the loss or of the norm.
+            losses: this rank's loss of each micro-batch, summed over its targets, in nats.
         """
         super().__init__(f"{what} {value}")
         self.what, self.value, self.losses = what, value, list(losses)
 
 
 class Optimizer(Protocol):
-    """AdamW over this rank's parameters (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    """Interface of AdamW over this rank's parameters (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Clear the gradients of the last step."""
 
     def step(self, learning_rate: float, ewc: Ewc | None = None) -> tuple[float, Pull | None]:
-        """Clip by the global norm and update, pulled by `ewc`.
+        """Clip the gradients by their global norm and update the parameters, with the penalty of `ewc` if active.
 
         Returns:
-            That norm, L2 over all parameters before clipping, and what the pull was while something is held.
+            The L2 norm over all parameters before clipping, and the penalty's values if it is active.
 
         Raises:
-            BadStep: the norm is not finite; nothing has been updated.
+            BadStep: the norm is not finite; no parameter has been updated.
         """
 
     def states(self) -> Iterator[ParameterState]:
-        """Walk over the state this rank keeps, making it (zeros) where no step has been taken yet."""
+        """Yield this rank's optimizer states; moments are allocated as zeros before the first step."""
 
     def loaded(self, num_steps: int) -> None:
-        """Take up values that were written into the states, as after `num_steps` updates."""
+        """Continue from values that were written into the states, as after `num_steps` updates."""
 
     @property
     def one_sample(self) -> bool:
-        """Whether `per_sample` wants a sample on one data-parallel rank at a time, and blank ones on the others."""
+        """True if `per_sample` needs a sample on one data-parallel rank at a time and empty ones on the others."""
 
     def per_sample(self) -> AbstractContextManager[Callable[[list[Tensor]], None]]:
-        """For backward passes over one sample a data-parallel rank, whose gradients are squared before they are summed.
+        """Square gradients before they are summed over ranks, for backward passes over one sample per data rank.
 
         Yields:
-            A function that adds the sum over data-parallel ranks of the squared gradient of the pass just made to
-            tensors of the states, 1-D fp32.
+            A function that adds to one 1-D fp32 tensor per state the sum over data-parallel ranks of the squared
+            gradient of the last backward pass.
         """
 
 
@@ -72,18 +74,24 @@ def step_with_ewc(
     clip: Callable[[], float],
     update: Callable[[], None],
 ) -> tuple[float, Pull | None]:
-    """Clip and update with the pull where `ewc.coupling` puts it.
+    """Clip the gradients and update the parameters, with the EWC penalty applied where `ewc.coupling` says.
 
-    `coupled`: before clipping, the gradient of loss and penalty together. `decoupled`: after it, so that a large
-    penalty does not use up the norm that clipping leaves. `proximal`: after AdamW's step, as a step of its own.
+    `coupled`: before clipping, so that the sum of both gradients is clipped. `decoupled`: after clipping, so that a
+    large penalty does not shrink the task's gradient. `proximal`: after AdamW's update, as a separate step.
 
     Args:
-        states, gradients: of one another, in the same order; gradients reduced, divided and unscaled.
-        adams: the optimizers that `update` steps.
-        clip: clips the gradients and returns their norm.
+        ewc: penalty; None or inactive for a plain step.
+        states: optimizer states of this rank.
+        gradients: gradient of each state; reduced, divided and unscaled.
+        adams: optimizers that `update` steps.
+        clip: clips the gradients and returns their norm before clipping.
+        update: updates the parameters.
+
+    Returns:
+        The gradient norm before clipping, and the penalty's values if it is active.
 
     Raises:
-        BadStep: that norm is not finite.
+        BadStep: the norm is not finite; no parameter has been updated.
     """
     clip = _finite(clip)
     if ewc is None or not ewc.holds:
@@ -102,7 +110,8 @@ def step_with_ewc(
         return grad_norm, pull
     pull = ewc.measure(states, gradients)
     with ExitStack() as hooks:
-        # Behind AdamW's step and before the weights are handed on to the modules and to other ranks.
+        # A hook, because `update` also copies the masters to the modules and all-gathers them: the proximal step must
+        # come after AdamW's step and before that copy.
         for adam in adams:
             hook = adam.register_step_post_hook(lambda stepped, *_: _draw_to_anchor(ewc, states, stepped))
             hooks.callback(hook.remove)
@@ -111,6 +120,8 @@ def step_with_ewc(
 
 
 def _finite(clip: Callable[[], float]) -> Callable[[], float]:
+    """Return `clip` with a check that raises BadStep, before any update, if the norm is not finite."""
+
     def checked() -> float:
         if not math.isfinite(grad_norm := clip()):
             raise BadStep("gradient norm", grad_norm)
@@ -120,7 +131,8 @@ def _finite(clip: Callable[[], float]) -> Callable[[], float]:
 
 
 def _draw_to_anchor(ewc: Ewc, states: Sequence[ParameterState], adam: torch.optim.Optimizer) -> None:
-    """Take the proximal step of every state that `adam` has just updated."""
+    """Apply the proximal step to every state that `adam` has just updated."""
+    # Matched by memory: wrappers give the optimizer other tensor objects over the same storage.
     places = {state.values["master"].data_ptr(): i for i, state in enumerate(states) if state.values["master"].numel()}
     for group in adam.param_groups:
         for param in group["params"]:
@@ -133,18 +145,22 @@ def _draw_to_anchor(ewc: Ewc, states: Sequence[ParameterState], adam: torch.opti
 
 
 def moments_of(adam: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """The two moments of a parameter, made as AdamW's first step would make them where there are none."""
+    """Return the two moments of a parameter, allocated as AdamW's first step would if they do not exist yet."""
     state = adam.state[master]
     if not state:
         state.update({name: torch.zeros_like(master) for name in MOMENTS})
-        # Transformer Engine and apex count steps per group, torch per parameter; fused AdamW wants it on the device.
+        # Transformer Engine and apex count steps per group, torch per parameter; fused AdamW needs the count on the
+        # device.
         if isinstance(adam, torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
     return {name: state[name] for name in MOMENTS}
 
 
 def set_num_steps(adam: torch.optim.Optimizer, num_steps: int) -> None:
-    """Set AdamW's bias correction. One tensor for each parameter: AdamW counts them up in place."""
+    """Set the number of updates for AdamW's bias correction.
+
+    Filled in place: torch keeps one tensor per parameter and increments it, so they must not share one.
+    """
     for state in adam.state.values():
         if "step" in state:
             state["step"].fill_(num_steps)

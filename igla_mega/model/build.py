@@ -269,11 +269,13 @@ def build_chunks(
     transformer_engine: bool = False,
     moe: Moe | None = None,
     output: Output | None = None,
+    fused: bool = True,
 ) -> list[CausalLM]:
     """Build this rank's pipeline chunks, normally without memory for their weights (torch's meta device).
 
     Args:
         output: computes what the last stage returns when labels are given; None for the summed loss.
+        fused: as for `transformer_config`: one kernel each for the norms and SwiGLU of local layers.
     """
     # Each tensor-parallel rank holds the same number of rows.
     padded_vocab = math.ceil(model.vocab_size / config.tensor_model_parallel_size) * config.tensor_model_parallel_size
@@ -286,7 +288,7 @@ def build_chunks(
         with torch.device(where):
             chunk = CausalLM(
                 config,
-                block_spec(config, stage, transformer_engine, moe),
+                block_spec(config, stage, transformer_engine, moe, fused=fused),
                 vocab_size=padded_vocab,
                 max_sequence_length=model.max_position,
                 pre_process=first,

@@ -1,9 +1,9 @@
-"""Low-rank adapters on megatron-core's parallel linears (Hu et al. 2021, arXiv:2106.09685), by Hugging Face's names.
+"""Attach low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) to megatron-core's parallel linears.
 
-Each named projection has its own pair of matrices, as in PEFT: `lora_A` [rank, in] and `lora_B` [out, rank]; its
-output grows by `scale * lora_B(lora_A(dropout(x)))`. What tensor parallelism splits of the projection it splits of the
-pair, so that what crosses ranks is of width rank, never of width hidden. Projections that share an input share its
-dropout.
+Projections go by Hugging Face's names. Each has its own pair of matrices, as in PEFT: `lora_A` [rank, in] and `lora_B`
+[out, rank]; its output becomes `W x + scale * lora_B(lora_A(dropout(x)))`. Tensor parallelism splits the pair along the
+same dimension as the projection, so the activations that cross ranks have width rank instead of the hidden width.
+Projections that share an input share its dropout mask.
 """
 
 import contextlib
@@ -34,18 +34,19 @@ from igla_mega.model.shards import Shard, local_values
 from igla_mega.ops.zigzag import zigzag_intervals
 
 _MATRICES = ("lora_A", "lora_B", "lora_magnitude")
+# Bits of the generator seed that hold the sample number; the run's seed is hashed to the 16 bits above.
 _SAMPLE_BITS = 40
 
 
 @dataclass
 class Switch:
-    """Whether the adapters of a model take part; off, the model is its base."""
+    """Flag shared by all adapters of a model: True if they are applied, False if the model is its base."""
 
     on: bool = True
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Leave the adapters out for a while: the reference of preference optimization."""
+        """Disable the adapters within a block: the base model is the reference of preference optimization."""
         before, self.on = self.on, False
         try:
             yield
@@ -54,11 +55,13 @@ class Switch:
 
 
 class Adapter(nn.Module):
-    """The trained matrices of one projection, as this tensor-parallel rank holds them."""
+    """Trained matrices of one projection: this tensor-parallel rank's part."""
 
     lora_magnitude: nn.Parameter | None
+    """Norm of each row of the adapted weight (DoRA), [outputs]; None without DoRA."""
 
     def __init__(self, inputs: int, outputs: int, lora: Lora, *, dtype: torch.dtype, device: torch.device):
+        """Allocate the matrices without values; `inputs` and `outputs` are this rank's dimensions."""
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(lora.rank, inputs, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(outputs, lora.rank, dtype=dtype, device=device))
@@ -68,28 +71,37 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True)
 class _Place:
-    """What the adapters of a linear need to know besides their matrices."""
+    """Settings of the adapters of one linear, in addition to their matrices."""
 
     stack: Stack
     scale: float
+    """Factor of the adapters' output (`scaling`)."""
     dropout: float
+    """Probability with which an input element is dropped, 0 to 1."""
     context: tuple[int, int]
-    """This rank's number and the number of ranks that share each sequence."""
+    """Rank and size of the group of ranks that share each sequence."""
     switch: Switch
 
 
 def attach(chunks: Iterable[Any], lora: Lora, *, context: tuple[int, int] = (0, 1)) -> Switch:
-    """Freeze every weight of this rank's model chunks and give the targets adapters. Call before `shards_of`.
+    """Freeze every weight of this rank's model chunks and add adapters to the target projections.
 
-    The adapters lie on the device that the chunks are on (meta, as a rule); `initialize` gives them values.
+    Call before `shards_of`, which describes the parameters that exist by then. The adapters are allocated on the device
+    of the chunks (usually meta); `initialize` sets their values.
 
     Args:
-        context: this rank's number on the context axis, and the axis' size.
+        chunks: this rank's pipeline chunks.
+        lora: the recipe's `lora` section.
+        context: this rank's index on the context axis, and the size of the axis.
+
+    Returns:
+        The switch that turns all adapters on and off.
     """
     switch = Switch()
     for chunk in chunks:
         chunk.requires_grad_(False)
         for stack, linear in stacks_of(chunk):
+            # Every linear is frozen, also those without adapters: none has to save its input.
             linear._forward_impl = frozen_forward
             names = [name for name in stack.sizes if name in lora.target_modules]
             for name in names:
@@ -98,12 +110,14 @@ def attach(chunks: Iterable[Any], lora: Lora, *, context: tuple[int, int] = (0, 
                 linear.lora = _Place(stack, scaling(lora), lora.dropout, context, switch)
                 linear.register_forward_hook(_add)
         if chunk.pre_process and chunk.config.recompute_granularity is not None:
-            # A recomputed layer passes no gradient to its weights unless its input asks for one.
+            # A recomputed layer computes no gradients at all if its input does not require one, and the embedding that
+            # produces the input of the first layer is frozen.
             chunk.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return switch
 
 
 def _adapter(stack: Stack, name: str, linear: Any, lora: Lora) -> Adapter:
+    """Return the adapter of one projection, split over tensor-parallel ranks as the projection is."""
     inputs = linear.input_size_per_partition if stack.row_parallel else linear.input_size
     adapter = Adapter(
         inputs,
@@ -112,34 +126,35 @@ def _adapter(stack: Stack, name: str, linear: Any, lora: Lora) -> Adapter:
         dtype=linear.config.params_dtype,
         device=next(chain(linear.parameters(), linear.buffers())).device,
     )
-    # These see only this rank's tokens: mcore sums such gradients over the tensor-parallel ranks.
+    # Under sequence parallelism the gradients of these replicated matrices cover only this rank's tokens; megatron-core
+    # sums the gradients of parameters with this mark over the tensor-parallel ranks.
     partial = (adapter.lora_B, adapter.lora_magnitude) if stack.row_parallel else (adapter.lora_A,)
     for param in partial:
         if param is not None:
-            # An expert sees the tokens of all of them.
+            # An expert receives the tokens of all tensor-parallel ranks, so its gradient is complete.
             param.sequence_parallel = linear.sequence_parallel and not stack.expert  # type: ignore[attr-defined]
     return adapter
 
 
 def scaling(lora: Lora) -> float:
-    """What an adapter's output is multiplied by: alpha / rank, or alpha / sqrt(rank) (arXiv:2312.03732, rsLoRA)."""
+    """Return the factor of an adapter's output: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
     return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
 def adapters_of(linear: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a linear by the names of their projections, in the order of the stack."""
+    """Return the adapters of a linear by the names of their projections, in the order of the stack."""
     return {name: child for name, child in linear.named_children() if isinstance(child, Adapter)}
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter's matrix; all others belong to the base."""
+    """Return True if a parameter belongs to an adapter, False if it belongs to the base."""
     return name.rpartition(".")[2] in _MATRICES
 
 
 def _add(linear: Any, args: tuple, result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None] | None:
-    """Forward hook: add what the adapters make of the linear's input [S, B, I] to its output [S, B, O].
+    """Forward hook: add the adapters' outputs for the linear's input [S, B, I] to its output [S, B, O].
 
-    Of an expert both are of its tokens: [T, I] and [T, O].
+    For an expert the shapes are [T, I] and [T, O], with T the tokens routed to it.
     """
     place: _Place = linear.lora
     stack = place.stack
@@ -152,7 +167,9 @@ def _add(linear: Any, args: tuple, result: tuple[Tensor, Tensor | None]) -> tupl
         x, scale = x * mask, scale / kept
     matrices: list[Tensor] = [adapter.lora_A for adapter in adapters.values()]
     # One product for all projections of the stack: they read the same input.
-    hidden = F.linear(x.to(matrices[0].dtype), torch.cat(matrices) if len(matrices) > 1 else matrices[0])
+    hidden = F.linear(x.to(matrices[0].dtype), torch.cat(matrices) if len(matrices) > 1 else matrices[0])  # [S, B, P*R]
+    # The same communication as in the linear itself, but of width rank: a row-parallel linear has only part of the
+    # input's columns, a column-parallel one only part of the tokens or of the output's gradient.
     if stack.row_parallel and linear.sequence_parallel:
         hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=linear.tp_group)
     elif stack.row_parallel:
@@ -162,7 +179,7 @@ def _add(linear: Any, args: tuple, result: tuple[Tensor, Tensor | None]) -> tupl
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=linear.tp_group)
     rows = [(name in adapters, size) for name, size in stack.sizes.items()]
-    # What a row-parallel linear gives may be a view of what was reduced, which must not be written to.
+    # The output of a row-parallel linear may be a view of the reduced tensor, which must not be modified in place.
     out = out.clone() if stack.row_parallel else out
     out = _AddProjections.apply(out, hidden * scale, stack.groups, rows, *(a.lora_B for a in adapters.values()))
     if any(adapter.lora_magnitude is not None for adapter in adapters.values()):
@@ -171,14 +188,18 @@ def _add(linear: Any, args: tuple, result: tuple[Tensor, Tensor | None]) -> tupl
 
 
 class _AddProjections(torch.autograd.Function):
-    """Add to out [S, B, O], in place, each projection's lora_B times its part of hidden [S, B, R * projections]."""
+    """Add to out [S, B, O], in place, each projection's lora_B times its part of hidden [S, B, R * projections].
+
+    In place, because each out-of-place sum would allocate another tensor of the size of the output.
+    """
 
     @staticmethod
     def forward(ctx, out, hidden, groups, rows, *matrices):
+        """Return `out`, modified in place; it is not saved, since its own gradient passes through."""
         ctx.save_for_backward(hidden, *matrices)
         ctx.groups, ctx.rows = groups, rows
         ctx.mark_dirty(out)
-        stacked = out.view(-1, groups, out.size(-1) // groups)
+        stacked = out.view(-1, groups, out.size(-1) // groups)  # [S * B, groups, O / groups]
         for start, size, part, matrix in _parts(hidden, rows, matrices):
             target = stacked[..., start : start + size]
             if groups == 1 and part.dtype == out.dtype:
@@ -189,13 +210,14 @@ class _AddProjections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of out, hidden and each lora_B."""
         hidden, *matrices = ctx.saved_tensors
         stacked = grad.reshape(-1, ctx.groups, grad.size(-1) // ctx.groups)
         grad_parts, grad_matrices = [], []
         for start, size, part, matrix in _parts(hidden, ctx.rows, matrices):
-            own = stacked[..., start : start + size].flatten(1).to(matrix.dtype)
-            grad_parts.append(own @ matrix)
-            grad_matrices.append(own.t() @ part)
+            grad_rows = stacked[..., start : start + size].flatten(1).to(matrix.dtype)  # [S * B, groups * size]
+            grad_parts.append(grad_rows @ matrix)
+            grad_matrices.append(grad_rows.t() @ part)
         joined = torch.cat(grad_parts, 1) if len(grad_parts) > 1 else grad_parts[0]
         return grad, joined.view_as(hidden), None, None, *grad_matrices
 
@@ -203,7 +225,13 @@ class _AddProjections(torch.autograd.Function):
 def _parts(
     hidden: Tensor, rows: Sequence[tuple[bool, int]], matrices: Sequence[Tensor]
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each adapted projection: where its rows start in a group, how many, its part of hidden [S * B, R], lora_B."""
+    """Yield for each adapted projection the start and number of its rows in a group, its hidden [S * B, R] and lora_B.
+
+    Args:
+        hidden: [S, B, R * adapted projections].
+        rows: for each projection of the stack, whether it is adapted and its number of rows in a group.
+        matrices: lora_B of the adapted projections.
+    """
     rank, start, index = matrices[0].size(1), 0, 0
     flat = hidden.flatten(0, -2)
     for adapted, size in rows:
@@ -214,7 +242,7 @@ def _parts(
 
 
 def _magnitudes(place: _Place, linear: Any, adapters: Mapping[str, Adapter]) -> Tensor:
-    """Trained magnitude over the norm of each row (DoRA: Liu et al. 2024, arXiv:2402.09353, eq. 5), [O] fp32."""
+    """Return trained magnitude / norm of each output row (DoRA: Liu et al. 2024, arXiv:2402.09353, eq. 5), [O] fp32."""
     factors = []
     for name, weight in place.stack.split(weight_of(linear)).items():
         adapter = adapters.get(name)
@@ -222,45 +250,51 @@ def _magnitudes(place: _Place, linear: Any, adapters: Mapping[str, Adapter]) -> 
             factors.append(torch.ones(len(weight), device=weight.device))
         else:
             group = linear.tp_group if place.stack.row_parallel else None
-            assert adapter.lora_magnitude is not None, "all have one, or none"
+            assert adapter.lora_magnitude is not None, "either all adapters of a linear have magnitudes or none"
             factors.append(adapter.lora_magnitude / _norms(weight, adapter, place.scale, group))
     return place.stack.fuse(factors)
 
 
 @torch.no_grad()
 def _norms(weight: Tensor, adapter: Adapter, scale: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Norm of every row of `weight + scale * B A`, [O] fp32, without forming the sum. It takes no gradient.
+    """Return the norm of every row of `weight + scale * B A`, [O] fp32, without forming the sum.
+
+    No gradient flows through it: DoRA treats the norm as a constant (section 4.3).
 
     Args:
-        group: ranks that each hold some of the columns; None when this one holds all.
+        group: ranks that each hold some of the columns; None if this rank holds all of them.
     """
     weight, a, b = weight.float(), adapter.lora_A.float(), adapter.lora_B.float()
-    own, cross, gram = (weight * weight).sum(1), weight @ a.t(), a @ a.t()
+    # |w + s b A|^2 = |w|^2 + 2 s w A^T b + s^2 b (A A^T) b: three sums over columns, which ranks can add up.
+    squares, cross, gram = (weight * weight).sum(1), weight @ a.t(), a @ a.t()  # [O], [O, R], [R, R]
     if group is not None and group.size() > 1:
-        for part in (own, cross, gram):
+        for part in (squares, cross, gram):
             dist.all_reduce(part, group=group)
-    square = own + 2 * scale * (cross * b).sum(1) + scale**2 * ((b @ gram) * b).sum(1)
+    square = squares + 2 * scale * (cross * b).sum(1) + scale**2 * ((b @ gram) * b).sum(1)
     return square.clamp_(min=0).sqrt_()
 
 
 def seed_dropout(seed: int, first_sample: int) -> None:
-    """Say which samples the next micro-batch holds: `first_sample` and those after it, counted from the run's start.
+    """Set the samples of the next micro-batch: `first_sample` and the following ones, counted from the run's start.
 
-    The masks are functions of (seed, sample, layer, linear, token), the same in every layout. The key travels as the
-    seed of torch's default generator, which recomputation puts back to what it was in the forward pass.
+    Masks are functions of (seed, sample, layer, linear, token), so they are the same in every layout. The key is passed
+    as the seed of torch's default generator, because activation recomputation restores exactly that state.
     """
     digest = hashlib.blake2b(str(seed).encode(), digest_size=2).digest()
     torch.manual_seed(int.from_bytes(digest, "big") << _SAMPLE_BITS | first_sample)
     if not torch.cuda.is_available():
-        # Under sequence parallelism mcore runs the layers with a device generator of its own; here that is the host's.
+        # Under sequence parallelism megatron-core runs the layers with the generators of its tracker, which on a host
+        # without CUDA fork the default generator: they need the same seed.
         tracker, state = get_cuda_rng_tracker(), torch.get_rng_state()
         tracker.set_states(dict.fromkeys(tracker.get_states(), state))
 
 
 def _dropout_mask(place: _Place, linear: Any, x: Tensor) -> tuple[Tensor, float]:
-    """Which inputs stay, bool like x, and their share: 1 - dropout, rounded to 1 / 65536.
+    """Return the mask of kept inputs, bool in the shape of x, and their fraction: 1 - dropout, rounded to 1 / 65536.
 
-    An expert's tokens come in an order that depends on the layout, and their mask with it.
+    The mask of a whole sequence is drawn on every rank, which keeps the part of its tokens and columns: this is what
+    makes masks independent of the layout. An expert's tokens are the exception: their order, and with it the mask,
+    depends on the layout.
     """
     threshold = round(place.dropout * 2**16)
     if place.stack.expert:
@@ -278,7 +312,7 @@ def _dropout_mask(place: _Place, linear: Any, x: Tensor) -> tuple[Tensor, float]
     for row in range(x.size(1)):
         key = hashlib.blake2b(f"{torch.initial_seed() + row}:{place.stack.name}".encode(), digest_size=8).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(key, "big") >> 1)
-        # 16 bits of a draw for each input: on a CPU a draw for each costs more than the layer's products.
+        # Four masks per 64-bit draw, 16 bits each: on a CPU one draw per input costs more than the layer's products.
         draws = torch.empty(-(-length * width // 4), dtype=torch.int64, device=x.device)
         draws.random_(-(2**63), None, generator=generator)
         kept = (draws.view(torch.int16)[: length * width] >= threshold - 2**15).view(length, width)
@@ -291,10 +325,11 @@ def _dropout_mask(place: _Place, linear: Any, x: Tensor) -> tuple[Tensor, float]
 
 
 def initialize(runs: Iterable[tuple[Shard, Tensor, int]], seed: int) -> None:
-    """Fill adapters as PEFT does, the same in every layout: A uniform in +-1 / sqrt(in), B zero.
+    """Initialize adapters as PEFT does, the same in every layout: A uniform in +-1 / sqrt(in), B zero.
 
     Args:
-        runs: as for `build.initialize`; those of the base, and magnitudes, are left alone.
+        runs: as for `build.initialize`; runs of the base and of magnitudes are skipped.
+        seed: the recipe's seed.
     """
     for shard, values, start in runs:
         if shard.name.endswith(".lora_B"):
@@ -303,6 +338,7 @@ def initialize(runs: Iterable[tuple[Shard, Tensor, int]], seed: int) -> None:
             digest = hashlib.blake2b(f"{seed}:{shard.name}".encode(), digest_size=8).digest()
             generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "big") >> 1)
             bound = 1 / math.sqrt(shard.shape[1])
+            # Drawn whole on every rank, so that the values do not depend on how the matrix is split.
             whole = torch.empty(shard.shape, dtype=torch.float32, device=values.device)
             whole.uniform_(-bound, bound, generator=generator)
             for offset, piece in shard.rectangles(values, start):
@@ -311,7 +347,7 @@ def initialize(runs: Iterable[tuple[Shard, Tensor, int]], seed: int) -> None:
 
 @torch.no_grad()
 def initialize_magnitudes(chunks: Iterable[Any]) -> None:
-    """Set DoRA's magnitudes to the norms of the base's rows. Call when the base has its values."""
+    """Set DoRA's magnitudes to the row norms of the base weights. Call after the base weights are loaded."""
     for chunk in chunks:
         for stack, linear in stacks_of(chunk):
             adapters = {name: a for name, a in adapters_of(linear).items() if a.lora_magnitude is not None}
@@ -323,6 +359,6 @@ def initialize_magnitudes(chunks: Iterable[Any]) -> None:
                 squares = weights[name].float().square().sum(1)
                 if stack.row_parallel and linear.tp_group.size() > 1:
                     dist.all_reduce(squares, group=linear.tp_group)
-                assert adapter.lora_magnitude is not None, "filtered above"
+                assert adapter.lora_magnitude is not None, "adapters without magnitudes are filtered out above"
                 values, start = local_values(adapter.lora_magnitude)
                 values.copy_(squares.sqrt_()[start : start + len(values)])

@@ -1,7 +1,7 @@
-"""The projections of a Llama layer, by Hugging Face's names, in megatron-core's stacked linears.
+"""Locate the projections of a Llama layer, by Hugging Face's names, in megatron-core's stacked linears.
 
-megatron-core stacks what reads the same input: `linear_qkv` holds q, k and v, `linear_fc1` gate and up. What is done
-to a projection by its name (an adapter, a code of 4 bits) finds its rows here.
+megatron-core stacks projections that read the same input: `linear_qkv` holds q, k and v, `linear_fc1` gate and up.
+Adapters and 4-bit codes belong to single projections and find their rows here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,52 +17,55 @@ STACKS = {
     "mlp.linear_fc1": ("gate_proj", "up_proj"),
     "mlp.linear_fc2": ("down_proj",),
 }
-"""The linears of a layer, and the projections whose rows each holds."""
+"""Linears of a layer, and the projections whose rows each of them stacks."""
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
-"""Last part of linears whose columns tensor parallelism splits; of the others it splits the rows."""
+"""Names of the linears whose columns tensor parallelism splits; of all others it splits the rows."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """How the rows of one linear, on one tensor-parallel rank, are made up of projections."""
+    """Arrangement of projections in the rows of one linear on one tensor-parallel rank."""
 
     layer: int
-    """From 0, over all pipeline stages."""
+    """Index of the layer over all pipeline stages, counted from 0."""
     path: str
-    """Of the linear in its layer; an expert's with its number among all of them."""
+    """Path of the linear in its layer; for an expert with the expert's number over all ranks."""
     groups: int
-    """The rows are stacked group by group: each projection gives 1 / groups of its own, in turn."""
+    """Number of repetitions of the stack: megatron-core interleaves q, k and v by key-value head, so each group holds
+    1 / groups of the rows of every projection."""
     sizes: Mapping[str, int]
-    """Rows of each projection in one group, in the order of the stack."""
+    """Number of rows of each projection in one group, in the order of the stack."""
 
     @property
     def row_parallel(self) -> bool:
+        """True if tensor parallelism splits the columns (the input), False if it splits the rows."""
         return self.path.endswith(ROW_PARALLEL)
 
     @property
     def expert(self) -> bool:
-        """Whether only some tokens pass, in no order: [T, H] instead of [S, B, H]."""
+        """True if the linear belongs to a routed expert, whose input is [T, H] tokens instead of [S, B, H]."""
         return ".local_experts." in self.path
 
     @property
     def name(self) -> str:
-        """Of the linear's parameters, without the last part; the same in every layout."""
+        """Global name of the linear, the same in every layout: the prefix of its parameters' names."""
         return f"decoder.layers.{self.layer}.{self.path}"
 
     def split(self, stacked: Tensor) -> dict[str, Tensor]:
-        """The rows of each projection, in the projection's own order; copies where there are several groups."""
+        """Return the rows of each projection in the projection's order; copies if there are several groups."""
+        # [groups, rows of a group, ...]: a projection is a slice of every group.
         parts = stacked.unflatten(0, (self.groups, -1)).split(list(self.sizes.values()), 1)
         return {name: part.flatten(0, 1) for name, part in zip(self.sizes, parts, strict=True)}
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
-        """The stacked rows from those of all projections."""
+        """Return the stacked rows, given those of all projections; the inverse of `split`."""
         if len(parts) == 1:
             return parts[0]
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def stacks_of(chunk: Any) -> Iterator[tuple[Stack, Any]]:
-    """Every stacked linear of a model chunk, in the order of the layers; of experts, those of this rank."""
+    """Yield every stacked linear of a model chunk in layer order; of the experts, only those of this rank."""
     config = chunk.config
     heads, groups, head = config.num_attention_heads, config.num_query_groups, config.kv_channels
     for layer in chunk.decoder.layers:
@@ -80,7 +83,7 @@ def stacks_of(chunk: Any) -> Iterator[tuple[Stack, Any]]:
 
 
 def _linears(layer: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Path of each linear of a layer in every layout, its path on this rank, and the projections that it holds."""
+    """Yield the global path of each linear of a layer, its path on this rank, and the projections that it stacks."""
     routed = hasattr(layer.mlp, "local_expert_indices")
     for path, projections in STACKS.items():
         block, _, linear = path.partition(".")

@@ -1,17 +1,17 @@
-"""Attention of one block of queries to one block of keys, by torch's own fused kernels, with its log-sum-exp.
+"""Compute attention of one block of queries to one block of keys with torch's fused kernels, and its log-sum-exp.
 
-Tensors are [B, H, S, D] in any strides with D innermost; keys and values may have fewer heads, each of which serves
-H / Hk query heads. Every query sees a key: `ops/visibility.py` makes blocks like that, so that no kernel's convention
-for an empty row matters here. `lse` is fp32 (fp64 for fp64), natural log.
+Tensors are [B, H, S, D] in any strides with D innermost; keys and values may have fewer heads (Hk), each of which
+serves H / Hk query heads. Every query sees a key: `ops/visibility.py` builds only such blocks, so it does not matter
+that kernels treat an empty row differently. `lse` is fp32 (fp64 for fp64), natural log.
 
-The backward pass takes the output and log-sum-exp of the *whole* row, over all blocks: each block's gradient is then
-exact by itself, and they add up.
+The backward pass takes the output and log-sum-exp of the *whole* row, over all blocks: the probabilities
+`exp(score - lse)` are then those of the full softmax, so the gradients of the blocks are exact and add up.
 """
 
 import torch
 from torch import Tensor
 
-# Rows of scores that exist at once where no fused kernel takes the type.
+# Maximum number of query rows whose scores are in memory at once, for types without a fused kernel.
 _DENSE_ROWS = 1024
 
 
@@ -21,7 +21,8 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
     Args:
         q: [B, H, Sq, D]
         k, v: [B, Hk, Sk, D]
-        causal: query i sees keys 0 to i; Sq equals Sk.
+        causal: True if query i sees keys 0 to i (Sq equals Sk), False if it sees all keys.
+        scale: factor of the scores.
 
     Returns:
         out [B, H, Sq, D], and lse [B, H, Sq] = log(sum(exp(scale * q . k))).
@@ -37,10 +38,10 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 def block_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of the gradients of q, k and v.
+    """Return this block's share of the gradients of q, k and v.
 
     Args:
-        out, lse: of the whole rows, over every block that these queries see.
+        out, lse: output and log-sum-exp of the whole rows, over every block that these queries see.
     """
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -54,7 +55,7 @@ def block_backward(
             k,
             v,
             out,
-            # The kernel reads it as [B, H, S] in a row.
+            # The kernel assumes contiguous [B, H, S] without checking it.
             lse.contiguous(),
             None,
             None,
@@ -70,6 +71,7 @@ def block_backward(
 
 
 def _dense_forward(q, k, v, causal, scale):
+    """Attend with plain matrix products, a slice of queries at a time: fp32 and fp64 on CUDA."""
     groups = q.size(1) // k.size(1)
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     outs, lses = [], []
@@ -80,21 +82,24 @@ def _dense_forward(q, k, v, causal, scale):
 
 
 def _dense_backward(grad_out, q, k, v, out, lse, causal, scale):
+    """Return dq, dk and dv by FlashAttention's backward equations (Dao et al. 2022, arXiv:2205.14135, appendix B.4)."""
     groups, num_kv_heads = q.size(1) // k.size(1), k.size(1)
     wide_k, wide_v = (t.repeat_interleave(groups, 1) for t in (k, v))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-    delta = (grad_out * out).sum(-1, keepdim=True)
+    # The softmax gradient's row sum of P * dP, from the output instead of the scores of all blocks.
+    delta = (grad_out * out).sum(-1, keepdim=True)  # [B, H, Sq, 1]
     for rows, scores in _scores(q, wide_k, causal, scale):
         probabilities = torch.exp(scores - lse[:, :, rows, None])
         grad_v += probabilities.transpose(2, 3) @ grad_out[:, :, rows]
         grad_scores = probabilities * (grad_out[:, :, rows] @ wide_v.transpose(2, 3) - delta[:, :, rows]) * scale
         grad_q[:, :, rows] = grad_scores @ wide_k
         grad_k += grad_scores.transpose(2, 3) @ q[:, :, rows]
+    # Sum over the query heads that share a key-value head: [B, Hk, Sk, D].
     return grad_q, *(grad.unflatten(1, (num_kv_heads, groups)).sum(2) for grad in (grad_k, grad_v))
 
 
 def _scores(q, k, causal, scale):
-    """Scores of a slice of queries at a time; -inf where a key is not seen."""
+    """Yield slices of queries with their scores [B, H, rows, Sk], -inf where a key is not visible."""
     for start in range(0, q.size(2), _DENSE_ROWS):
         rows = slice(start, min(start + _DENSE_ROWS, q.size(2)))
         scores = q[:, :, rows] @ k.transpose(2, 3) * scale

@@ -1,8 +1,9 @@
-"""Draw one label a token from the softmax of a chunk of logits.   N tokens, V columns of this shard
+"""Draw one label per token from the softmax of a chunk of logits.   N tokens, V columns of this shard
 
-Gumbel-max (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030) with noise that is a function of (key of the token, id
-of the label): whichever rank holds a column makes the same noise for it, so every layout draws the same labels. A draw
-changes only where rounding moves two scores past each other, which happens about once in 1 / (error of a logit) tokens.
+Uses the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030) with noise that is a function of the
+token's key and the label's id. Every rank that holds a column computes the same noise for it, so every layout draws the
+same labels. A draw changes only where rounding swaps the two highest scores, about once in 1 / (error of a logit)
+tokens.
 """
 
 import hashlib
@@ -13,22 +14,24 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
+    """Return the int64 with the bits of an unsigned 64-bit value: torch has no arithmetic on uint64."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-# Golden ratio (Weyl sequence over ids), and the multipliers of splitmix64.
+# Golden ratio (a Weyl sequence over ids) and the multipliers of splitmix64 (Steele et al. 2014).
 _STEP, _FIRST, _SECOND = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def token_keys(seed: int, sample: int, positions: Tensor) -> Tensor:
-    """Keys of the tokens of one sample.
+    """Return the keys of one sample's tokens.
 
     Args:
-        sample: its number in the pass, over all ranks.
-        positions: int64, of each token in the whole sample, whoever holds it.
+        seed: seed of the pass over the data.
+        sample: index of the sample in the pass, counted over all ranks.
+        positions: int64, position of each token in the whole sample, independent of the rank that holds it.
 
     Returns:
-        int64, of the shape of `positions`.
+        int64, in the shape of `positions`.
     """
     digest = hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest()
     return _mix_(positions * _STEP + int.from_bytes(digest, "little", signed=True))
@@ -43,7 +46,7 @@ def draw_labels(
         logits: [N, V] fp32, bf16 or fp16.
         keys: [N] int64, from `token_keys`; the same on every rank of `group`.
         vocab_start: global id of column 0.
-        vocab_limit: first global id that is padding, and never drawn.
+        vocab_limit: first global id that is padding and is never drawn.
         group: ranks that share the vocabulary; None when this rank holds all of it.
 
     Returns:
@@ -57,6 +60,7 @@ def draw_labels(
     else:
         best = logits.new_full((len(logits),), -torch.inf, dtype=torch.float32)
         labels = torch.full_like(keys, vocab_limit)
+    # The rank with the highest score wins; ranks without it report an id above every label. Ties go to the lowest id.
     if group is not None and group.size() > 1:
         highest = best.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -66,17 +70,17 @@ def draw_labels(
 
 
 def _gumbel(keys: Tensor, first_id: int, num_ids: int) -> Tensor:
-    """Standard Gumbel noise of each (key, id): [N, num_ids] fp32."""
+    """Return standard Gumbel noise of each (key, id), [N, num_ids] fp32."""
     ids = torch.arange(first_id, first_id + num_ids, device=keys.device)
-    bits = _mix_(keys.unsqueeze(1) + ids * _STEP)
+    bits = _mix_(keys.unsqueeze(1) + ids * _STEP)  # [N, num_ids]
     high = bits.view(torch.int32)[:, 1::2]
-    # Uniform in (0, 1], with all of fp32's digits near 0: there lie the largest values, those that decide.
+    # Uniform in (0, 1], with the full precision of fp32 near 0: those values map to the largest noise, which decides.
     uniform = high.float().abs_().add_(0.5).mul_(2.0**-31)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _mix_(values: Tensor) -> Tensor:
-    """Mix the bits of int64 values in place; the upper half of each is then good noise."""
+    """Mix the bits of int64 values in place, after which the upper half of each is uniform noise."""
     halves = values.view(torch.int32)
     low, high = halves[..., 0::2], halves[..., 1::2]
     for multiplier in (_FIRST, _SECOND):

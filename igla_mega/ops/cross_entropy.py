@@ -1,8 +1,8 @@
-"""The two row sweeps of a vocabulary-parallel cross-entropy over a chunk of logits.   N tokens, V columns of this shard
+"""Compute vocabulary-parallel cross-entropy over a chunk of logits in two sweeps.   N tokens, V columns of this shard
 
 Column `v` of a shard is the global token id `vocab_start + v`; ids from `vocab_limit` on are padding: they get no
-probability and no gradient. A rank joins its statistics with those of its tensor-parallel peers to the global
-`lse = log(sum(exp(logits)))` between the two calls. Arithmetic is fp32 whatever the type of the logits.
+probability and no gradient. Between the two calls a rank combines its statistics with those of its tensor-parallel
+peers to the global `lse = log(sum(exp(logits)))`. Arithmetic is fp32 for every type of the logits.
 """
 
 import torch
@@ -12,6 +12,7 @@ _LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(logits: Tensor, labels: Tensor, **row_vectors: Tensor) -> None:
+    """Raise RuntimeError for a type, shape or layout that the kernels cannot handle."""
     torch._check(logits.dim() == 2, lambda: f"logits must be [tokens, columns], got {logits.dim()} dimensions")
     torch._check(
         logits.dtype in _LOGIT_TYPES, lambda: f"logits must be float32, bfloat16 or float16, got {logits.dtype}"
@@ -23,6 +24,7 @@ def _check(logits: Tensor, labels: Tensor, **row_vectors: Tensor) -> None:
 
 
 def _check_rows(name: str, vector: Tensor, dtype: torch.dtype, num_rows: int) -> None:
+    """Check a vector with one entry per row of logits."""
     torch._check(
         vector.dtype == dtype, lambda: f"{name} must be {str(dtype).removeprefix('torch.')}, got {vector.dtype}"
     )
@@ -34,12 +36,14 @@ def _check_rows(name: str, vector: Tensor, dtype: torch.dtype, num_rows: int) ->
 
 
 def _real_columns(logits: Tensor, vocab_start: int, vocab_limit: int) -> int:
+    """Return the number of columns that are not padding."""
     return max(0, min(logits.shape[1], vocab_limit - vocab_start))
 
 
 def softmax_statistics_reference(
     logits: Tensor, labels: Tensor, vocab_start: int, vocab_limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce with torch ops; `softmax_statistics` documents the arguments."""
     _check(logits, labels)
     num_rows, columns = logits.shape[0], _real_columns(logits, vocab_start, vocab_limit)
     if columns == 0:
@@ -48,19 +52,21 @@ def softmax_statistics_reference(
 
     values = logits[:, :columns].float()
     row_max = values.amax(dim=1)
-    # A row of only -inf has no finite maximum, and -inf - -inf is NaN; shifted by 0 its sum is the right 0.
+    # A row of only -inf has no finite maximum, and -inf - -inf is NaN; shifted by 0 its sum is correctly 0.
     shift = row_max.masked_fill(row_max == -torch.inf, 0.0).unsqueeze(1)
     sum_exp = (values - shift).exp_().sum(dim=1)
 
     local = labels - vocab_start
-    here = (local >= 0) & (local < columns)
+    is_local = (local >= 0) & (local < columns)
     target = values.gather(1, local.clamp(0, columns - 1).unsqueeze(1)).squeeze(1)
-    return row_max, sum_exp, target.masked_fill(~here, 0.0)
+    # Exactly one rank of the vocabulary holds the label: zeros elsewhere make the sum over ranks its logit.
+    return row_max, sum_exp, target.masked_fill(~is_local, 0.0)
 
 
 def softmax_gradient_reference_(
     logits: Tensor, lse: Tensor, labels: Tensor, weight: Tensor, vocab_start: int, vocab_limit: int
 ) -> None:
+    """Compute the gradient with torch ops; `softmax_gradient_` documents the arguments."""
     _check(logits, labels, lse=lse, weight=weight)
     columns = _real_columns(logits, vocab_start, vocab_limit)
     logits[:, columns:] = 0
@@ -72,13 +78,14 @@ def softmax_gradient_reference_(
     rows = torch.nonzero((local >= 0) & (local < columns)).squeeze(1)
     gradient[rows, local[rows]] -= 1.0
     gradient *= weight.unsqueeze(1)
-    # 0 * NaN is NaN: a masked row is written as zeros, whatever its logits and lse hold.
+    # 0 * NaN is NaN: a masked row is written as zeros even if its logits or lse are not finite.
     logits[:, :columns] = gradient.masked_fill_((weight == 0).unsqueeze(1), 0.0).to(logits.dtype)
 
 
 def _softmax_statistics_fake(
     logits: Tensor, labels: Tensor, vocab_start: int, vocab_limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three empty vectors [N], for tracing without data."""
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return row, torch.empty_like(row), torch.empty_like(row)
 

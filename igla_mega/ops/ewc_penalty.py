@@ -1,4 +1,4 @@
-"""The pull of Elastic Weight Consolidation and what it is worth, in one pass over the gradients."""
+"""Add the gradient of the Elastic Weight Consolidation penalty and compute its value, in one pass."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from igla_mega.ops.checks import check_contiguous, check_device, check_lengths, 
 def _check(
     grads: Sequence[Tensor], weights: Sequence[Tensor], anchors: Sequence[Tensor], fisher: Sequence[Tensor]
 ) -> None:
+    """Raise RuntimeError for a type, shape, layout or device that the kernels cannot handle."""
     check_lengths(grads=grads, weights=weights, anchors=anchors, fisher=fisher)
     for i, weight in enumerate(weights):
         check_type(f"weights[{i}]", weight, torch.float32, torch.float64)
@@ -34,10 +35,13 @@ def ewc_pull_reference_(
     fisher: Sequence[Tensor],
     ewc_lambda: float,
 ) -> Tensor:
+    """Pull with torch ops; `ewc_pull_` documents the arguments."""
     _check(grads, weights, anchors, fisher)
+    # fp64: the sums run over every parameter of the rank, up to billions of terms.
     sums = torch.zeros(3, dtype=torch.float64, device=weights[0].device if weights else None)
     for grad, weight, anchor, stiffness in zip(grads, weights, anchors, fisher, strict=True):
         drift = weight - anchor
+        # This order of operations and this rounding are those of the kernels in csrc/.
         pull = ewc_lambda * (stiffness * drift)
         value = (pull.double() * drift.double()).sum() / 2
         sums += torch.stack([value, grad.double().square().sum(), pull.double().square().sum()])
@@ -52,6 +56,7 @@ def _ewc_pull_fake_(
     fisher: Sequence[Tensor],
     ewc_lambda: float,
 ) -> Tensor:
+    """Check the arguments and return an empty result, for tracing without data."""
     _check(grads, weights, anchors, fisher)
     return torch.empty(3, dtype=torch.float64, device=weights[0].device if weights else None)
 
@@ -78,16 +83,16 @@ def ewc_pull_(
     `w` equals `a`, the gradient is left as it is, exactly. Runs with one number of threads repeat bit for bit.
 
     Args:
-        grads: fp32 or fp64 like the others, or bf16; contiguous, of any size and alignment. Complete: reduced and
-            unscaled.
-        weights: of the same shapes, contiguous.
-        anchors: the weights that the pull is towards, in full precision: a rounded anchor pulls at step 0.
+        grads: fp32 or fp64 like the others, or bf16; contiguous, of any size and alignment. They must be complete:
+            reduced over ranks and without loss scale.
+        weights: fp32 or fp64 tensors of the same shapes, contiguous.
+        anchors: weights of the earlier task, in full precision: a rounded anchor would pull at step 0 already.
         fisher: diagonal Fisher information, not negative.
         ewc_lambda: stiffness, dimensionless.
 
     Returns:
-        fp64 [3]: the penalty in nats, the sum of squares of the gradients before, and that of the pull. Of these
-        tensors only: sum it over the ranks that hold the others.
+        fp64 [3]: the penalty in nats, the sum of squares of the gradients before the call, and that of the pull. They
+        cover these tensors only: sum them over the ranks that hold the others.
 
     Raises:
         RuntimeError: lists of unequal lengths, or a wrong type, shape or device, or a tensor that is not contiguous.

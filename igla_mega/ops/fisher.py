@@ -9,6 +9,7 @@ from igla_mega.ops.checks import check_contiguous, check_device, check_lengths, 
 
 
 def _check(fisher: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for a type, shape, layout or device that the kernels cannot handle."""
     check_lengths(fisher=fisher, grads=grads)
     for i, (total, grad) in enumerate(zip(fisher, grads, strict=True)):
         check_type(f"fisher[{i}]", total, torch.float32, torch.float64)
@@ -23,9 +24,10 @@ def _check(fisher: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 def fisher_accumulate_reference_(
     fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float, zero_grads: bool
 ) -> None:
+    """Accumulate with torch ops; `fisher_accumulate_` documents the arguments."""
     _check(fisher, grads)
     for total, grad in zip(fisher, grads, strict=True):
-        # Squared in the precision of the sum: 1e-10 squared is 0 in fp16, and bf16 keeps three digits of it.
+        # Squared in the precision of the sum: 1e-10 squared is 0 in fp16, and bf16 has only three digits.
         wide = grad.to(total.dtype)
         total.addcmul_(wide, wide, value=weight)
         if zero_grads:
@@ -54,10 +56,10 @@ def fisher_accumulate_(
 
     Args:
         fisher: running sums, fp32 or fp64, contiguous, of any size and alignment.
-        grads: of the shapes of `fisher`, contiguous; fp32 or bf16 for an fp32 sum, fp64 for an fp64 one. The gradient
-            of one sample, complete: the square of a sum over samples estimates something else.
-        weight: of this sample; 1 / (tokens of all samples) makes the Fisher one per token.
-        zero_grads: write zeros over `grads` in the same pass, for the next sample.
+        grads: tensors of the same shapes, contiguous; fp32 or bf16 for an fp32 sum, fp64 for an fp64 one. They must be
+            the complete gradient of one sample: the square of a sum over samples is not the Fisher information.
+        weight: factor of this sample; 1 / (tokens of all samples) gives the Fisher information per token.
+        zero_grads: True to set `grads` to zero in the same pass, ready for the next sample.
 
     Raises:
         RuntimeError: unequal numbers of tensors, or a wrong type, shape or device, or one that is not contiguous.

@@ -1,7 +1,8 @@
-"""Output projection and log-probability of each label over chunks of tokens: the logits never exist as a whole.
+"""Compute the log-probability of each label over chunks of tokens, without ever holding all logits.
 
-What `linear_cross_entropy` does for one sum, for a value of each token, whose gradients are known only in the backward
-pass: there the logits of a chunk are made again. Tokens that the mask leaves out are not projected at all.
+`linear_cross_entropy` returns one sum, so it can compute the gradient in the forward pass. Here every token has its
+own value, whose gradient is known only in the backward pass, which computes the logits of each chunk again. Tokens that
+the mask excludes are not projected at all.
 """
 
 import torch
@@ -13,14 +14,18 @@ from igla_mega.ops.linear_cross_entropy import CHUNK_TOKENS, project
 
 
 class _LinearLogProbs(torch.autograd.Function):
+    """Log-probabilities of selected tokens; saves one log-sum-exp per token instead of its logits."""
+
     @staticmethod
     def forward(ctx, hidden, weight, labels, tokens, vocab_size, group):
+        """Return log-probabilities [N] fp32, 0 for tokens not in `tokens`."""
         vocab_start = 0 if group is None else group.rank() * weight.size(0)
         log_probs = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         lses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
         for rows, chunk in _chunks(tokens):
-            logits = project(hidden[chunk], weight)
+            logits = project(hidden[chunk], weight)  # [chunk, V]
             row_max, sum_exp, target = softmax_statistics(logits, labels[chunk], vocab_start, vocab_size)
+            # Log-sum-exp over the whole vocabulary: rescale each rank's sum to the common maximum before adding.
             if group is not None:
                 local_max = row_max.clone()
                 dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=group)
@@ -35,14 +40,15 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Compute each chunk's logits again and multiply their gradient into both factors."""
         hidden, weight, labels, tokens, lses = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         needs_weight = ctx.needs_input_grad[1]
-        # Chunks add up in fp32, whatever the weights are.
+        # Summed over chunks in fp32 for every type of the weight.
         grad_weight = torch.zeros_like(weight if needs_weight else weight[:0], dtype=torch.float32)
         for rows, chunk in _chunks(tokens):
             logits = project(hidden[chunk], weight)
-            # The gradient of -log p, weighted.
+            # `softmax_gradient_` computes the gradient of -log p: the upstream gradient is negated.
             softmax_gradient_(logits, lses[rows], labels[chunk], -grad[chunk], ctx.vocab_start, ctx.vocab_size)
             grad_hidden[chunk] = logits @ weight
             if needs_weight and weight.dtype == torch.float32:
@@ -53,6 +59,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _chunks(tokens: Tensor):
+    """Yield slices into `tokens` and the token indices they hold, one chunk of logits at a time."""
     size = CHUNK_TOKENS[tokens.device.type]
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
@@ -68,15 +75,15 @@ def linear_log_probs(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Log-probability of each label under `hidden @ weight.T`, times its mask.
+    """Return the log-probability of each label under `hidden @ weight.T`, times its mask.
 
     Args:
         hidden: [N, H]; the same on every rank of `group`.
         weight: [V, H], this rank's rows of the output projection. Rows beyond `vocab_size` are padding.
         labels: [N] int64, ids in the whole vocabulary.
-        loss_mask: [N] fp32; where it is 0 the result is 0 and no logits are made.
-        vocab_size: of the whole vocabulary, without padding.
-        group: ranks that share the vocabulary; None when this rank holds all of it.
+        loss_mask: [N] fp32; where it is 0 the result is 0 and no logits are computed.
+        vocab_size: size of the whole vocabulary, without padding.
+        group: ranks that share the vocabulary; None if this rank holds all of it.
 
     Returns:
         [N] fp32, nats. The gradient of `hidden` is this rank's share: sum it over `group`.

@@ -1,8 +1,8 @@
-"""Join attention partials that saw disjoint keys.   B batch, H heads, S queries, D head size
+"""Merge attention partials over disjoint keys.   B batch, H heads, S queries, D head size, G partials
 
-A partial is the softmax-weighted sum of its values and the log-sum-exp of its scores; joined,
+A partial is the softmax-weighted sum of its values and the log-sum-exp of its scores. Merged,
 `lse = log(sum_i(exp(lse_i)))` and `out = sum_i(exp(lse_i - lse) * out_i)` are those of attention over all keys.
-Arithmetic is fp32 whatever the type of the partials (fp64 for fp64), and each partial is read once.
+Arithmetic is fp32 for every type of the partials (fp64 for fp64), and each partial is read once.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from igla_mega.ops.checks import check_device, check_lengths, check_not_expanded
 
 
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
+    """Raise RuntimeError for a type, shape, stride or device that the kernels cannot handle."""
     torch._check(len(outs) > 0, lambda: "merge_partials needs at least one partial")
     check_lengths(outs=outs, lses=lses)
     torch._check(out.dim() == 4, lambda: f"out must be [B, H, S, D], got {out.dim()} dimensions")
@@ -36,21 +37,22 @@ def _check(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Ten
 def merge_partials_reference(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor, zero_means_empty: bool
 ) -> None:
+    """Merge the partials with torch ops; `merge_partials` documents the arguments."""
     _check(outs, lses, out, lse)
     scores = torch.stack(list(lses))  # [G, B, H, S]
     empty = scores.isinf()
     if zero_means_empty:
         empty |= (scores == 0) & torch.stack([(partial == 0).all(-1) for partial in outs])
     scores = scores.masked_fill(empty, -torch.inf)
-    most = scores.amax(0)
-    # -inf - -inf is NaN: a row that is empty everywhere is shifted by 0, and its weights are the right 0.
-    shift = most.masked_fill(most == -torch.inf, 0.0)
+    highest = scores.amax(0)  # [B, H, S]
+    # -inf - -inf is NaN: a row that is empty in every partial is shifted by 0, and its weights are correctly 0.
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = (scores - shift).exp()
     total = weights.sum(0)
     weights = weights / total.masked_fill(total == 0, 1.0)
     merged = torch.zeros_like(out, dtype=lse.dtype)
     for partial, weight, hole in zip(outs, weights, empty, strict=True):
-        # 0 * NaN is NaN: what an empty row holds must not count.
+        # 0 * NaN is NaN: the content of an empty row is undefined and must not count.
         merged += weight.unsqueeze(-1) * partial.to(lse.dtype).masked_fill(hole.unsqueeze(-1), 0.0)
     out.copy_(merged)
     lse.copy_(shift + total.log())
@@ -79,18 +81,19 @@ def merge_partials(
     lse: Tensor | None = None,
     zero_means_empty: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Join attention partials over disjoint keys, as if one softmax had seen them all.
+    """Merge attention partials over disjoint keys, as if one softmax had covered all of them.
 
-    A row whose lse is -inf or +inf saw no key (flash-attention 3 writes the one, 2 the other): whatever its out
-    holds, it takes no part. A row that is empty in every partial becomes out 0, lse -inf. NaN stays NaN.
+    A row whose lse is -inf or +inf saw no key (flash-attention 3 writes the former, 2 the latter): its out is ignored.
+    A row that is empty in every partial becomes out 0, lse -inf. NaN stays NaN.
 
     Args:
         outs: [B, H, S, D] each, fp32, bf16 or fp16 in any mixture, or all fp64; D at stride 1, other strides free.
         lses: [B, H, S] each, natural logarithm, fp32 (fp64 for fp64); strides free.
-        out: where to write, any of these types; `outs[i]` itself is allowed, another overlap is not.
-            None makes a new tensor of the type of `lses` in the layout of `outs[0]`.
-        lse: where to write the joined lse; `lses[i]` itself is allowed. None makes a new tensor.
-        zero_means_empty: a row with lse 0 and an out of zeros is empty too: the mark of torch's flash attention on CPU.
+        out: destination, any of these types; `outs[i]` itself is allowed, any other overlap is not.
+            None allocates a tensor of the type of `lses` in the layout of `outs[0]`.
+        lse: destination of the merged lse; `lses[i]` itself is allowed. None allocates a tensor.
+        zero_means_empty: True to also treat a row with lse 0 and an out of zeros as empty, as torch's flash attention
+            marks it on CPU.
 
     Returns:
         `out` and `lse`.

@@ -1,7 +1,7 @@
-"""What a Llama layer does between its products: RMSNorm, SwiGLU, rotary positions.   N rows, H width, F half as wide
+"""Fused pointwise ops of a Llama layer: RMSNorm, SwiGLU, rotary positions.   N rows, H width, F half of the width
 
-Each keeps for its backward pass only its input, and reads it once: eager torch takes some ten passes and keeps three
-times as much. On CPU `csrc/` answers; on CUDA torch.compile makes one kernel of each reference.
+Each op saves only its input for the backward pass and reads it once; eager torch makes about ten passes and saves three
+times as much. On CPU the kernels of `csrc/` run; on CUDA torch.compile turns each reference into one kernel.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,30 @@ _TYPES = (torch.float32, torch.bfloat16)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Normalize x [N, H]; return the output and the scale [N] fp32 that the gradient reuses."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1) + epsilon)
     return (wide * scale.unsqueeze(-1) * weight.float()).to(x.dtype), scale
 
 
 def rms_norm_gradient_reference(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x [N, H] and weight [H]."""
     upstream, wide, scale = grad.float(), x.float(), scale.unsqueeze(-1)
     weighted = upstream * weight.float()
-    back = scale.pow(3) * (weighted * wide).mean(-1, keepdim=True)
+    # d scale / d x = -scale^3 * x / H: the path of the gradient through the norm itself.
+    back = scale.pow(3) * (weighted * wide).mean(-1, keepdim=True)  # [N, 1]
     grad_weight = (upstream * wide * scale).sum(0)
     return (weighted * scale - wide * back).to(x.dtype), grad_weight.to(weight.dtype)
 
 
 def swiglu_reference(x: Tensor) -> Tensor:
+    """Return `silu(gate) * up` [N, F] of x [N, 2F]."""
     gate, up = x.float().chunk(2, -1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
 def swiglu_gradient_reference(grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of x [N, 2F] from that of the output [N, F]."""
     upstream, (gate, up) = grad.float(), x.float().chunk(2, -1)
     sigmoid = torch.sigmoid(gate)
     to_gate = upstream * up * sigmoid * (1 + gate * (1 - sigmoid))
@@ -40,6 +45,7 @@ def swiglu_gradient_reference(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of x [..., D] by its angle."""
     first, second = x.float().chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
@@ -79,7 +85,7 @@ _compiled: dict[str, Callable] = {}
 
 
 def _call(name: str, x: Tensor, *rest):
-    """The op on `x`'s device: csrc's, or the reference as torch.compile's one kernel."""
+    """Run an op on the device of `x`: the dispatcher's kernel on CPU, the compiled reference on CUDA."""
     if x.device.type != "cuda":
         return getattr(torch.ops.igla, name)(x, *rest)
     if name not in _compiled:
@@ -88,9 +94,11 @@ def _call(name: str, x: Tensor, *rest):
 
 
 class _RmsNorm(torch.autograd.Function):
+    """RMSNorm over the last dimension; saves the input and one scale per row."""
+
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        rows = x.flatten(0, -2).contiguous()
+        rows = x.flatten(0, -2).contiguous()  # [N, H]
         out, scale = _call("rms_norm", rows, weight, epsilon)
         ctx.save_for_backward(rows, weight, scale)
         return out.view(x.shape)
@@ -104,9 +112,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Swiglu(torch.autograd.Function):
+    """SwiGLU over the last dimension; saves the input only."""
+
     @staticmethod
     def forward(ctx, x):
-        rows = x.flatten(0, -2).contiguous()
+        rows = x.flatten(0, -2).contiguous()  # [N, 2F]
         ctx.save_for_backward(rows)
         return _call("swiglu", rows).view(*x.shape[:-1], x.size(-1) // 2)
 
@@ -118,6 +128,8 @@ class _Swiglu(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
+    """Rotary positions; the backward pass rotates by the negative angles, so the input is not saved."""
+
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -130,23 +142,25 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
+    """Return `x` with stride 1 in its last dimension, copied only if needed."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension, in fp32 inside (arXiv:1910.07467).
+    """Return `x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension, computed in fp32 (arXiv:1910.07467).
 
     Args:
-        x: [..., H] fp32 or bf16; any other type is torch's own `rms_norm`.
+        x: [..., H] fp32 or bf16; any other type uses torch's `rms_norm`.
         weight: [H], in the type of `x`.
+        epsilon: added to the mean square before the root.
     """
     if x.dtype not in _TYPES or weight.dtype != x.dtype or x.device.type == "cuda":
-        return F.rms_norm(x, (x.size(-1),), weight, epsilon)  # on CUDA one kernel as well
+        return F.rms_norm(x, (x.size(-1),), weight, epsilon)  # one kernel on CUDA too
     return _RmsNorm.apply(x, weight, epsilon)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of x = [gate, up] (Shazeer 2020, arXiv:2002.05202), in fp32 inside.
+    """Return `silu(gate) * up` of x = [gate, up] (Shazeer 2020, arXiv:2002.05202), computed in fp32.
 
     Args:
         x: [..., 2F]
@@ -161,14 +175,16 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn pairs (i, i + D/2) of each head by the position's angles (Su et al. 2021, arXiv:2104.09864), in fp32 inside.
+    """Rotate pairs (i, i + D/2) of each head by the angles of the position, computed in fp32.
+
+    Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
     Args:
         x: [S, B, H, D] in any strides.
-        angles: [S, 1 or B, 1, D] fp32 radians; both halves of D are the same.
-        interleaved: must be False: pairs of neighbours are another model's.
+        angles: [S, 1 or B, 1, D] fp32 radians; both halves of D are equal.
+        interleaved: must be False; megatron-core passes it for models that rotate pairs (2i, 2i + 1).
     """
-    assert not interleaved, "Llama's pairs are half a head apart"
+    assert not interleaved, "Llama rotates pairs that are half a head apart"
     half = angles[..., : x.size(-1) // 2]
     cos, sin = half.cos(), half.sin()
     if x.dtype not in _TYPES:

@@ -1,7 +1,10 @@
-"""Exact attention over a sequence that is split over ranks.   S tokens of a rank, B batch, H heads, Hk key-value heads
+"""Compute exact attention over a sequence that is split over ranks.
 
-Tokens are split by zig-zag (`ops/zigzag.py`). Local blocks go through torch's fused kernels; what stands here is what
-joins them: four schedules of communication behind one autograd function.
+Dimensions: S tokens of a rank, B batch, H heads, Hk key-value heads, D head size, W ranks.
+
+Tokens are split by zig-zag (`ops/zigzag.py`), and each block of visible (query, key) pairs (`ops/visibility.py`) is one
+call of a fused kernel (`ops/block_attention.py`). This module combines the blocks, with four communication schedules
+behind one autograd function (`ops/ring_schedule.py` chooses):
 
     p2p         keys and values travel round the ring (Liu et al. 2023, arXiv:2310.01889), one hop ahead of the compute;
                 in the backward pass their gradients travel with them, in fp32. Two chunks in memory, for any W.
@@ -9,18 +12,16 @@ joins them: four schedules of communication behind one autograd function.
     a2a         every rank gets all tokens of some heads (DeepSpeed-Ulysses, arXiv:2309.14509): needs Hk % W == 0.
     a2a+p2p     a2a within groups of neighbours, p2p across them (Fang & Zhao 2024, arXiv:2405.07719).
 
-The forward pass keeps the output and its log-sum-exp, so that the backward pass recomputes scores but no attention.
+The forward pass saves the output and its log-sum-exp. With both, the gradient of each block is exact on its own
+(`block_backward`), so the backward pass recomputes scores but never the softmax's normalization or the output.
 """
 
 import itertools
-import logging
 import math
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -29,19 +30,24 @@ from torch import Tensor
 from igla_mega.ops.accumulate import accumulate_
 from igla_mega.ops.block_attention import block_backward, block_forward
 from igla_mega.ops.merge_partials import merge_partials
+from igla_mega.ops.ring_checks import check_agreement, check_agreement_once, check_inputs, document_offsets
+from igla_mega.ops.ring_schedule import SCHEDULES, choose_schedule, log_choice, ranks_of_a_node, schedule_groups
 from igla_mega.ops.visibility import Block, visible_blocks
 from igla_mega.ops.zigzag import Interval, zigzag_intervals, zigzag_join, zigzag_split
 
-SCHEDULES = ("p2p", "allgather", "a2a", "a2a+p2p")
 MERGE_GROUP = 4
-"""Partial outputs that wait to be merged in one pass: more read the running sum less often, but stay in memory."""
+"""Ring steps whose partial outputs are merged in one pass. More steps read the running sum less often, but keep more
+partial outputs in memory."""
+# Two messages between the same two ranks are in flight at once in the backward pass: tags keep them apart.
 _KV_TAG, _GRAD_TAG = 1, 2
-_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Kept:
-    """Output and log-sum-exp of a forward pass, for one that recomputes the layer around it and must not redo it."""
+    """Output and log-sum-exp of a forward pass, saved for activation recomputation.
+
+    A recomputed layer passes the same object again, and attention returns the saved output instead of computing it.
+    """
 
     out: Tensor | None = None
     lse: Tensor | None = None
@@ -62,45 +68,46 @@ def ring_attention(
     return_lse: bool = False,
     kept: Kept | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend over the whole sequence, of which each rank of `group` holds its zig-zag part.
+    """Attend over the whole sequence; each rank of `group` holds its zig-zag part of it.
 
     Exact: equals attention on one device up to the rounding of the sums, which are taken in fp32 (fp64 for fp64).
 
     Args:
         q: [S, B, H, D] fp64, fp32, bf16 or fp16.
         k, v: [S, B, Hk, D]; Hk divides H.
-        group: the context-parallel ranks; None or one rank: attention on this device.
-        scale: of the scores; 1 / sqrt(D) unless given.
-        cu_seqlens: where documents begin in the whole sequence, and where the last one ends: [0, ..., end], for all
-            rows or one list for each. Tokens see only their own document; tokens from `end` on are padding: their
-            output and gradient are 0. Give it on the CPU: a CUDA tensor is waited for.
+        group: context-parallel ranks; None or one rank means attention on this device.
+        causal: True if a token sees no later token.
+        scale: factor of the scores; 1 / sqrt(D) by default.
+        cu_seqlens: first token of each document in the whole sequence, and the end of the last one: [0, ..., end];
+            one list for all rows, or one list per row. Tokens see only their own document; tokens from `end` on are
+            padding: their output and gradient are 0. Pass it on the CPU: reading a CUDA tensor waits for the device.
         schedule: one of `SCHEDULES`, or "auto".
-        inner_size: ranks of an a2a group in "a2a+p2p"; chosen unless given.
-        deterministic: ask the CUDA kernels for gradients that repeat bit for bit; they do on CPU.
-        return_lse: also return the log-sum-exp of each row's scores.
-        kept: filled with what the forward pass computed; when it comes filled, that is used instead of computing it.
+        inner_size: number of ranks of an a2a group in "a2a+p2p"; chosen automatically by default.
+        deterministic: True to request gradients from the CUDA kernels that repeat bit for bit; on CPU they always do.
+        return_lse: True to also return the log-sum-exp of each query's scores.
+        kept: filled with the results of the forward pass; if already filled, its content is returned instead.
 
     Returns:
         out [S, B, H, D], in q's type; with `return_lse` also lse [B, H, S] fp32 (natural log, -inf for padding).
 
     Raises:
-        ValueError: shapes, heads or documents that do not fit, on every rank when ranks disagree.
+        ValueError: shapes, heads or documents are invalid, or differ between ranks (then on every rank).
     """
     size = 1 if group is None else group.size()
     documents = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     if group is not None and size > 1:
-        # First: what follows may raise, and on one rank alone it would leave the others waiting.
+        # Before any other check: an error on one rank alone would leave the other ranks waiting for its messages.
         rest = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, schedule, inner_size, causal, scale, documents)
-        agree = _agree if q.device.type == "cpu" else _agree_once
+        agree = check_agreement if q.device.type == "cpu" else check_agreement_once
         agree(group, (*q.shape[:4], *[0] * (4 - q.dim()), k.size(-2), zlib.crc32(repr(rest).encode())), q.device)
-    _check(q, k, v, size)
-    offsets = _document_offsets(documents, q.size(0) * size, q.size(1))
+    check_inputs(q, k, v, size)
+    offsets = document_offsets(documents, q.size(0) * size, q.size(1))
     if schedule == "auto":
         schedule, reason = choose_schedule(k.size(2), size, ranks_of_a_node(group))
-        _say_once(schedule, reason)
+        log_choice(schedule, reason)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: {schedule!r} is none of {', '.join(SCHEDULES)}, auto.")
-    inner, ring = _groups(group, schedule, inner_size, k.size(2))
+    inner, ring = schedule_groups(group, schedule, inner_size, k.size(2))
     task = _Task(
         inner=inner,
         ring=ring,
@@ -114,96 +121,67 @@ def ring_attention(
     if not return_lse:
         return out
     if inner is not None:
-        lse = _from_heads(lse.permute(2, 0, 1).unsqueeze(-1), inner).squeeze(-1).permute(1, 2, 0)
+        # The exchange of heads takes [S, B, H, D]: lse joins it with D = 1.
+        lse = _from_heads(lse.permute(2, 0, 1).unsqueeze(-1), inner).squeeze(-1).permute(1, 2, 0)  # [B, H, S]
     return out, lse
-
-
-def choose_schedule(num_kv_heads: int, size: int, ranks_of_node: int) -> tuple[str, str]:
-    """The schedule that moves the fewest bytes over the slowest link, and why.
-
-    Args:
-        num_kv_heads: of one tensor-parallel rank.
-        size: context-parallel ranks.
-        ranks_of_node: of these, on one node.
-    """
-    if size == 1:
-        return "p2p", "one rank: nothing travels"
-    if size <= ranks_of_node:
-        if num_kv_heads % size == 0:
-            return "a2a", f"{num_kv_heads} key-value heads divide among {size} ranks of a node: fewest bytes, no merge"
-        return "p2p", f"{num_kv_heads} key-value heads do not divide among {size} ranks"
-    inner = inner_group_size(num_kv_heads, size, ranks_of_node)
-    if inner > 1:
-        return "a2a+p2p", f"{size} ranks, {ranks_of_node} on a node: a2a among {inner} of a node, ring across nodes"
-    return "p2p", f"{num_kv_heads} key-value heads do not divide among neighbours of {ranks_of_node} on a node"
-
-
-def inner_group_size(num_kv_heads: int, size: int, ranks_of_node: int) -> int:
-    """Ranks of the largest a2a group that stays within a node and that heads and ranks divide."""
-    return max(n for n in range(1, min(size, ranks_of_node) + 1) if not (size % n or num_kv_heads % n))
-
-
-def ranks_of_a_node(group: dist.ProcessGroup | None) -> int:
-    """How many ranks of the group share a node, where torchrun has said how many a node has; else all."""
-    if group is None or "LOCAL_WORLD_SIZE" not in os.environ:
-        return 1 if group is None else group.size()
-    nodes = [rank // int(os.environ["LOCAL_WORLD_SIZE"]) for rank in dist.get_process_group_ranks(group)]
-    return min(nodes.count(node) for node in nodes)
-
-
-@lru_cache(maxsize=64)
-def _say_once(schedule: str, reason: str) -> None:
-    _log.info("ring_attention: schedule %s (%s)", schedule, reason)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What one call does, besides its tensors."""
+    """Settings of one call of `ring_attention`, without its tensors."""
 
     inner: dist.ProcessGroup | None
-    """Ranks that exchange heads for tokens before and after; None: nothing is exchanged."""
+    """Ranks that exchange heads for tokens before and after attention; None if no heads are exchanged."""
     ring: dist.ProcessGroup | None
-    """Ranks that keys and values travel between; None: they stay."""
+    """Ranks that keys and values travel between; None if they stay where they are."""
     gather: bool
-    """Gather all keys and values at once instead of passing them on."""
+    """True to all-gather keys and values at once instead of passing them round the ring."""
     offsets: tuple[tuple[int, ...], ...]
-    """Documents of each row of the batch; one entry stands for all rows."""
+    """Document boundaries of each row of the batch; a single entry applies to all rows."""
     causal: bool
+    """True if a token sees no later token."""
     scale: float
+    """Factor of the scores."""
     deterministic: bool
+    """True to request bitwise reproducible gradients from the CUDA kernels."""
 
     @property
     def rows(self) -> list[slice]:
-        """Rows of the batch whose documents are the same."""
+        """Groups of batch rows with the same documents: all rows at once, or each row by itself."""
         return [slice(None)] if len(self.offsets) == 1 else [slice(row, row + 1) for row in range(len(self.offsets))]
 
     @property
     def place(self) -> tuple[int, int]:
+        """Rank and size of the ring; (0, 1) without one."""
         return (0, 1) if self.ring is None else (self.ring.rank(), self.ring.size())
 
     def blocks(self, queries: tuple[Interval, ...], keys: tuple[Interval, ...]) -> Iterator[tuple[slice, Block]]:
-        """Rows of the batch, and a block that they share."""
+        """Yield each block of visible (query, key) pairs with the batch rows that it applies to."""
         for rows, offsets in zip(self.rows, self.offsets, strict=True):
             for block in visible_blocks(queries, keys, offsets, causal=self.causal):
                 yield rows, block
 
 
 class _RingAttention(torch.autograd.Function):
+    """Exchange heads where configured, attend, and exchange back; the backward pass mirrors it."""
+
     @staticmethod
     def forward(ctx, q, k, v, task, kept):
+        """Return out [S, B, H, D] and lse; with a2a lse is [B, H / A, S * A], this rank's heads of all its tokens."""
         if task.inner is not None:
-            q, k, v = (_to_heads(t, task.inner) for t in (q, k, v))
+            q, k, v = (_to_heads(t, task.inner) for t in (q, k, v))  # [S * A, B, H / A, D], A ranks of `inner`
         if kept.out is None:
             kept.out, kept.lse = _gathered_forward(q, k, v, task) if task.gather else _ring_forward(q, k, v, task)
         ctx.task = task
         ctx.save_for_backward(q, k, v, kept.out, kept.lse)
         ctx.mark_non_differentiable(kept.lse)
         out = kept.out if task.inner is None else _from_heads(kept.out, task.inner)
-        # A tensor of its own: autograd marks what is returned, and `kept` must stay free of that.
+        # A new view: autograd attaches its graph to the returned tensor, and `kept.out` must not hold that graph alive.
         return out.view_as(out), kept.lse
 
     @staticmethod
     def backward(ctx, grad_out, _):
+        """Return dq, dk and dv of this rank's tokens."""
         task: _Task = ctx.task
         q, k, v, out, lse = ctx.saved_tensors
         if task.inner is not None:
@@ -217,12 +195,15 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _ring_forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
+    """Attend to the keys of one rank per ring step; return out [S, B, H, D] and lse [B, H, S]."""
     rank, size = task.place
     parts = [zigzag_intervals(q.size(0) * size, source, size) for source in range(size)]
     partials = _Partials(q, task.rows)
-    kv, free = torch.stack((k, v)) if size > 1 else None, None
+    # Keys and values in one tensor: one message per hop.
+    kv, free = torch.stack((k, v)) if size > 1 else None, None  # [2, S, B, Hk, D]
     for step in range(size):
         source = (rank - step) % size
+        # Sent before the blocks are computed, so that the transfer overlaps them; the last step sends nothing.
         arriving = _pass_on(kv, task.ring, _KV_TAG, free) if step + 1 < size else None
         for rows, block in task.blocks(parts[rank], parts[source]):
             partials.add(rows, block, *_attend(q, k, v, rows, block, task))
@@ -236,10 +217,12 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Tensor,
 def _ring_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, task: _Task
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv: keys travel as in the forward pass, and their gradient sums follow one hop behind."""
     rank, size = task.place
     parts = [zigzag_intervals(q.size(0) * size, source, size) for source in range(size)]
-    if size == 1 and (alone := _only_block(q, task, parts[0])):
-        return _gradients(grad_out, q, k, v, out, lse, slice(None), alone, task)
+    if size == 1 and (single := _only_block(q, task, parts[0])):
+        # Nothing to add up: the kernel's gradients are returned without fp32 sums.
+        return _gradients(grad_out, q, k, v, out, lse, slice(None), single, task)
 
     sums = _Sums(q, k)
     rows_of = _Rows(grad_out, q, out, lse)
@@ -248,15 +231,17 @@ def _ring_backward(
     for step in range(size):
         source = (rank - step) % size
         arriving = _pass_on(kv, task.ring, _KV_TAG, free) if step + 1 < size else None
-        found = [
+        block_grads = [
             (rows, block, rows_of.gradients(k, v, rows, block, task))
             for rows, block in task.blocks(parts[rank], parts[source])
         ]
+        # The sums of this step's keys were sent by the previous rank in its last step; waiting only after the compute
+        # hides that transfer.
         if grads_arriving:
             sums.kv, free_grads = grads_arriving.wait()
-        for rows, block, grads in found:
+        for rows, block, grads in block_grads:
             sums.add(rows, block, grads)
-        # One hop behind their keys: the last hop brings each rank's own home.
+        # Gradient sums make `size` hops, keys `size - 1`: the last hop returns each rank's sums to it.
         grads_arriving = _pass_on(sums.kv, task.ring, _GRAD_TAG, free_grads) if size > 1 else None
         if arriving:
             kv, free = arriving.wait()
@@ -268,10 +253,11 @@ def _ring_backward(
 
 
 def _gathered_forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
+    """Attend to the all-gathered keys in one step; return out [S, B, H, D] and lse [B, H, S]."""
     rank, size = task.place
     length = q.size(0) * size
     partials = _Partials(q, task.rows)
-    k, v = _gather(torch.stack((k, v)), task.ring).unbind()
+    k, v = _gather(torch.stack((k, v)), task.ring).unbind()  # [S * W, B, Hk, D]
     for rows, block in task.blocks(zigzag_intervals(length, rank, size), ((0, length),)):
         partials.add(rows, block, *_attend(q, k, v, rows, block, task))
     return partials.merged()
@@ -280,6 +266,10 @@ def _gathered_forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Ten
 def _gathered_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, task: _Task
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv: keys are gathered again, and their gradients reduce-scattered to the ranks they belong to.
+
+    The gathered keys of the forward pass are not saved: they are W times the size of a rank's own.
+    """
     rank, size = task.place
     length = q.size(0) * size
     k, v = _gather(torch.stack((k, v)), task.ring).unbind()
@@ -287,23 +277,25 @@ def _gathered_backward(
     rows_of = _Rows(grad_out, q, out, lse)
     for rows, block in task.blocks(zigzag_intervals(length, rank, size), ((0, length),)):
         sums.add(rows, block, rows_of.gradients(k, v, rows, block, task))
-    mine = sums.kv
+    own_sums = sums.kv
     if task.ring is not None:
+        # reduce_scatter splits dim 0: the parts of the ranks in rank order, [2 * W, S, B, Hk, D].
         parts = torch.cat(zigzag_split(sums.kv, size, 1))
-        mine = torch.empty_like(parts[:2])
-        dist.reduce_scatter_tensor(mine, parts, group=task.ring)
-    grad_k, grad_v = mine.to(k.dtype).unbind()
+        own_sums = torch.empty_like(parts[:2])  # [2, S, B, Hk, D]
+        dist.reduce_scatter_tensor(own_sums, parts, group=task.ring)
+    grad_k, grad_v = own_sums.to(k.dtype).unbind()
     return sums.q.to(q.dtype), grad_k, grad_v
 
 
 def _attend(q, k, v, rows: slice, block: Block, task: _Task) -> tuple[Tensor, Tensor]:
+    """Return one block's partial output [B, H, Sq, D] and log-sum-exp [B, H, Sq]."""
     q = _heads_first(q[block.q_start : block.q_stop, rows])
     k, v = (_heads_first(t[block.k_start : block.k_stop, rows]) for t in (k, v))
     return block_forward(q, k, v, causal=block.causal, scale=task.scale)
 
 
 def _gradients(grad_out, q, k, v, out, lse, rows: slice, block: Block, task: _Task) -> tuple[Tensor, Tensor, Tensor]:
-    """One block's share of dq, dk and dv, [tokens, rows, heads, D] each."""
+    """Return one block's share of dq, dk and dv, [tokens, rows, heads, D] each."""
     grad_out, q, out = (_heads_first(t[block.q_start : block.q_stop, rows]) for t in (grad_out, q, out))
     k, v = (_heads_first(t[block.k_start : block.k_stop, rows]).to(q.dtype) for t in (k, v))
     lse = lse[rows, :, block.q_start : block.q_stop]
@@ -312,39 +304,46 @@ def _gradients(grad_out, q, k, v, out, lse, rows: slice, block: Block, task: _Ta
 
 
 def _heads_first(x: Tensor) -> Tensor:
+    """Return the view [B, H, S, D] of x [S, B, H, D], as the kernels take it."""
     return x.permute(1, 2, 0, 3)
 
 
 class _Rows:
-    """What the gradients of these queries are made from, whatever block they look at."""
+    """Inputs of the backward pass that belong to the queries and are the same for every block of keys."""
 
     def __init__(self, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor):
-        # aten's CPU kernel sums dk and dv of half types over heads in that type; several blocks would add their errors.
+        """Convert half types to fp32 where the kernel needs it."""
+        # For half types, aten's CPU kernel sums dk and dv over the query heads of a key head in that type, and the
+        # rounding errors of several blocks would add up: compute in fp32.
         wide = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
         self.grad_out, self.q, self.out = (t.float() if wide else t for t in (grad_out, q, out))
         self.lse = lse
 
     def gradients(self, k: Tensor, v: Tensor, rows: slice, block: Block, task: _Task) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one block's share of dq, dk and dv."""
         return _gradients(self.grad_out, self.q, k, v, self.out, self.lse, rows, block, task)
 
 
 class _Sums:
-    """Gradients as they add up: fp32 (fp64 for fp64), keys and values in one tensor that is sent as it is."""
+    """Running gradient sums in fp32 (fp64 for fp64); those of keys and values share one tensor, one message per hop."""
 
     def __init__(self, q: Tensor, k: Tensor):
+        """Start from zeros in the shapes of q and of k and v."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.q = torch.zeros(q.shape, dtype=dtype, device=q.device)
         self.kv = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
 
     def add(self, rows: slice, block: Block, grads: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Add one block's dq, dk and dv where its queries and keys are stored."""
         keys = slice(block.k_start, block.k_stop)
         accumulate_([self.q[block.q_start : block.q_stop, rows], *self.kv[:, keys, rows].unbind()], grads)
 
 
 class _Partials:
-    """Outputs of blocks, merged a few steps at a time."""
+    """Partial outputs of blocks, merged every `MERGE_GROUP` ring steps into a running sum in fp32."""
 
     def __init__(self, q: Tensor, rows: list[slice]):
+        """Start without partials; `rows` are the groups of batch rows that share their blocks."""
         self._q = q
         self._rows = rows
         self._dtype = torch.promote_types(q.dtype, torch.float32)
@@ -353,27 +352,31 @@ class _Partials:
         self._sum: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: slice, block: Block, out: Tensor, lse: Tensor) -> None:
-        """Take a block's out [B, H, Sq, D] and lse [B, H, Sq]."""
+        """Queue one block's out [B, H, Sq, D] and lse [B, H, Sq] for the next merge."""
         self._waiting.append((rows, block.q_start, block.q_stop, out, lse))
 
     def end_of_step(self) -> None:
+        """Merge the queued partials if enough ring steps have passed since the last merge."""
         self._steps += 1
         if self._steps >= MERGE_GROUP:
             self._merge(self._dtype)
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """out [S, B, H, D] in q's type, lse [B, H, S]; rows that no block covered hold 0 and -inf."""
+        """Return out [S, B, H, D] in q's type and lse [B, H, S]; queries without any block hold 0 and -inf."""
+        # One block that covers every query needs no merge and no copy.
         if self._sum is None and len(self._waiting) == 1:
             rows, start, stop, out, lse = self._waiting[0]
             if rows == slice(None) and stop - start == self._q.size(0):
-                return out.permute(2, 0, 1, 3), lse
+                return out.permute(2, 0, 1, 3), lse  # [S, B, H, D]
         self._merge(self._q.dtype)
         assert self._sum is not None
         return self._sum
 
     def _merge(self, dtype: torch.dtype) -> None:
+        """Merge the queued partials and the running sum into an output of type `dtype`, which replaces the sum."""
         length, batch, heads, _ = self._q.shape
         before = self._sum
+        # In place where the type stays: `merge_partials` allows an output that is one of its inputs.
         if before is not None and before[0].dtype == dtype:
             out, lse = before
         else:
@@ -398,7 +401,13 @@ class _Partials:
 
 
 def _segments(parts: list[tuple[int, int, Tensor, Tensor]], length: int) -> Iterator[tuple]:
-    """Runs of queries that the same partials cover, with those partials' rows."""
+    """Split [0, length) wherever a partial starts or stops.
+
+    Partials cover different ranges of queries: with causal zig-zag the early chunk sees fewer ranks than the late one.
+
+    Yields:
+        Start and stop of a run of queries, and the slices of out and lse of every partial that covers it.
+    """
     borders = sorted({0, length, *(part[0] for part in parts), *(part[1] for part in parts)})
     coming = sorted(parts, key=lambda part: part[0], reverse=True)
     active: list[tuple[int, int, Tensor, Tensor]] = []
@@ -416,15 +425,16 @@ def _segments(parts: list[tuple[int, int, Tensor, Tensor]], length: int) -> Iter
 
 @dataclass
 class _Arriving:
-    """A message on its way here, and ours on its way to the next rank."""
+    """A pair of transfers in flight: a message from the previous rank, and this rank's message to the next one."""
 
     buffer: Tensor
+    """Receives the message; undefined until `wait` returns."""
     works: list[dist.Work]
     sent: Tensor
-    """Kept until it has left."""
+    """Message being sent, which must stay alive until it has left."""
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """The message, and memory that is free for the next one."""
+        """Wait for both transfers; return the received message and the sent one, whose memory is free again."""
         for work in self.works:
             work.wait()
         return self.buffer, self.sent
@@ -432,10 +442,11 @@ class _Arriving:
 
 def _pass_on(message: Tensor | None, ring: dist.ProcessGroup | None, tag: int, free: Tensor | None = None) -> _Arriving:
     """Start sending a message to the next rank of the ring and receiving the previous rank's, into `free` memory."""
-    assert message is not None and ring is not None, "one rank passes nothing on"
+    assert message is not None and ring is not None, "a ring of one rank sends nothing"
     rank, size = ring.rank(), ring.size()
     buffer = torch.empty_like(message) if free is None else free
     to, source = (dist.get_global_rank(ring, (rank + way) % size) for way in (1, -1))
+    # Batched: NCCL would deadlock if every rank issued its send before its receive.
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, message, to, group=ring, tag=tag),
@@ -446,7 +457,7 @@ def _pass_on(message: Tensor | None, ring: dist.ProcessGroup | None, tag: int, f
 
 
 def _gather(kv: Tensor, ring: dist.ProcessGroup | None) -> Tensor:
-    """Keys and values of the whole sequence, [2, S * W, B, Hk, D]."""
+    """Return keys and values of the whole sequence, [2, S * W, B, Hk, D], from each rank's [2, S, B, Hk, D]."""
     if ring is None:
         return kv
     parts = torch.empty((ring.size() * 2, *kv.shape[1:]), dtype=kv.dtype, device=kv.device)
@@ -455,122 +466,39 @@ def _gather(kv: Tensor, ring: dist.ProcessGroup | None) -> Tensor:
 
 
 def _to_heads(x: Tensor, inner: dist.ProcessGroup) -> Tensor:
-    """From a rank's tokens of all heads to all ranks' tokens of its heads: [S, B, H, D] -> [S * A, B, H / A, D]."""
+    """Exchange tokens of all heads for all ranks' tokens of some heads: [S, B, H, D] -> [S * A, B, H / A, D]."""
     size = inner.size()
-    sent = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4).contiguous()
-    got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=inner)
-    return zigzag_join(list(got.unbind()), 0)
+    sent = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4).contiguous()  # [A, S, B, H / A, D]: one slice per rank
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=inner)
+    # The joined parts of neighbours are themselves the zig-zag part of one rank of the outer ring.
+    return zigzag_join(list(received.unbind()), 0)
 
 
 def _from_heads(x: Tensor, inner: dist.ProcessGroup) -> Tensor:
-    """The way back: [S * A, B, H / A, D] -> [S, B, H, D]."""
-    sent = torch.stack(zigzag_split(x, inner.size(), 0))
-    got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=inner)
-    return got.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    """Invert `_to_heads`: [S * A, B, H / A, D] -> [S, B, H, D]."""
+    sent = torch.stack(zigzag_split(x, inner.size(), 0))  # [A, S, B, H / A, D]
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=inner)
+    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [S, B, H, D]
 
 
 def _only_block(q: Tensor, task: _Task, part: tuple[Interval, ...]) -> Block | None:
-    """The one block that covers every query, if it is one."""
+    """Return the block that covers every query, or None if there are several blocks or some query has none."""
     blocks = list(task.blocks(part, part))
     if len(blocks) == 1 and blocks[0][0] == slice(None) and blocks[0][1].q_stop - blocks[0][1].q_start == q.size(0):
         return blocks[0][1]
     return None
 
 
-def _groups(
-    group: dist.ProcessGroup | None, schedule: str, inner_size: int | None, num_kv_heads: int
-) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The groups that exchange heads and that pass keys on."""
-    if group is None or group.size() == 1:
-        return None, None
-    if schedule in ("p2p", "allgather"):
-        return None, group
-    size = group.size()
-    if schedule == "a2a":
-        inner_size = size
-    elif inner_size is None:
-        inner_size = inner_group_size(num_kv_heads, size, ranks_of_a_node(group))
-    if size % inner_size:
-        raise ValueError(f"inner_size: {inner_size} does not divide the {size} context-parallel ranks.")
-    if num_kv_heads % inner_size:
-        raise ValueError(
-            f"schedule {schedule}: {num_kv_heads} key-value heads do not divide among {inner_size} ranks. "
-            f"Use p2p, or {math.gcd(num_kv_heads, size)} ranks."
-        )
-    if inner_size == size:
-        return group, None
-    return (None, group) if inner_size == 1 else _hierarchy(group, inner_size)
-
-
-@lru_cache(maxsize=16)
-def _hierarchy(group: dist.ProcessGroup, inner_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Split a group into neighbours, and into those at the same place among their neighbours."""
-    ranks, rank = dist.get_process_group_ranks(group), group.rank()
-    first, place = rank - rank % inner_size, rank % inner_size
-    # Only members call: other context groups, and other ranks, need not know.
-    inner = dist.new_group(ranks[first : first + inner_size], use_local_synchronization=True)
-    return inner, dist.new_group(ranks[place::inner_size], use_local_synchronization=True)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, size: int) -> None:
-    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3):
-        raise ValueError(
-            "ring_attention takes q [S, B, H, D] and k, v [S, B, Hk, D] of the same S, B and D, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
-        )
-    if q.size(2) % k.size(2):
-        raise ValueError(f"{k.size(2)} key-value heads do not divide {q.size(2)} query heads.")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}.")
-    if size > 1 and q.size(0) % 2:
-        raise ValueError(
-            f"a rank holds {q.size(0)} tokens, an odd number: zig-zag gives each of {size} ranks two equal chunks. "
-            "Split the sequence with zigzag_shard, which can pad it."
-        )
-
-
-def _document_offsets(documents, length: int, batch: int) -> tuple[tuple[int, ...], ...]:
-    if documents is None:
-        return ((0, length),)
-    lists = list(documents)
-    rows = [tuple(map(int, row)) for row in (lists if lists and not isinstance(lists[0], int) else [lists])]
-    if len(rows) not in (1, batch):
-        raise ValueError(f"cu_seqlens: {len(rows)} lists for {batch} rows. Give one for all, or one for each.")
-    for row, offsets in enumerate(rows):
-        rising = all(a < b for a, b in itertools.pairwise(offsets))
-        if len(offsets) < 2 or offsets[0] != 0 or not rising:
-            raise ValueError(f"cu_seqlens: row {row} must rise from 0, each document longer than nothing: {offsets}.")
-        if offsets[-1] > length:
-            raise ValueError(f"cu_seqlens: row {row} ends at {offsets[-1]}, beyond the sequence of {length} tokens.")
-    return tuple(rows) if len(set(rows)) > 1 else (rows[0],)
-
-
-def _agree(group: dist.ProcessGroup, call: tuple[int, ...], device: torch.device) -> None:
-    """Make sure that all ranks of the group call alike: a message of another size would wait for ever, or lie."""
-    mine = torch.tensor(call, device=device)
-    all_ranks = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(all_ranks, mine, group=group)
-    for rank, theirs in enumerate(all_ranks):
-        if not torch.equal(theirs, all_ranks[0]):
-            raise ValueError(
-                f"ring_attention: rank {rank} of the context group holds [S, B, H, D, Hk] = {theirs[:5].tolist()}, "
-                f"rank 0 {all_ranks[0][:5].tolist()}; types, documents and schedules must agree too."
-            )
-
-
-_agree_once = lru_cache(maxsize=1024)(_agree)
-"""For CUDA, where reading the answer back would stop the stream in every layer: each new call is checked once."""
-
-
 @contextmanager
-def _deterministic(wanted: bool):
+def _deterministic(enable: bool):
+    """Turn on torch's deterministic algorithms for a block of code, with a warning where an op has none."""
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted and not before:
+    if enable and not before:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        if wanted and not before:
+        if enable and not before:
             torch.use_deterministic_algorithms(False)

@@ -1,9 +1,8 @@
-"""Which queries of one rank see which keys of another, as rectangles and triangles: pure integers.
+"""Compute which queries of one rank see which keys of another, as rectangles and triangles of indices.
 
-Masks are never built. A document is an interval of the sequence, and what a rank holds is a few intervals in rising
-order, so that the tokens of one document on one rank are neighbours there. Whatever two ranks' tokens see of each other
-is therefore a few full rectangles, and on the diagonal one causal triangle per document; inside a block every query
-sees a key.
+Masks are never built. A document is an interval of the sequence, and a rank holds a few intervals in increasing order,
+so the tokens of one document are contiguous on each rank. What the tokens of two ranks see of each other is therefore a
+few full rectangles and, on the diagonal, one causal triangle per document. Inside a block every query sees a key.
 """
 
 import itertools
@@ -15,17 +14,18 @@ from igla_mega.ops.zigzag import Interval
 
 
 class Block(NamedTuple):
-    """Queries [q_start, q_stop) and keys [k_start, k_stop), counted in what their ranks hold."""
+    """Queries [q_start, q_stop) and keys [k_start, k_stop), as indices into the tokens that their ranks store."""
 
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
     causal: bool
-    """Query i of the block sees its keys 0 to i (the block is square); else all of them."""
+    """True if query i of the block sees its keys 0 to i (the block is square), False if it sees all keys."""
 
     @property
     def num_pairs(self) -> int:
+        """Number of visible (query, key) pairs, proportional to the work of the block."""
         num_queries, num_keys = self.q_stop - self.q_start, self.k_stop - self.k_start
         return num_queries * (num_queries + 1) // 2 if self.causal else num_queries * num_keys
 
@@ -34,21 +34,22 @@ class Block(NamedTuple):
 def visible_blocks(
     queries: tuple[Interval, ...], keys: tuple[Interval, ...], offsets: tuple[int, ...], *, causal: bool
 ) -> list[Block]:
-    """Cut what `queries` see of `keys` into blocks that do not overlap.
+    """Return the (query, key) pairs that see each other, as blocks that do not overlap.
 
     Args:
-        queries, keys: what the two ranks hold, in rising order.
-        offsets: where documents begin, and last where the last one ends (`cu_seqlens`); tokens see only their own
-            document, and what lies behind the last offset is padding that sees and is seen by nothing.
-        causal: a token sees no later one.
+        queries, keys: token intervals of the two ranks, in increasing order.
+        offsets: first token of each document, then the end of the last one (`cu_seqlens`). Tokens see only their own
+            document; tokens after the last offset are padding that neither sees nor is seen.
+        causal: True if a token sees no later token.
     """
     if queries == keys:
-        # The order within a rank is the order in the sequence, so that one triangle covers both of its chunks.
+        # A rank stores its tokens in the order of the sequence, so one triangle per document covers both of its chunks.
         spans = [_local(keys, start, stop) for start, stop in _documents(offsets, keys[0][0], keys[-1][1])]
         return [Block(start, stop, start, stop, causal) for start, stop in spans if start < stop]
     triangles: list[Block] = []
     rectangles: list[Block] = []
     for query in queries:
+        # Cut at the borders of `query`, each key interval is equal to it, wholly before it, or wholly after it.
         for key in _split_at(keys, query):
             if key == query:
                 pairs = [(span, span) for span in _documents(offsets, *query)]
@@ -64,7 +65,7 @@ def visible_blocks(
 
 
 def _documents(offsets: tuple[int, ...], start: int, stop: int) -> list[Interval]:
-    """The documents' parts within [start, stop)."""
+    """Return the part of each document within [start, stop), without empty parts."""
     found = []
     for index in range(max(bisect_right(offsets, start) - 1, 0), len(offsets) - 1):
         if offsets[index] >= stop:
@@ -75,7 +76,11 @@ def _documents(offsets: tuple[int, ...], start: int, stop: int) -> list[Interval
 
 
 def _shared(offsets: tuple[int, ...], early: Interval, late: Interval) -> list[tuple[Interval, Interval]]:
-    """The parts in `late` and in `early` of the one document that can lie in both: it covers all between them."""
+    """Return the parts in `late` and `early` of the only document that can reach into both, or an empty list.
+
+    Such a document covers every token between the two intervals, so it contains the first token of `late` and the last
+    of `early`.
+    """
     index = bisect_right(offsets, late[0]) - 1
     if not 0 <= index < len(offsets) - 1 or offsets[index] >= early[1]:
         return []
@@ -83,7 +88,7 @@ def _shared(offsets: tuple[int, ...], early: Interval, late: Interval) -> list[t
 
 
 def _split_at(keys: tuple[Interval, ...], query: Interval) -> list[Interval]:
-    """`keys`, cut where `query` begins and ends."""
+    """Return the intervals of `keys`, cut at the start and stop of `query`."""
     pieces = []
     for start, stop in keys:
         borders = [start, *(border for border in query if start < border < stop), stop]
@@ -92,16 +97,17 @@ def _split_at(keys: tuple[Interval, ...], query: Interval) -> list[Interval]:
 
 
 def _local(held: tuple[Interval, ...], start: int, stop: int) -> Interval:
-    """Where the tokens of [start, stop) that a rank holds lie in it."""
+    """Return the range of local indices of the tokens [start, stop) on a rank that stores the intervals `held`."""
     first = last = 0
     for begin, end in held:
+        # Number of stored tokens of this interval that come before `start` and before `stop`.
         first += min(max(start - begin, 0), end - begin)
         last += min(max(stop - begin, 0), end - begin)
     return first, last
 
 
 def _joined(rectangles: list[Block]) -> list[Block]:
-    """Neighbouring rectangles as one: fewer and larger calls."""
+    """Merge rectangles that share a whole edge, for fewer and larger kernel calls."""
     joined: list[Block] = []
     for block in rectangles:
         for index, other in enumerate(joined):

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence lie on which context-parallel rank: the zig-zag that balances causal attention.
+"""Split sequences over context-parallel ranks by zig-zag, which balances causal attention.
 
 A sequence is cut into 2W chunks; rank r of W holds chunks r and 2W - 1 - r, one early and one late. Under a causal mask
 every rank then has the same number of query-key pairs (DualChunkSwap; Brandon et al. 2023, arXiv:2311.09431, give the
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Interval = tuple[int, int]
-"""First token and the one behind the last, counted in the whole sequence."""
+"""Half-open range of token positions in the whole sequence."""
 
 
 def zigzag_intervals(length: int, rank: int, size: int) -> tuple[Interval, ...]:
-    """The tokens of rank `rank` of `size`, in the order it holds them.
+    """Return the token ranges of rank `rank` of `size`, in the order in which the rank stores them.
 
     Raises:
         ValueError: `length` is not a multiple of 2 * size.
@@ -27,21 +27,21 @@ def zigzag_intervals(length: int, rank: int, size: int) -> tuple[Interval, ...]:
 
 
 def zigzag_positions(length: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Position in the whole sequence of each token this rank holds, int64 [length / W]."""
+    """Return the position in the whole sequence of each token of this rank, int64 [length / W]."""
     rank, size = _place(group)
     return torch.cat([torch.arange(*interval) for interval in zigzag_intervals(length, rank, size)])
 
 
 def zigzag_shard(x: Tensor, group: dist.ProcessGroup | None, dim: int, *, pad: bool = False, fill: float = 0) -> Tensor:
-    """This rank's tokens of a sequence that every rank holds whole.
+    """Return this rank's tokens of a sequence that every rank holds as a whole.
 
     Args:
         x: any shape; `dim` is the sequence.
-        pad: fill the end up to a multiple of 2W instead of refusing.
-        fill: what to pad with.
+        pad: True to pad the end to a multiple of 2W instead of raising.
+        fill: value of the padding.
 
     Raises:
-        ValueError: the length is not a multiple of 2W and `pad` is off.
+        ValueError: the length is not a multiple of 2W and `pad` is False.
     """
     rank, size = _place(group)
     if size == 1:
@@ -53,7 +53,7 @@ def zigzag_shard(x: Tensor, group: dist.ProcessGroup | None, dim: int, *, pad: b
 
 
 def zigzag_unshard(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
-    """The whole sequence on every rank, from the parts; the inverse of `zigzag_shard`. No gradient flows through it."""
+    """All-gather the whole sequence from the ranks' parts; the inverse of `zigzag_shard`. No gradient flows through."""
     _, size = _place(group)
     if size == 1:
         return x
@@ -63,27 +63,34 @@ def zigzag_unshard(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tens
 
 
 def zigzag_join(parts: list[Tensor], dim: int) -> Tensor:
-    """The whole sequence from all ranks' parts, in the order of the ranks."""
+    """Return the whole sequence from the parts of all ranks, given in rank order."""
+    # Chunks 0 to W - 1 are the early halves of ranks 0 to W - 1, chunks W to 2W - 1 the late halves in reverse.
     halves = [part.chunk(2, dim) for part in parts]
     return torch.cat([early for early, _ in halves] + [late for _, late in reversed(halves)], dim)
 
 
 def zigzag_split(x: Tensor, size: int, dim: int) -> list[Tensor]:
-    """All ranks' parts of a whole sequence; the inverse of `zigzag_join`."""
+    """Return the parts of all ranks in rank order; the inverse of `zigzag_join`."""
     chunks = x.chunk(2 * size, dim)
     return [torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim) for rank in range(size)]
 
 
 def pad_sequence(x: Tensor, size: int, dim: int, fill: float = 0) -> Tensor:
-    """`x` filled up at its end to a multiple of 2 * size along `dim`."""
+    """Return `x` padded at its end to a multiple of 2 * size along `dim`."""
     missing = -x.size(dim) % (2 * size) if size > 1 else 0
     if not missing:
         return x
-    behind = x.dim() - 1 - dim % x.dim()
-    return F.pad(x, (*(0, 0) * behind, 0, missing), value=fill)
+    # F.pad counts dimensions from the last one: skip those after `dim`.
+    num_later_dims = x.dim() - 1 - dim % x.dim()
+    return F.pad(x, (*(0, 0) * num_later_dims, 0, missing), value=fill)
 
 
 def _chunk_length(length: int, size: int) -> int:
+    """Return the tokens of one of the 2 * size chunks.
+
+    Raises:
+        ValueError: `length` is not a multiple of 2 * size; names the nearest multiples.
+    """
     unit = 2 * size
     if length % unit:
         below = length // unit * unit
@@ -96,4 +103,5 @@ def _chunk_length(length: int, size: int) -> int:
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return rank and size of the group; (0, 1) without one."""
     return (0, 1) if group is None else (group.rank(), group.size())

@@ -32,7 +32,7 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     except ConfigError:
         folder = None
     if folder is not None:
-        return recipe.model_copy(update={"model": _shape(folder)}), []
+        return recipe.with_keys({"model": _shape(folder)}), []
     model = load_recipe(ASSUMED_RECIPE, scale=scale).model
     assert model is not None
     notes = [
@@ -42,12 +42,12 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     changes: dict[str, Any] = {"model": model}
     tuned = recipe.lora is not None or recipe.sft is not None or recipe.dpo is not None
     if tuned and recipe.sequence_length is None:
-        changes["training"] = recipe.training.model_copy(update={"sequence_length": ASSUMED_ROW})
+        changes["training.sequence_length"] = ASSUMED_ROW
         notes.append(
             f"training.sequence_length: not given; rows of {ASSUMED_ROW:,} tokens are assumed (`train` uses the "
             "maximum of the base model)."
         )
-    return recipe.model_copy(update=changes), notes
+    return recipe.with_keys(changes), notes
 
 
 def _shape(folder: Path) -> Model:

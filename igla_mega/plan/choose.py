@@ -25,7 +25,7 @@ def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layou
     from igla_mega.plan import search  # late: only GPU runs need the planner
 
     sizes, notes = search.sizes_for(recipe, world_size)
-    fixed = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update=sizes)})
+    fixed = recipe.with_keys({f"distributed.{key}": size for key, size in sizes.items()})
     layout = lay_out(fixed, world_size, device)
     return replace(layout, notes=(*layout.notes, *notes))
 
@@ -105,4 +105,4 @@ def _on_one_layout(recipes: list[Recipe], world_size: int, device: str) -> list[
         "sequence_parallel": layout.sequence_parallel,
         "gradient_checkpointing": layout.recompute,
     }
-    return [one.model_copy(update={"distributed": one.distributed.model_copy(update=sizes)}) for one in recipes]
+    return [one.with_keys({f"distributed.{key}": size for key, size in sizes.items()}) for one in recipes]

@@ -59,56 +59,56 @@ class Run:
         return self.device_hours * hardware.watts * share / 1000
 
 
-def run(
-    *,
-    step_seconds: float,
-    steps: int,
-    evaluation_seconds: float,
-    evaluate_every: int,
-    fisher_seconds: float,
-    saved_bytes: float,
-    rank_bytes: float,
-    asynchronous: bool,
-    every_steps: int,
-    devices: int,
-    hardware: Hardware,
-) -> Run:
-    """Return the times of a run.
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as numbers."""
 
-    Args:
-        evaluation_seconds: time of one evaluation.
-        evaluate_every: steps between evaluations; 0: only at the end.
-        every_steps: steps between checkpoints; 0: only at the end.
-        saved_bytes: size of a checkpoint, all ranks together.
-        rank_bytes: largest shard of one rank.
-        asynchronous: True if training waits only for the copy to host memory.
-    """
-    machines = max(1, math.ceil(devices / hardware.node_size))
-    written = saved_bytes / (machines * STORAGE_BANDWIDTH)
+    step_seconds: float
+    steps: int
+    evaluation_seconds: float
+    """Time of one evaluation."""
+    evaluate_every: int
+    """Steps between evaluations; 0: only at the end."""
+    fisher_seconds: float
+    saved_bytes: float
+    """Size of a checkpoint, all ranks together."""
+    rank_bytes: float
+    """Largest shard of one rank."""
+    asynchronous: bool
+    """True if training waits only for the copy to host memory."""
+    every_steps: int
+    """Steps between checkpoints; 0: only at the end."""
+    devices: int
+
+
+def run(work: Work, hardware: Hardware) -> Run:
+    """Return the times of a run."""
+    machines = max(1, math.ceil(work.devices / hardware.node_size))
+    written = work.saved_bytes / (machines * STORAGE_BANDWIDTH)
     # Half a second for the collectives and file handling of a save. Assumed.
-    stall = rank_bytes / hardware.host_link + 0.5 if asynchronous else written
-    saves = max(1, math.ceil(steps / every_steps)) if every_steps else 1
-    evaluations = max(1, math.ceil(steps / evaluate_every)) if evaluate_every else 1
-    between = 0.0 if hardware.is_cpu else 3600 / (FAILURES_PER_DEVICE_HOUR * devices)
-    working = steps * step_seconds
+    stall = work.rank_bytes / hardware.host_link + 0.5 if work.asynchronous else written
+    saves = max(1, math.ceil(work.steps / work.every_steps)) if work.every_steps else 1
+    evaluations = max(1, math.ceil(work.steps / work.evaluate_every)) if work.evaluate_every else 1
+    between = 0.0 if hardware.is_cpu else 3600 / (FAILURES_PER_DEVICE_HOUR * work.devices)
+    working = work.steps * work.step_seconds
     best = best_interval(stall, between) if between else working
     # A save cannot start before the previous one is on disk.
     best = max(best, written)
-    interval = min(working, (every_steps or steps) * step_seconds)
+    interval = min(working, (work.every_steps or work.steps) * work.step_seconds)
     failures = working / between if between else 0.0
     return Run(
-        step_seconds=step_seconds,
-        steps=steps,
-        evaluation_seconds=evaluation_seconds * evaluations,
-        fisher_seconds=fisher_seconds,
+        step_seconds=work.step_seconds,
+        steps=work.steps,
+        evaluation_seconds=work.evaluation_seconds * evaluations,
+        fisher_seconds=work.fisher_seconds,
         checkpoint_stall_seconds=stall,
         checkpoint_seconds=stall * saves,
-        checkpoint_every_steps=every_steps,
-        best_checkpoint_steps=min(steps, max(1, round(best / step_seconds))),
+        checkpoint_every_steps=work.every_steps,
+        best_checkpoint_steps=min(work.steps, max(1, round(best / work.step_seconds))),
         failures=failures,
         # A failure loses half an interval on average.
         failure_seconds=failures * (interval / 2 + RESTART_SECONDS),
-        devices=devices,
+        devices=work.devices,
     )
 
 

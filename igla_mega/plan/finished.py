@@ -76,7 +76,7 @@ class FinishedRun:
         if recipe.model is None or length is None or not rate or not each:
             raise ConfigError(f"{self.folder}: the metrics do not contain the number of ranks. Give --gpus.")
         # The metrics of a run count every weight as trained, also with adapters.
-        whole = recipe.model_copy(update={"lora": None})
+        whole = recipe.with_keys({"lora": None})
         return max(1, round(model_flops_per_token(whole, length) * rate / (each * 1e12)))
 
     def hardware(self) -> Hardware:

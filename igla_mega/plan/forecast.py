@@ -120,84 +120,92 @@ class Forecast:
         return sum(part.flops for part in self.parts)
 
 
-def forecast(
-    recipe: Recipe,
-    hardware: Hardware,
-    gpus: int,
-    *,
-    price: float | None = None,
-    calibrated: Path | None = None,
-    models: Path | None = None,
-    samples: int | None = None,
-    scale: str | None = None,
-    claim: Claim | None = None,
-    advise: bool = True,
-) -> Forecast:
-    """Return the plan of a recipe on `gpus` devices (on a CPU: ranks of this machine).
+@dataclass(frozen=True)
+class Given:
+    """What the user adds to the recipe."""
 
-    Args:
-        price: dollars per hour of one device; None: that of the hardware table.
-        calibrated: calibration file; None: the newest for the hardware, else assumptions.
-        models: folder with base models.
-        samples: rows (or pairs) per epoch, if the recipe counts epochs.
-        scale: scale at which the recipe was loaded, also assumed for a missing base model.
-        claim: claim of the card for the recipe.
-        advise: True to search for changes of given keys that would save time.
+    price: float | None = None
+    """Dollars per hour of one device; None: that of the hardware table."""
+    calibrated: Path | None = None
+    """Calibration file; None: the newest for the hardware, else assumptions."""
+    models: Path | None = None
+    """Folder with base models."""
+    samples: int | None = None
+    """Rows (or pairs) per epoch, if the recipe counts epochs."""
+    scale: str | None = None
+    """Scale at which the recipe was loaded, also assumed for a missing base model."""
+    claim: Claim | None = None
+    """Claim of the card for the recipe."""
+    advise: bool = True
+    """True to search for changes of given keys that would save time."""
+
+
+def forecast(recipe: Recipe, hardware: Hardware, gpus: int, given: Given | None = None) -> Forecast:
+    """Return the plan of a recipe on `gpus` devices (on a CPU: ranks of this machine).
 
     Raises:
         ConfigError: an invalid number, no legal layout, or none that fits; then with the changes that make one fit.
     """
-    if recipe.distributed.precision == "FP8" and not hardware.has_fp8(kind := recipe.distributed.fp8_recipe):
-        able = ", ".join(entry.name for entry in TABLE.values() if entry.has_fp8(kind))
-        why = f"does not support fp8_recipe {kind}" if hardware.fp8_flops else "has no 8-bit matrix products"
-        raise ConfigError(f"distributed.precision: FP8, but {hardware.title} {why}. Use BF16, or --gpu {able}.")
-    _numbers_are_above_zero(gpus=gpus, price=price, samples=samples)
+    given = given or Given()
+    _refuse_missing_fp8(recipe, hardware)
+    _numbers_are_above_zero(gpus=gpus, price=given.price, samples=given.samples)
     assumed: list[str] = []
     warnings: list[str] = []
     parts: list[Part] = []
     found_calibration: Calibration | None = None
-    for name, part, steps_of in _pieces(recipe, models, scale, samples, assumed):
-        used, notes = calibration.of(hardware, part.distributed.precision, calibrated)
+    for name, part, steps_of in _pieces(recipe, given, assumed):
+        used, notes = calibration.of(hardware, part.distributed.precision, given.calibrated)
         warnings += [line for line in notes if line not in warnings]
         found_calibration = found_calibration or used
         found = search(part, gpus, hardware, used.rates)
         if not found.winner.fits:
-            raise ConfigError(_does_not_fit(name, part, found, hardware, gpus, used, samples, price))
+            raise ConfigError(_does_not_fit((name, part), found, hardware, gpus, used, given.price))
         warnings += [note for note in found.winner.layout.notes if note not in warnings]
         steps = steps_of(found.winner.layout)
         parts.append(Part(name, part, found, steps, _run(part, found.winner, steps, hardware, used)))
     assert found_calibration is not None, "a recipe has at least one part"
-    total_tokens, total_steps = sum(part.tokens for part in parts), sum(part.steps for part in parts)
-    contradictions = (
-        list(
-            card.contradictions(
-                parts[0].recipe,
-                claim,
-                tokens=None if _counts_epochs(recipe) and samples is None else total_tokens,
-                steps=total_steps,
-                total_flops=sum(part.flops for part in parts),
-                peak=hardware.peak(parts[0].recipe.distributed.precision),
-            )
-        )
-        if claim
-        else []
-    )
-    result = Forecast(
+    data_is_assumed = _counts_epochs(recipe) and given.samples is None
+    return Forecast(
         name=recipe.name,
         hardware=hardware,
         gpus=gpus,
-        price=hardware.price if price is None else price,
-        price_source=hardware.price_source if price is None else "--price",
+        price=hardware.price if given.price is None else given.price,
+        price_source=hardware.price_source if given.price is None else "--price",
         calibration=found_calibration,
         parts=tuple(parts),
-        claim=claim,
-        contradictions=tuple(contradictions),
+        claim=given.claim,
+        contradictions=_contradictions(parts, given.claim, hardware, data_is_assumed=data_is_assumed),
         assumed=tuple(dict.fromkeys(assumed)),
         warnings=tuple(warnings),
-        advice=tuple(_advice(parts, hardware, found_calibration)) if advise else (),
-        data_is_assumed=_counts_epochs(recipe) and samples is None,
+        advice=tuple(_advice(parts, hardware, found_calibration)) if given.advise else (),
+        data_is_assumed=data_is_assumed,
     )
-    return result
+
+
+def _refuse_missing_fp8(recipe: Recipe, hardware: Hardware) -> None:
+    """Refuse 8-bit training on hardware without its matrix products or its way to scale them."""
+    if recipe.distributed.precision == "FP8" and not hardware.has_fp8(kind := recipe.distributed.fp8_recipe):
+        able = ", ".join(entry.name for entry in TABLE.values() if entry.has_fp8(kind))
+        why = f"does not support fp8_recipe {kind}" if hardware.fp8_flops else "has no 8-bit matrix products"
+        raise ConfigError(f"distributed.precision: FP8, but {hardware.title} {why}. Use BF16, or --gpu {able}.")
+
+
+def _contradictions(
+    parts: Sequence[Part], claim: Claim | None, hardware: Hardware, *, data_is_assumed: bool
+) -> tuple[str, ...]:
+    """Return what the card claims and the plan contradicts."""
+    if claim is None:
+        return ()
+    return tuple(
+        card.contradictions(
+            parts[0].recipe,
+            claim,
+            tokens=None if data_is_assumed else sum(part.tokens for part in parts),
+            steps=sum(part.steps for part in parts),
+            total_flops=sum(part.flops for part in parts),
+            peak=hardware.peak(parts[0].recipe.distributed.precision),
+        )
+    )
 
 
 def _numbers_are_above_zero(**numbers: float | None) -> None:
@@ -221,33 +229,27 @@ def _counts_epochs(recipe: Recipe) -> bool:
     return any(p.training.total_steps is None and p.curriculum is None and p.data.total_tokens is None for p in pieces)
 
 
-def _pieces(
-    recipe: Recipe, models: Path | None, scale: str | None, samples: int | None, assumed: list[str]
-) -> Iterator[tuple]:
+def _pieces(recipe: Recipe, given: Given, assumed: list[str]) -> Iterator[tuple]:
     """Yield name, recipe with a model, and a function layout -> steps, for every stage and phase."""
     first: Recipe | None = None
     for number, stage in enumerate(recipe.stages or (recipe,)):
         whole = stage
         if recipe.stages is not None and stage.model is None and first is not None:
-            whole = stage.model_copy(update={"model": first.model})
+            whole = stage.with_keys({"model": first.model})
             if stage.sequence_length is None:
-                length = first.training.sequence_length
-                whole = whole.model_copy(
-                    update={"training": whole.training.model_copy(update={"sequence_length": length})}
-                )
-        whole, notes = base_model.with_base(parts_of(whole)[0], models, scale)
+                whole = whole.with_keys({"training.sequence_length": first.training.sequence_length})
+        whole, notes = base_model.with_base(parts_of(whole)[0], given.models, given.scale)
         assumed += notes
         first = first or whole
         kind = "sft" if stage.sft is not None else "dpo" if stage.dpo is not None else f"stage {number + 1}"
         name = recipe.name if recipe.stages is None else kind
         if whole.curriculum is None:
-            yield name, whole, _steps(whole, samples, assumed)
+            yield name, whole, _steps(whole, given.samples, assumed)
             continue
         longest = max(phase.sequence_length or whole.sequence_length or 0 for phase in whole.curriculum.phases)
         for phase in whole.curriculum.phases:
             length = phase.sequence_length or whole.training.sequence_length
-            training = whole.training.model_copy(update={"sequence_length": length})
-            own = whole.model_copy(update={"training": training, "name": phase.name})
+            own = whole.with_keys({"training.sequence_length": length, "name": phase.name})
             if (own.sequence_length or 0) < longest:
                 assumed.append(f"{phase.name}: planned in its own layout; `train` keeps that of the longest phase.")
             yield (
@@ -303,7 +305,7 @@ def _run(recipe: Recipe, one: Candidate, steps: int, hardware: Hardware, used: C
         if layout.strategy == "FSDP" or layout.distributed_optimizer
         else (layout.tensor * layout.pipeline)
     )
-    return cost.run(
+    work = cost.Work(
         step_seconds=one.step.seconds,
         steps=steps,
         evaluation_seconds=forward * batches,
@@ -314,8 +316,8 @@ def _run(recipe: Recipe, one: Candidate, steps: int, hardware: Hardware, used: C
         asynchronous=recipe.checkpoint.asynchronous,
         every_steps=recipe.checkpoint.every_steps,
         devices=layout.world_size,
-        hardware=hardware,
     )
+    return cost.run(work, hardware)
 
 
 def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Iterator[str]:
@@ -328,7 +330,7 @@ def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Ite
         ):
             if getattr(where, key) in (None, value):
                 continue
-            other = part.recipe.model_copy(update={"distributed": where.model_copy(update={key: value})})
+            other = part.recipe.with_keys({f"distributed.{key}": value})
             try:
                 winner = best(weigh(other, part.layout.world_size, hardware, used.rates)[0])
             except ConfigError:
@@ -353,16 +355,10 @@ def _advice(parts: Sequence[Part], hardware: Hardware, used: Calibration) -> Ite
 
 
 def _does_not_fit(
-    name: str,
-    recipe: Recipe,
-    found: Search,
-    hardware: Hardware,
-    gpus: int,
-    used: Calibration,
-    samples: int | None,
-    price: float | None,
+    piece: tuple[str, Recipe], found: Search, hardware: Hardware, gpus: int, used: Calibration, price: float | None
 ) -> str:
-    """Return the error text if no layout fits: the missing memory, and the three cheapest remedies."""
+    """Return the error text if no layout fits `piece`: the missing memory, and the three cheapest remedies."""
+    name, recipe = piece
     smallest = found.winner
     space = memory.available(hardware, smallest.layout) / GIB
     largest = sorted(smallest.memory.parts().items(), key=lambda part: -part[1])[:3]
@@ -387,36 +383,33 @@ def _ways(
     length = recipe.sequence_length or 1
     changes: list[tuple[str, Recipe]] = []
 
-    def changed(text: str, keys: dict, training_keys: dict | None = None) -> None:
-        update: dict = {"distributed": where.model_copy(update=keys)}
-        if training_keys:
-            update["training"] = training.model_copy(update=training_keys)
-        changes.append((text, recipe.model_copy(update=update)))
+    def changed(text: str, keys: dict) -> None:
+        changes.append((text, recipe.with_keys(keys)))
 
     if where.gradient_checkpointing is not None and where.gradient_checkpointing != "full":
-        changed("distributed.gradient_checkpointing=full", {"gradient_checkpointing": "full"})
+        changed("distributed.gradient_checkpointing=full", {"distributed.gradient_checkpointing": "full"})
     if where.strategy == "DDP":
-        opened = {"pipeline_parallel": "auto", "expert_parallel": "auto", "virtual_pipeline": "auto"}
-        changed("distributed.strategy=FSDP", {"strategy": "FSDP", **opened})
+        opened = {
+            f"distributed.{axis}": "auto" for axis in ("pipeline_parallel", "expert_parallel", "virtual_pipeline")
+        }
+        changed("distributed.strategy=FSDP", {"distributed.strategy": "FSDP", **opened})
     if training.gradient_accumulation is not None and isinstance(training.batch_size, int) and training.batch_size > 1:
         times = training.batch_size * training.gradient_accumulation
-        keys = {"batch_size": 1, "gradient_accumulation": times}
-        changed(f"training.batch_size=1 and training.gradient_accumulation={times}", {}, keys)
+        keys = {"training.batch_size": 1, "training.gradient_accumulation": times}
+        changed(f"training.batch_size=1 and training.gradient_accumulation={times}", keys)
     if where.micro_batch_size not in ("auto", 1):
-        changed("distributed.micro_batch_size=1", {"micro_batch_size": 1})
-    open_sizes = {"tensor_parallel": "auto", "pipeline_parallel": "auto"}
+        changed("distributed.micro_batch_size=1", {"distributed.micro_batch_size": 1})
+    open_sizes = ("tensor_parallel", "pipeline_parallel")
     if any(getattr(where, key) != "auto" for key in open_sizes):
-        changed("distributed.tensor_parallel and pipeline_parallel=auto", open_sizes)
+        left_open = {f"distributed.{key}": "auto" for key in open_sizes}
+        changed("distributed.tensor_parallel and pipeline_parallel=auto", left_open)
     if where.precision == "FP32":
-        changed("distributed.precision=BF16", {"precision": "BF16"})
+        changed("distributed.precision=BF16", {"distributed.precision": "BF16"})
     if recipe.lora is not None and recipe.quantization is None:
-        changes.append(("quantization.bits=4", recipe.model_copy(update={"quantization": Quantization()})))
+        changed("quantization.bits=4", {"quantization": Quantization()})
     if length % 2 == 0 and length > 512:
-        changed(
-            f"training.sequence_length={length // 2} (changes the task: shorter rows)",
-            {},
-            {"sequence_length": length // 2},
-        )
+        text = f"training.sequence_length={length // 2} (changes the task: shorter rows)"
+        changed(text, {"training.sequence_length": length // 2})
     for text, other in changes:
         if (way := _cheapest(other, hardware, gpus, used, price)) is not None:
             yield way[0], f"{text}: {way[1]}"

@@ -9,10 +9,10 @@ from pathlib import Path
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.layout.hardware import cpu, find, local_gpu, num_local_gpus, read
+from igla_mega.layout.hardware import Hardware, cpu, find, local_gpu, num_local_gpus, read
 from igla_mega.plan import answer, card, finished
 from igla_mega.plan.finished import Comparison
-from igla_mega.plan.forecast import Forecast, forecast
+from igla_mega.plan.forecast import Forecast, Given, forecast
 
 MOST_BATCH_GROWTH = 64
 """Maximum factor by which the batch is enlarged for a number of GPUs that does not divide it."""
@@ -55,18 +55,24 @@ def _row_values(row: Row) -> dict:
     return {**answer.values(found), "changed": note or None}
 
 
-def ask(
-    name: str,
-    scale: str | None,
-    overrides: list[str] | None,
-    gpu: str | None,
-    gpus: str | None,
-    price: float | None,
-    hardware_file: Path | None,
-    calibration: Path | None,
-    models: Path | None,
-    samples: int | None,
-) -> Answer:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The command line of `plan`."""
+
+    name: str
+    """Name of a packaged recipe, a path, or a run folder."""
+    scale: str | None = None
+    overrides: list[str] | None = None
+    gpu: str | None = None
+    gpus: str | None = None
+    price: float | None = None
+    hardware_file: Path | None = None
+    calibration: Path | None = None
+    models: Path | None = None
+    samples: int | None = None
+
+
+def ask(asked: Asked) -> Answer:
     """Return the plan of a recipe, or of a run folder together with a comparison to the measured run.
 
     Without `gpu` and `gpus`, they are those of the run, of the claim of the card, or of this machine.
@@ -74,50 +80,40 @@ def ask(
     Raises:
         ConfigError: an option is invalid, or the recipe does not fit.
     """
-    run = finished.find(Path(name))
-    recipe = load.load_recipe(run.recipe_file if run else name, scale=scale, overrides=overrides)
-    more = read(hardware_file) if hardware_file is not None else None
+    run, scale, price = finished.find(Path(asked.name)), asked.scale, asked.price
+    recipe = load.load_recipe(run.recipe_file if run else asked.name, scale=scale, overrides=asked.overrides)
     claim = card.claim_of(recipe.name) if scale is None and run is None else None
-    if gpu is not None:
-        hardware = find(gpu, more)
-    elif run is not None:
-        hardware = run.hardware()
-    elif claim is not None:
-        hardware = find(claim.gpu)
-    else:
-        hardware = cpu() if scale is not None else local_gpu() or find("a100-80gb")
+    hardware = _hardware(asked, run, claim)
     counts = (
-        _counts(gpus)
-        if gpus is not None
+        _counts(asked.gpus)
+        if asked.gpus is not None
         else [run.num_ranks if run else claim.gpus if claim else num_local_gpus() or 1]
     )
     if price is not None and not 0 < price < math.inf:
         raise ConfigError(f"--price: {price:g} is not above 0. Give dollars per GPU-hour, such as 1.9.")
-
-    def planned(one: Recipe, count: int, advise: bool) -> Forecast:
-        return forecast(
-            one,
-            hardware,
-            count,
-            price=price,
-            calibrated=calibration,
-            models=models,
-            samples=samples,
-            scale=scale,
-            claim=claim,
-            advise=advise,
-        )
-
+    given = Given(price, asked.calibration, asked.models, asked.samples, scale, claim, advise=len(counts) == 1)
     if len(counts) == 1:
-        found = planned(recipe, counts[0], True)
+        found = forecast(recipe, hardware, counts[0], given)
         return Answer([(counts[0], found, "")], run.compare(found) if run else None)
-    return Answer([_at(recipe, count, planned) for count in counts])
+    return Answer([_at(recipe, count, lambda one, count: forecast(one, hardware, count, given)) for count in counts])
+
+
+def _hardware(asked: Asked, run: finished.FinishedRun | None, claim: card.Claim | None) -> Hardware:
+    """Return the hardware to plan for."""
+    more = read(asked.hardware_file) if asked.hardware_file is not None else None
+    if asked.gpu is not None:
+        return find(asked.gpu, more)
+    if run is not None:
+        return run.hardware()
+    if claim is not None:
+        return find(claim.gpu)
+    return cpu() if asked.scale is not None else local_gpu() or find("a100-80gb")
 
 
 def _at(recipe: Recipe, count: int, planned) -> Row:
     """Return the row for a number of devices, with a larger batch if necessary."""
     try:
-        return count, planned(recipe, count, False), ""
+        return count, planned(recipe, count), ""
     except ConfigError as error:
         refusal = error
     # More devices than rows in the batch: a real run there would use a larger batch.
@@ -126,7 +122,7 @@ def _at(recipe: Recipe, count: int, planned) -> Row:
         if grown is None:
             break
         try:
-            found = planned(grown, count, False)
+            found = planned(grown, count)
         except ConfigError:
             continue
         return (
@@ -146,11 +142,11 @@ def _grown(recipe: Recipe, times: int) -> Recipe | None:
     size: int | str = int(training.batch_size) * times if tokens is None else f"{tokens * times} tokens"
     if tokens is not None and tokens * times % 2**20 == 0:
         size = f"{tokens * times // 2**20}M tokens"
-    update: dict = {"batch_size": size}
+    update: dict = {"training.batch_size": size}
     if training.total_steps is not None:
         # The warm-up hardly affects the time, and its steps could exceed the reduced number of steps.
-        update |= {"total_steps": max(1, training.total_steps // times), "warmup_steps": None}
-    return recipe.model_copy(update={"training": training.model_copy(update=update)})
+        update |= {"training.total_steps": max(1, training.total_steps // times), "training.warmup_steps": None}
+    return recipe.with_keys(update)
 
 
 def _counts(written: str) -> list[int]:

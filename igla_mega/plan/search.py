@@ -92,9 +92,10 @@ def weigh(
     first_error: ConfigError | None = None
     seen: set[Layout] = set()
     for sizes in _sizes(recipe, world_size, hardware, device):
-        where = recipe.distributed.model_copy(update=sizes)
         try:
-            layout = lay_out(recipe.model_copy(update={"distributed": where}), world_size, device)
+            layout = lay_out(
+                recipe.with_keys({f"distributed.{key}": size for key, size in sizes.items()}), world_size, device
+            )
         except ConfigError as error:
             first_error = first_error or error
             refused.append((_sizes_text(sizes), error.breaches[0].split("\n")[0]))

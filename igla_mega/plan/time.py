@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from igla_mega.config.schema import Recipe
+from igla_mega.layout.attention import ring_cost
 from igla_mega.layout.hardware import Hardware
 from igla_mega.layout.layout import Layout
-from igla_mega.plan.attention import ring_cost
 from igla_mega.plan.calibration import Rates
 from igla_mega.plan.parameters import Chunk, chunks_of, held, parameters_of, totals
 

@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Report the progress of a preparation: a bar on a terminal, a line every ten seconds elsewhere."""
 
 import sys
 import time
@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Advance = Callable[[int, int], None]
-"""Takes the bytes and the tokens just done."""
+"""Function to call with the bytes and tokens processed since the last call."""
 
 
 @contextmanager
 def progress(label: str, total_bytes: int, wanted: bool, done_bytes: int = 0) -> Iterator[Advance]:
-    """Gives a function to call with the bytes and tokens just done.
+    """Yield a function that reports newly processed bytes and tokens.
 
     Args:
-        done_bytes: of `total_bytes`, done by an earlier run.
+        wanted: False to report nothing.
+        done_bytes: part of `total_bytes` that an earlier run has processed.
     """
     if wanted and sys.stderr.isatty():
         with _bar(label, total_bytes, done_bytes) as advance:
@@ -25,7 +26,8 @@ def progress(label: str, total_bytes: int, wanted: bool, done_bytes: int = 0) ->
 
 @contextmanager
 def _bar(label: str, total_bytes: int, done_bytes: int) -> Iterator[Advance]:
-    # Here, because importing rich takes as long as a small corpus.
+    """Show a bar while the context is open."""
+    # Imported late: importing rich takes as long as preparing a small corpus.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -50,18 +52,22 @@ def _bar(label: str, total_bytes: int, done_bytes: int) -> Iterator[Advance]:
 
 
 class _Lines:
+    """Progress as lines, for logs."""
+
     def __init__(self, label: str, total_bytes: int, done_bytes: int):
         self.label, self.total_bytes = label, total_bytes
-        self.began = self.said = time.monotonic()
+        self.began = self.reported = time.monotonic()
+        # Bytes of an earlier run are kept apart: they must not count toward this run's rate.
         self.before = self.done_bytes = done_bytes
         self.done_tokens = 0
 
     def advance(self, num_bytes: int, num_tokens: int) -> None:
+        """Count, and print a line if the last one is ten seconds old."""
         self.done_bytes += num_bytes
         self.done_tokens += num_tokens
         now = time.monotonic()
-        if now - self.said >= 10:
-            self.said = now
+        if now - self.reported >= 10:
+            self.reported = now
             rate = max(self.done_bytes - self.before, 1) / (now - self.began)
             say(
                 f"{self.label}: {self.done_bytes / self.total_bytes:.0%}, {rate / 1e6:.1f} MB/s,"
@@ -70,5 +76,5 @@ class _Lines:
 
 
 def say(line: str) -> None:
-    """Tell the user, on stderr."""
+    """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)

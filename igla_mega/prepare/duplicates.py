@@ -1,7 +1,7 @@
-"""Which documents were there before, or nearly: found in a pass of its own over the texts, and kept on disk.
+"""Find exact and near duplicates in a separate pass over the texts; the result is stored on disk.
 
-Texts are told apart by 128 bits of their hash; those are sorted out by their first byte, so that one of 256 lots lies
-in memory at a time. Near duplicates are datatrove's MinHash-LSH. A document is known by its number among all texts.
+Texts are compared by a 128-bit hash. The hashes are partitioned into 256 files, one of which is in memory at a time.
+Near duplicates are found by datatrove's MinHash-LSH. A document is identified by its number among all texts.
 """
 
 import hashlib
@@ -21,21 +21,22 @@ from igla_mega.prepare.bar import say
 from igla_mega.prepare.formats import Block
 
 Texts = Callable[[], Iterator[tuple[Block, list[str]]]]
-_LOTS = 256
-_HELD = 1 << 20
-"""Hashes that wait in memory before they are written."""
+"""Function that starts a pass over all blocks and their texts."""
+_PARTITIONS = 256
+_BUFFERED = 1 << 20
+"""Hashes buffered in memory before they are written."""
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 
 
 class Duplicates:
-    """Of every block, which of its texts are left out."""
+    """Duplicates among all texts, looked up by block."""
 
     def __init__(self, folder: Path | None, found: Mapping[str, int]):
         self.found = found
-        """Documents left out, by kind."""
+        """Number of dropped documents, by kind."""
         self._folder = folder
         if folder is not None:
-            self._unwanted = np.memmap(folder / "unwanted", dtype=bool, mode="r")
+            self._dropped = np.memmap(folder / "unwanted", dtype=bool, mode="r")
             self._files, self._offsets, self._firsts = np.load(folder / "blocks.npy", allow_pickle=False)
 
     @classmethod
@@ -47,17 +48,20 @@ class Duplicates:
         exact: bool,
         near: Mapping[str, Any] | None,
         job: str,
-        label: str = "",
-        progress: bool = False,
+        label: str | None = None,
     ) -> "Duplicates":
-        """Look through all texts, unless an earlier run of the same job has.
+        """Search all texts, or load the result of an earlier run of the same job.
 
         Args:
-            texts: gives every block with its texts.
-            near: n-gram, buckets, hashes and seed of MinHash; None looks for exact ones alone.
+            texts: starts a pass over all blocks with their texts.
+            prefix: the result is stored in `<prefix>.duplicates`.
+            exact: True to drop documents whose text occurred before.
+            near: n-gram, buckets, hashes and seed of MinHash; None to search for exact duplicates only.
+            job: digest of the inputs and options.
+            label: name of the dataset in the report on stderr; None reports nothing.
 
         Raises:
-            ConfigError: datatrove is needed and not installed.
+            ConfigError: datatrove is required and not installed.
         """
         if not exact and near is None:
             return cls(None, {})
@@ -70,37 +74,42 @@ class Duplicates:
         if not isinstance(known, dict) or known.get("job") != job or not isinstance(known.get("found"), dict):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            if progress:
-                say(f"{label}: looking for {'near' if near else 'exact'} duplicates")
-            found = _look(texts, folder, exact, near)
+            if label is not None:
+                say(f"{label}: searching for {'near' if near else 'exact'} duplicates")
+            found = _search(texts, folder, exact, near)
             known = {"job": job, "found": found}
+            # Written last: a folder without it is from an interrupted search and is removed above.
             replace_file(done, json.dumps(known).encode())
         return cls(folder, known["found"])
 
     def of_block(self, block: Block) -> np.ndarray | None:
-        """Of each text of a block, whether it is left out."""
+        """Return True for each text of a block that is dropped, bool [texts]; None if nothing was searched."""
         if self._folder is None:
             return None
         number = self._number(block)
         first, stop = int(self._firsts[number]), int(self._firsts[number + 1])
-        return np.array(self._unwanted[first:stop])
+        return np.array(self._dropped[first:stop])
 
     def remove(self) -> None:
-        """Remove what was kept on disk."""
+        """Remove the result from the disk."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _number(self, block: Block) -> int:
+        """Return the number of a block, found by the position at which it ends."""
         low, high = np.searchsorted(self._files[:-1], [block.after.file, block.after.file + 1])
         return int(low + np.searchsorted(self._offsets[low:high], block.after.offset))
 
 
-def _look(texts: Texts, folder: Path, exact: bool, near: Mapping[str, Any] | None) -> dict[str, int]:
+def _search(texts: Texts, folder: Path, exact: bool, near: Mapping[str, Any] | None) -> dict[str, int]:
+    """Write the dropped documents and the blocks' positions into a folder; return the number dropped by kind."""
     found: dict[str, int] = {}
     ends: list[tuple[int, int]] = []
     firsts = [0]
 
     def numbered() -> Iterator[list[str]]:
+        """Pass over all texts, recording where each block ends and the number of its first text."""
+        # Cleared first, since both searches make their own pass.
         ends.clear()
         del firsts[1:]
         for block, of_block in texts():
@@ -108,73 +117,78 @@ def _look(texts: Texts, folder: Path, exact: bool, near: Mapping[str, Any] | Non
             firsts.append(firsts[-1] + len(of_block))
             yield of_block
 
-    lots = _Lots(folder)
+    hashes = _HashPartitions(folder)
     for of_block in numbered():
-        lots.add(of_block, firsts[-2])
-    lots.flush()
-    unwanted = np.memmap(folder / "unwanted", dtype=bool, mode="w+", shape=(max(firsts[-1], 1),))
+        hashes.add(of_block, firsts[-2])
+    hashes.flush()
+    # The file keeps its name: folders of earlier versions stay readable.
+    dropped = np.memmap(folder / "unwanted", dtype=bool, mode="w+", shape=(max(firsts[-1], 1),))
     if exact:
-        for repeated in lots.repeated():
-            unwanted[repeated] = True
-        found["exact"] = int(unwanted.sum())
+        for repeated in hashes.repeated():
+            dropped[repeated] = True
+        found["exact"] = int(dropped.sum())
     if near is not None:
         for number in _near(itertools.chain.from_iterable(numbered()), folder / "minhash", near):
-            found["near"] = found.get("near", 0) + (not unwanted[number])
-            unwanted[number] = True
-    unwanted.flush()
+            found["near"] = found.get("near", 0) + (not dropped[number])
+            dropped[number] = True
+    dropped.flush()
     files, offsets = zip(*[*ends, (2**31, 0)], strict=True)
     np.save(folder / "blocks.npy", np.array([files, offsets, firsts], dtype=np.int64))
-    lots.remove()
+    hashes.remove()
     return found
 
 
-class _Lots:
-    """Hashes with their documents' numbers, sorted out by their first byte into files."""
+class _HashPartitions:
+    """Hashes with their documents' numbers, partitioned into files by the lowest byte of the hash."""
 
     def __init__(self, folder: Path):
         self._folder = folder / "hashes"
         self._folder.mkdir()
-        self._held: list[np.ndarray] = []
+        self._buffered: list[np.ndarray] = []
         self._size = 0
 
     def add(self, texts: list[str], first: int) -> None:
+        """Add texts whose numbers begin at `first`."""
         digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
         records = np.empty(len(texts), _RECORD)
         halves = np.frombuffer(digests, "<u8").reshape(-1, 2)
         records["high"], records["low"] = halves[:, 0], halves[:, 1]
         records["number"] = np.arange(first, first + len(texts))
-        self._held.append(records)
+        self._buffered.append(records)
         self._size += len(texts)
-        if self._size >= _HELD:
+        if self._size >= _BUFFERED:
             self.flush()
 
     def flush(self) -> None:
-        if not self._held:
+        """Write the buffered hashes."""
+        if not self._buffered:
             return
-        records = np.concatenate(self._held)
-        lots = (records["high"] % _LOTS).astype(np.int64)
-        order = np.argsort(lots, kind="stable")
-        borders = np.searchsorted(lots[order], np.arange(_LOTS + 1))
-        for lot, (begin, end) in enumerate(itertools.pairwise(borders.tolist())):
+        records = np.concatenate(self._buffered)
+        partitions = (records["high"] % _PARTITIONS).astype(np.int64)
+        order = np.argsort(partitions, kind="stable")
+        borders = np.searchsorted(partitions[order], np.arange(_PARTITIONS + 1))
+        for partition, (begin, end) in enumerate(itertools.pairwise(borders.tolist())):
             if begin < end:
-                with open(self._folder / f"{lot:03d}", "ab") as stream:
+                with open(self._folder / f"{partition:03d}", "ab") as stream:
                     stream.write(records[order[begin:end]].tobytes())
-        self._held, self._size = [], 0
+        self._buffered, self._size = [], 0
 
     def repeated(self) -> Iterator[np.ndarray]:
-        """Numbers of the documents whose text was there before, a lot at a time."""
+        """Yield the numbers of documents whose text occurred before, one partition at a time."""
         for file in sorted(self._folder.iterdir()):
             records = np.fromfile(file, _RECORD)
+            # The number is the last key: within equal hashes the first document of the corpus comes first and is kept.
             records = records[np.lexsort((records["number"], records["low"], records["high"]))]
             same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
             yield records["number"][1:][same].astype(np.int64)
 
     def remove(self) -> None:
+        """Remove the files."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _near(texts: Iterator[str], folder: Path, parameters: Mapping[str, Any]) -> np.ndarray:
-    """Numbers of the documents that are left out, so that one of each cluster stays."""
+    """Return the numbers of the documents to drop so that one of each cluster of near duplicates remains."""
     try:
         from datatrove.data import Document
         from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
@@ -184,12 +198,12 @@ def _near(texts: Iterator[str], folder: Path, parameters: Mapping[str, Any]) -> 
         from datatrove.utils.word_tokenizers import WordTokenizer
     except ImportError as error:
         raise ConfigError(
-            f"data.cleaning.near_duplicates: needs datatrove ({error}).\n  pip install 'igla-mega[data]'"
+            f"data.cleaning.near_duplicates: requires datatrove ({error}).\n  pip install 'igla-mega[data]'"
         ) from None
     logger.disable("datatrove")
 
     class Words(WordTokenizer):
-        """By spaces: of any language that has some, and without a model to download."""
+        """Split at whitespace, which needs no model to download and works for every language that uses spaces."""
 
         def word_tokenize(self, text: str) -> list[str]:
             return text.split()
@@ -205,7 +219,7 @@ def _near(texts: Iterator[str], folder: Path, parameters: Mapping[str, Any]) -> 
         num_buckets=parameters["num_buckets"],
         hashes_per_bucket=parameters["hashes_per_bucket"],
         seed=parameters["seed"],
-        hash_config=HashConfig(hash_fc="sha1"),  # its other one, xxhash, is refused by xxhash's newer versions
+        hash_config=HashConfig(hash_fc="sha1"),  # datatrove's xxhash call fails with recent versions of xxhash
     )
     places = {name: str(folder / name) for name in ("signatures", "buckets", "remove")}
     documents = (Document(text=text, id=str(number)) for number, text in enumerate(texts))

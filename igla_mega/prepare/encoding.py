@@ -1,4 +1,4 @@
-"""Blocks of text to tokens, by threads or processes, in order: the same for any number of them."""
+"""Encode blocks of text into tokens with threads or processes; order and result do not depend on their number."""
 
 import hashlib
 import itertools
@@ -21,16 +21,18 @@ from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.formats import Block, Broken, Position
 from igla_mega.prepare.records import texts_of
 
-MOST_THREADS = 4
-"""Above, processes: the threads of one share the interpreter, which reads JSON."""
+MAX_THREADS = 4
+"""Maximum number of workers run as threads; more are processes, since parsing JSON holds the interpreter lock."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """How a block becomes tokens; what a worker needs to know."""
+    """Settings of a worker that encodes blocks; pickled for worker processes."""
 
     tokenizer: str
+    """Path of the tokenizer."""
     fast: bool
+    """True to encode with gigatoken."""
     text_key: str = "text"
     append_eod: bool = True
     language_key: str | None = None
@@ -39,31 +41,36 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came out of one block."""
+    """Result of encoding one block."""
 
     tokens: list[np.ndarray]
-    """Ids of the documents, end to end."""
+    """Concatenated ids of the documents, in one or several arrays."""
     lengths: np.ndarray
-    """Of the documents in tokens, int32."""
+    """Length of each document in tokens, int32 [documents]."""
     characters: int
-    """Of the documents, their ends not counted."""
+    """Number of characters of the documents, without end-of-document tokens."""
     text_bytes: int
+    """Number of UTF-8 bytes of the documents."""
     empty: int
+    """Number of documents without text."""
     broken: list[Broken]
+    """Records that hold no text."""
     dropped: Counter
-    """Documents left out, by filter."""
+    """Number of dropped documents, by filter."""
     languages: Counter
-    """Documents by tag."""
+    """Number of documents, by language tag."""
     digest: bytes
     """sha256 of the block."""
     after: Position
+    """Position at which reading continues after the block."""
     input_bytes: int
+    """Bytes on disk that the block took."""
     files: tuple[int, int]
-    """Numbers of the first and of the last input that the block is of."""
+    """Numbers of the first and the last input that the block comes from."""
 
 
 class Encoder:
-    """One worker's own tokenizer."""
+    """Tokenizer of one worker."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer | None = None, engine: fast.FastTokenizer | None = None):
         self.job = job
@@ -73,17 +80,17 @@ class Encoder:
         self.engine: Any = engine or fast.FastTokenizer(tokenizer) if job.fast else tokenizer
 
     def encode(self, block: Block, unwanted: np.ndarray | None = None) -> Encoded:
-        """Encode a block; its data is let go.
+        """Encode a block and release its data.
 
         Args:
-            unwanted: of each of its texts, whether it is left out, bool; counted as `duplicate`.
+            unwanted: True for each text to drop, bool [texts]; counted as `duplicate`.
         """
         job = self.job
         digest = _digest(block)
         if (long_text := giant.long_text(block, job.text_key)) is not None and job.language_key is None:
             return self._encode_giant(block, long_text, digest, unwanted)
         read = texts_of(block, job.text_key, job.language_key)
-        block.data = None  # the queue still holds the block
+        block.data = None  # releases the memory now: the queue still refers to the block
         texts, languages = read.texts, read.languages
         dropped: Counter = Counter()
         if unwanted is not None:
@@ -104,7 +111,7 @@ class Encoder:
             lengths.astype(np.int32),
             sum(map(len, texts)),
             sum(len(text) if text.isascii() else len(text.encode()) for text in texts),
-            # A text of which the tokenizer's normaliser leaves nothing is an empty document too.
+            # A text that the tokenizer's normalizer reduces to nothing counts as an empty document too.
             read.empty + int((~full).sum()),
             read.broken,
             dropped,
@@ -117,10 +124,11 @@ class Encoder:
 
     @property
     def _eod(self) -> int | None:
+        """Id to append to each document, or None."""
         return self.eod_id if self.job.append_eod else None
 
     def _arrays(self, texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Ids of the texts, end to end, in their type, and the length of each."""
+        """Return the concatenated ids of the texts in the dataset's dtype, and the number of tokens per text."""
         if not texts:
             return [], np.zeros(0, np.int64)
         if max(map(len, texts)) <= fast.PIECE_CHARS:
@@ -134,6 +142,7 @@ class Encoder:
         return arrays, np.array(sizes, dtype=np.int64)
 
     def _with_ends(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the ids with the end-of-document token inserted after each document."""
         joined = np.empty(len(ids) + len(lengths), self.dtype)
         ends = np.cumsum(lengths + 1) - 1
         inside = np.ones(len(joined), dtype=bool)
@@ -143,17 +152,19 @@ class Encoder:
         return joined
 
     def _encode_giant(self, block: Block, text: giant.LongText, digest: bytes, unwanted: np.ndarray | None) -> Encoded:
-        """A document that fills its block: its text is never there as a whole."""
+        """Encode a document that fills its block piece by piece, without ever holding its whole text."""
         nothing = np.zeros(0, np.int32)
         counts: dict[str, int] = {"characters": 0, "bytes": 0}
 
         def counted() -> Iterator[str]:
+            """Yield the pieces of the text, counting characters and bytes."""
             for piece in text.pieces():
                 counts["characters"] += len(piece)
                 counts["bytes"] += len(piece.encode())
                 yield piece
 
         def encoded(arrays: list[np.ndarray], empty: int, broken: list[Broken], dropped: Counter) -> Encoded:
+            """Return the result of the block."""
             block.data = None
             size = sum(map(len, arrays))
             lengths = np.array([size], np.int32) if size else nothing
@@ -180,6 +191,7 @@ class Encoder:
 
 
 def _digest(block: Block) -> bytes:
+    """Return the sha256 of a block's data; lengths are hashed too where the data is a list of values."""
     if isinstance(block.data, bytes | bytearray):
         return hashlib.sha256(block.data).digest()
     digest = hashlib.sha256()
@@ -195,17 +207,19 @@ _worker: Encoder
 
 
 def _start_process(job: Job) -> None:
+    """Initialize a worker process with its encoder."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = Encoder(job)
 
 
 def _in_process(block: Block, unwanted: np.ndarray | None) -> Encoded:
+    """Encode a block in a worker process."""
     return _worker.encode(block, unwanted)
 
 
 class _Threads:
-    """Threads, each with an encoder of its own, made when it is first needed."""
+    """Encoding function for threads; each thread creates its encoder at its first block."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer, engine: fast.FastTokenizer | None):
         self._job, self._tokenizer = job, tokenizer
@@ -213,9 +227,11 @@ class _Threads:
         self._local = threading.local()
 
     def __call__(self, block: Block, unwanted: np.ndarray | None) -> Encoded:
+        """Encode a block in the calling thread."""
         encoder = getattr(self._local, "encoder", None)
         if encoder is None:
             try:
+                # `pop` is atomic: a test for emptiness first could let two threads through.
                 engine = self._spare.pop()
             except IndexError:
                 engine = None
@@ -230,14 +246,14 @@ def encode_all(
     workers: int,
     engine: fast.FastTokenizer | None = None,
 ) -> Iterator[Encoded]:
-    """Encode blocks in order, two per worker under way.
+    """Yield the encoded blocks in order, with up to two blocks per worker in progress.
 
     Args:
-        engine: a fast tokenizer that is there already, for the first worker.
+        engine: fast tokenizer that is already open, used by the first thread.
     """
     encode: Any
-    if workers > MOST_THREADS:
-        # Spawned, not forked: the tokenizer's and the progress bar's threads hold locks that a fork would copy.
+    if workers > MAX_THREADS:
+        # Spawned, not forked: a fork would copy locks held by the threads of the tokenizer and the progress bar.
         spawn = multiprocessing.get_context("spawn")
         pool: Executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_process, initargs=(job,))
         encode = _in_process
@@ -250,10 +266,11 @@ def encode_all(
 
     with _one_thread_each(), pool:
         try:
-            under_way = deque(submit(*item) for item in itertools.islice(blocks, 2 * workers))
-            while under_way:
-                encoded = under_way.popleft().result()
-                under_way.extend(submit(*item) for item in itertools.islice(blocks, 1))
+            # Waiting for the oldest block keeps the order; two per worker hide an occasional slow block.
+            in_progress = deque(submit(*item) for item in itertools.islice(blocks, 2 * workers))
+            while in_progress:
+                encoded = in_progress.popleft().result()
+                in_progress.extend(submit(*item) for item in itertools.islice(blocks, 1))
                 yield encoded
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -262,7 +279,7 @@ def encode_all(
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """The workers are the threads: the tokenizers' own ones would be as many again for each."""
+    """Disable the tokenizers' own threads, which would multiply with the number of workers."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -275,7 +292,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def num_workers(workers: int | None, total_bytes: int, worth_bytes: int) -> int:
-    """As many as asked for; else the cores, and no more than the input is worth."""
+    """Return the configured number of workers, or one per core but at most one per `worth_bytes` of input."""
     if workers is not None:
         return max(1, workers)
     return max(1, min(len(os.sched_getaffinity(0)), total_bytes // worth_bytes))

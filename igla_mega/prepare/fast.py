@@ -1,4 +1,4 @@
-"""gigatoken in place of the reference tokenizer, once it has been seen to give the same ids on this very text."""
+"""Use gigatoken instead of the reference tokenizer after verifying equal ids on a sample of the input."""
 
 import sys
 import unicodedata
@@ -10,19 +10,21 @@ import numpy as np
 from igla_mega.data.tokenizer import Tokenizer, version
 
 SAMPLE_CHARS = 120_000
-"""Of the input that are compared before the fast path is used."""
+"""Characters of the input on which both tokenizers are compared before the fast path is used."""
 PIECE_CHARS = 1 << 20
-"""A longer text is encoded in pieces, so that it costs memory for its ids alone."""
+"""Maximum length of a text that is encoded whole; longer ones are encoded in pieces to bound the memory."""
 _MARGIN = 2_000
+"""Characters around a cut on which its safety is tested, and within which a cut is searched."""
 
 
 class FastTokenizer:
-    """One thread's gigatoken: its calls let other threads run, and two threads' do not wait for each other."""
+    """gigatoken for one thread; its calls release the interpreter lock, and instances do not block each other."""
 
     def __init__(self, reference: Tokenizer):
-        """
+        """Open the reference's tokenizer file with gigatoken.
+
         Raises:
-            Exception: gigatoken is not there, or does not know this kind of tokenizer.
+            Exception: gigatoken is not installed, or does not support this kind of tokenizer.
         """
         _import_awkward()
         from gigatoken import gigatoken_rs
@@ -32,19 +34,21 @@ class FastTokenizer:
 
             self._backend: Any = Gigatoken.from_sentencepiece(reference.file).backend
         elif reference.file.suffix == ".tiktoken":
-            raise ValueError("it is not used for tiktoken's ranks")
+            raise ValueError("tiktoken ranks are not supported")
         else:
             self._backend = gigatoken_rs.load_hf_json(reference.written or reference.file.read_bytes())
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end, uint32, and how many each has, int64."""
+        """Return the concatenated ids of all texts, uint32, and the number of tokens per text, int64."""
         layout = self._backend.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
 
 def _import_awkward() -> None:
-    """What gigatoken hands its arrays over in; without pyarrow, which costs it 26 MiB and is not asked for anything."""
+    """Import awkward, in which gigatoken returns its arrays, without pyarrow."""
+    # awkward imports pyarrow if it finds it, which takes 26 MiB per process and is not used here. A None entry in
+    # sys.modules makes that import fail.
     if "awkward" in sys.modules or "pyarrow" in sys.modules:
         return
     sys.modules["pyarrow"] = None  # type: ignore[assignment]
@@ -55,17 +59,17 @@ def _import_awkward() -> None:
 
 
 def open_fast(reference: Tokenizer, sample: Sequence[str]) -> tuple[FastTokenizer | None, str]:
-    """The fast tokenizer if it is proved to be one, and a sentence that says why or why not.
+    """Return a fast tokenizer if it gives the same ids as the reference, else None, and a sentence with the reason.
 
     Args:
-        sample: texts of the input.
+        sample: texts of the input, compared in addition to the built-in probes.
     """
     if version("gigatoken") is None:
         return None, "gigatoken is not installed (pip install 'igla-mega[data]')"
     try:
         fast = FastTokenizer(reference)
-    except Exception as error:  # whatever a library says of a tokenizer that it does not know
-        return None, f"gigatoken does not read this tokenizer ({_first_line(error)})"
+    except Exception as error:  # libraries raise different types for a tokenizer that they do not support
+        return None, f"gigatoken does not support this tokenizer ({_first_line(error)})"
     try:
         texts = [*probes(reference), *sample]
         if (text := difference(reference, fast, texts)) is not None:
@@ -76,7 +80,7 @@ def open_fast(reference: Tokenizer, sample: Sequence[str]) -> tuple[FastTokenize
 
 
 def difference(reference: Tokenizer, fast: FastTokenizer, texts: Sequence[str]) -> str | None:
-    """The first text that the two do not encode alike."""
+    """Return the first text that the two encode differently, or None."""
     ids, lengths = reference.encode_flat(texts)
     fast_ids, fast_lengths = fast.encode_flat(texts)
     if np.array_equal(ids, fast_ids) and np.array_equal(lengths, fast_lengths):
@@ -91,7 +95,7 @@ def difference(reference: Tokenizer, fast: FastTokenizer, texts: Sequence[str]) 
 
 
 def probes(reference: Tokenizer) -> list[str]:
-    """Texts that tokenizers are known to disagree on: special and added tokens, normal forms, spaces, every script."""
+    """Return texts on which tokenizers tend to differ: special tokens, normalization forms, whitespace, all scripts."""
     texts = [
         "",
         " ",
@@ -126,7 +130,7 @@ def probes(reference: Tokenizer) -> list[str]:
 
 
 def _of_every_category() -> list[str]:
-    """Characters of each general category of Unicode, alone and between letters."""
+    """Return texts with characters of each general category of Unicode, alone and between letters."""
     found: dict[str, list[str]] = {}
     for code in (*range(0x3000), *range(0x3000, 0x20000, 37), *range(0x20000, 0x110000, 9973)):
         character = chr(code)
@@ -141,13 +145,13 @@ def _of_every_category() -> list[str]:
 
 
 def pieces(parts: Iterator[str], encoder: Any) -> Iterator[str]:
-    """A long text in pieces whose ids, end to end, are those of the whole; or all of it, where no such cuts are found.
+    """Yield a long text in pieces whose concatenated ids are those of the whole, or whole if no safe cut is found.
 
-    A cut is between a letter and a space before a letter, and only where the text around it gives the same ids cut and
-    uncut: a tokenizer that marks the begin of a text, or joins words, is left the whole.
+    A cut is made between a letter and a space followed by a letter, and only where the text around it gives the same
+    ids cut and uncut. A tokenizer that marks the beginning of a text, or merges across words, gets the whole text.
 
     Args:
-        parts: of the text, cut anywhere.
+        parts: the text, split at arbitrary places.
     """
     held: list[str] = []
     size = 0
@@ -160,24 +164,28 @@ def pieces(parts: Iterator[str], encoder: Any) -> Iterator[str]:
         while len(text) > 2 * PIECE_CHARS and (cut := _safe_cut(text, PIECE_CHARS, encoder)) is not None:
             yield text[:cut]
             text = text[cut:]
+        # Without a safe cut, the size becomes hugely negative: no further attempt, the rest is collected whole.
         held, size = [text], len(text) if len(text) <= 2 * PIECE_CHARS else -(1 << 60)
     yield "".join(held)
 
 
 def _safe_cut(text: str, near: int, encoder: Any) -> int | None:
+    """Return the last safe cut within `_MARGIN` characters before `near`, or None."""
     for cut in range(near, max(near - _MARGIN, 2), -1):
         if not (text[cut - 1].isalpha() and text[cut] == " " and text[cut + 1 : cut + 2].isalpha()):
             continue
-        before, behind = text[max(cut - _MARGIN, 0) : cut], text[cut : cut + _MARGIN]
-        ids, lengths = encoder.encode_flat([before, behind, before + behind])
+        before, after = text[max(cut - _MARGIN, 0) : cut], text[cut : cut + _MARGIN]
+        ids, lengths = encoder.encode_flat([before, after, before + after])
         if np.array_equal(ids[: lengths[0] + lengths[1]], ids[lengths[0] + lengths[1] :]):
             return cut
     return None
 
 
 def _shortened(text: str) -> str:
+    """Return a text quoted and cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error, at most 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""Documents that are left out for what they are: too short, too long, mostly symbols, of another language."""
+"""Drop documents by their content: too short, too long, mostly symbols, or in another language."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,23 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Filters:
-    """What a document must be to stay. None asks for nothing."""
+    """Conditions that a kept document fulfills; None disables a condition."""
 
     min_characters: int | None = None
+    """Minimum length in characters."""
     max_characters: int | None = None
+    """Maximum length in characters."""
     max_symbol_ratio: float | None = None
-    """Most of its characters, spaces aside, that may be neither letters nor digits: 0 to 1."""
+    """Maximum fraction of the characters, without spaces, that are neither letters nor digits, 0 to 1."""
     languages: tuple[str, ...] | None = None
-    """Tags that stay; a document without a tag does not."""
+    """Language tags to keep; a document without a tag is dropped."""
 
     @property
     def any(self) -> bool:
+        """True if any condition is set."""
         return self != Filters()
 
     def keep(
         self, texts: list[str], languages: Sequence[str | None]
     ) -> tuple[list[str], Sequence[str | None], Counter]:
-        """The texts that stay, their tags, and how many each filter left out."""
+        """Return the kept texts, their language tags, and the number dropped by each filter."""
         if not self.any:
             return texts, languages, Counter()
         reasons = [self.reason(text, languages[i] if languages else None) for i, text in enumerate(texts)]
@@ -32,13 +35,13 @@ class Filters:
         return kept, tags, Counter(reason for reason in reasons if reason is not None)
 
     def reason(self, text: str, language: str | None = None) -> str | None:
-        """The first filter that leaves it out."""
+        """Return the name of the first filter that drops a text, or None if it is kept."""
         if self.languages is not None and language not in self.languages:
             return "language"
         return self.reason_for(text, len(text))
 
     def reason_for(self, text: str, length: int) -> str | None:
-        """The same of a text of which only a sample is at hand."""
+        """Return the same as `reason`, without the language, for a sample of a text of the given length."""
         if self.min_characters is not None and length < self.min_characters:
             return "too_short"
         if self.max_characters is not None and length > self.max_characters:
@@ -49,6 +52,6 @@ class Filters:
 
 
 def symbol_ratio(text: str) -> float:
-    """Share of the characters, spaces aside, that are neither letters nor digits."""
+    """Return the fraction of the characters, without spaces, that are neither letters nor digits, 0 to 1."""
     solid = "".join(text.split())
     return sum(not character.isalnum() for character in solid) / max(len(solid), 1)

@@ -1,14 +1,11 @@
-"""The texts of JSONL, plain text and Parquet, packed or not: read in blocks that depend on the files alone.
+"""Read JSONL, plain text and Parquet, compressed or not, in blocks that depend on the files only.
 
-A block is the unit of work: about BLOCK_BYTES of whole records. Where blocks end does not depend on who reads them, how
-many at once, or where reading was taken up again, so that what is made of them does not either.
+A block is the unit of work: about BLOCK_BYTES of whole records. The borders of the blocks do not depend on the number
+of readers or on where reading resumed, so the output does not depend on them either.
 """
 
-import bz2
 import glob
 import json
-import lzma
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.ahead import ahead
 from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, SUFFIXES, TEXT
+from igla_mega.prepare.unpacking import UNPACKERS
 
 fast_loads: Callable[[Any], Any]
 try:
@@ -26,102 +24,106 @@ except ImportError:
     fast_loads = json.loads
 
 BLOCK_BYTES = 1 << 20
-"""Input bytes per unit of work: large enough to hide the hand-over, small enough that a few per worker fit anywhere."""
+"""Input bytes per unit of work: large enough to hide the cost of a queue, small enough for any memory."""
 MAX_DOCUMENT_BYTES = 1 << 30
-"""A longer record is broken: no document is that long, a file without line ends is."""
+"""Maximum size of a record; a longer one is an error, typically a file without line ends."""
 _ROWS_AT_ONCE = 256
 _PACKED_CHUNK = 1 << 16
 _LARGE_BYTES = 1 << 24
-"""A packed file of at least this may ask for gigabytes of window, as `zstd --long=31` does; a smaller one cannot need
-them."""
+"""Minimum size of a compressed file that may use a window of gigabytes, as `zstd --long=31` does."""
 
 OnError = Literal["stop", "skip", "quarantine"]
 
 
 class Position(NamedTuple):
-    """Where reading goes on."""
+    """Position in the input at which reading continues."""
 
     file: int
     """Number of the input."""
     offset: int
-    """Bytes, unpacked, or rows of it that are done."""
+    """Number of decompressed bytes, or rows, of the input that are done."""
     record: int
-    """Records of it that are done."""
+    """Number of records of the input that are done."""
     taken: int = 0
-    """Bytes of it, as it lies on disk, that were counted for what is done."""
+    """Number of bytes on disk counted for what is done."""
 
 
 BEGIN = Position(0, 0, 0)
 
 
 class Input(NamedTuple):
-    """A file, or the whole lines of one between two offsets."""
+    """A file, or the whole lines between two offsets of it."""
 
     path: str
     size: int
     start: int = 0
     stop: int | None = None
-    """None: to its end."""
+    """End offset; None for the end of the file."""
 
     @property
     def kind(self) -> str:
+        """Kind of the records: `LINES`, `TEXT` or `ROWS`."""
         suffixes = [suffix for suffix in Path(self.path).suffixes if suffix not in PACKED]
         return KINDS.get(suffixes[-1] if suffixes else "", LINES)
 
     @property
     def packing(self) -> str | None:
+        """Suffix of the compression, or None."""
         suffix = Path(self.path).suffix
         return suffix if suffix in PACKED else None
 
 
 @dataclass
 class Block:
-    """Whole records."""
+    """Unit of work: about BLOCK_BYTES of whole records."""
 
     kind: str
     file: str
     first: int
     """Number of the first record in its file, from 1."""
     data: Any
-    """Bytes of lines; of whole text files, a list of (file, bytes); of rows, a list of (text or None, language or
-    None)."""
+    """Bytes for lines, a list of (file, bytes) for whole text files, a list of (text, language) for rows."""
     after: Position
+    """Position at which reading continues after the block."""
     input_bytes: int
-    """Of the files, as they lie on disk, that this block took."""
+    """Number of bytes on disk that the block took."""
     damage: str | None = None
-    """What ended the file before its time; the block holds what could be read until then."""
+    """Error that ended the file early; the block then holds what could be read."""
     counted_from: int = 0
-    """Byte of the file from which records are counted."""
+    """Byte offset in the file from which records are counted."""
     files: tuple[int, int] = (0, 0)
-    """Numbers of the first and of the last input that it is of."""
+    """Numbers of the first and the last input that the block comes from."""
 
 
 class Broken(NamedTuple):
-    """A record that holds no text."""
+    """Record that holds no text."""
 
     place: str
     reason: str
     record: str
-    """As far as it can be shown."""
+    """Content of the record as text, possibly shortened."""
 
 
 class Texts(NamedTuple):
+    """Texts of a block."""
+
     texts: list[str]
     languages: list[str | None]
-    """Of each text; empty unless a key was given."""
+    """Language tag of each text; empty without a language key."""
     empty: int
+    """Number of records with an empty text."""
     broken: list[Broken]
 
 
 class Damaged(Exception):
-    """A packed file that ends too soon, or is none."""
+    """Error for a file whose rest cannot be read."""
 
 
 def input_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files behind paths, patterns (`*`, `**`) and folders, in order; every one there and not empty.
+    """Return the files that paths, patterns (`*`, `**`) and folders refer to, in order.
 
     Raises:
-        ConfigError: all that is wrong with them, together.
+        ConfigError: lists all files that are missing, empty or need a package that is not installed.
     """
     files: list[Path] = []
     breaches = []
@@ -133,14 +135,14 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
             found = sorted(file for name in glob.glob(str(given), recursive=True) if (file := Path(name)).is_file())
         if not found:
             breaches.append(
-                f"{given}: no *.jsonl, *.txt or *.parquet in this folder, or no file of this pattern.\n"
-                "  Give JSONL, plain text or Parquet files, packed as .gz, .zst, .bz2 or .xz or not."
+                f"{given}: no *.jsonl, *.txt or *.parquet in this folder, or no file matches this pattern.\n"
+                "  Give JSONL, plain text or Parquet files; the first two may be compressed (.gz, .zst, .bz2, .xz)."
             )
         for file in found:
             if not file.is_file():
                 breaches.append(f"{file}: no such file.\n  Give the path of a text file or a folder of them.")
             elif file.stat().st_size == 0:
-                breaches.append(f"{file}: the file is empty.\n  Give it text, or leave it out.")
+                breaches.append(f"{file}: the file is empty.\n  Add text to it, or remove it from the inputs.")
             else:
                 breaches += _lacking(file)
                 files.append(file)
@@ -150,7 +152,7 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _lacking(file: Path) -> list[str]:
-    """What a file needs that is not installed."""
+    """Return an error if a file's format needs a package that is not installed."""
     needed = {".zst": "zstandard", ".parquet": "pyarrow"}.get(file.suffix)
     if needed is not None:
         try:
@@ -161,15 +163,15 @@ def _lacking(file: Path) -> list[str]:
 
 
 def whole(files: Iterable[Path]) -> list[Input]:
-    """Every file from its begin to its end."""
+    """Return an input for every whole file."""
     return [Input(str(file), file.stat().st_size) for file in files]
 
 
 def share(files: Sequence[Path], part: int, parts: int) -> list[Input]:
-    """What the `part`-th of `parts` machines (from 0) reads: contiguous, so that parts joined in order are the whole.
+    """Return the inputs of part `part` (from 0) of `parts`; contiguous, and in order the whole.
 
-    A plain JSONL file is cut between lines; a packed, text or Parquet file belongs to the part that its first byte
-    falls into.
+    An uncompressed JSONL file is split between lines. A compressed, plain text or Parquet file belongs to the part that
+    contains its first byte.
     """
     sizes = [file.stat().st_size for file in files]
     low, high = sum(sizes) * part // parts, sum(sizes) * (part + 1) // parts
@@ -187,30 +189,32 @@ def share(files: Sequence[Path], part: int, parts: int) -> list[Input]:
 
 
 def line_start(file: str | Path, offset: int, size: int) -> int:
-    """The first line's start at or behind an offset."""
+    """Return the offset of the first line that starts at or after an offset."""
     if offset in (0, size):
         return offset
     with open(file, "rb") as stream:
-        stream.seek(offset - 1)
+        stream.seek(offset - 1)  # one byte earlier: a line may start exactly at the offset
         while (piece := stream.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
             pass
         return stream.tell()
 
 
 class How(NamedTuple):
-    """What decides about the records of a file."""
+    """Options that determine the records of a file."""
 
     text_key: str = "text"
+    """Key or column of the text."""
     text_documents: str = "file"
-    """`file` or `line`: what a document of plain text is."""
+    """Unit that forms a document of plain text: `file` or `line`."""
     language_key: str | None = None
+    """Key or column of the language tag."""
 
 
 def blocks(inputs: Sequence[Input], start: Position, how: How, *, files_at_once: int = 1) -> Iterator[Block]:
-    """The blocks of all inputs behind `start`, in order, read ahead by threads.
+    """Yield the blocks of all inputs after `start`, in order, read ahead by threads.
 
     Args:
-        files_at_once: packed files that are unpacked at the same time.
+        files_at_once: number of compressed files that are decompressed concurrently.
     """
     if files_at_once > 1 and any(given.packing for given in inputs):
         yield from _joined(_several_at_once(inputs, start, how, files_at_once))
@@ -219,12 +223,13 @@ def blocks(inputs: Sequence[Input], start: Position, how: How, *, files_at_once:
 
 
 def blocks_of(inputs: Sequence[Input], how: How, start: Position = BEGIN) -> Iterator[Block]:
-    """The same, read when they are asked for, small files each by themselves."""
+    """Yield the same blocks without reading ahead and without joining small files."""
     for number in range(start.file, len(inputs)):
         yield from _blocks_of_one(inputs, number, how, start)
 
 
 def _blocks_of_one(inputs: Sequence[Input], number: int, how: How, start: Position) -> Iterator[Block]:
+    """Return the blocks of one input after `start`."""
     given = inputs[number]
     begin = start if number == start.file else Position(number, 0, 0)
     if given.kind == ROWS:
@@ -235,17 +240,18 @@ def _blocks_of_one(inputs: Sequence[Input], number: int, how: How, start: Positi
 
 
 def _several_at_once(inputs: Sequence[Input], start: Position, how: How, files_at_once: int) -> Iterator[Block]:
-    under_way: deque[Iterator[Block]] = deque()
+    """Yield the blocks of all inputs in order, with several inputs being read by their own threads."""
+    reading: deque[Iterator[Block]] = deque()
     for number in range(start.file, len(inputs)):
-        under_way.append(ahead(_blocks_of_one(inputs, number, how, start), 2))
-        if len(under_way) == files_at_once:
-            yield from under_way.popleft()
-    for one in under_way:
+        reading.append(ahead(_blocks_of_one(inputs, number, how, start), 2))
+        if len(reading) == files_at_once:
+            yield from reading.popleft()
+    for one in reading:
         yield from one
 
 
 def _joined(single: Iterator[Block]) -> Iterator[Block]:
-    """Join blocks of whole text files, which may be small, up to BLOCK_BYTES."""
+    """Yield the blocks with those of small whole text files joined up to BLOCK_BYTES."""
     held: list[Block] = []
     size = 0
     for block in single:
@@ -263,6 +269,7 @@ def _joined(single: Iterator[Block]) -> Iterator[Block]:
 
 
 def _join(held: list[Block]) -> Block:
+    """Return one block of several blocks of whole text files."""
     return Block(
         TEXT,
         held[0].file,
@@ -275,18 +282,20 @@ def _join(held: list[Block]) -> Block:
 
 
 def _line_blocks(given: Input, begin: Position, kind: str) -> Iterator[Block]:
+    """Yield blocks of whole lines."""
     chunks = _Chunks(given, begin.offset or given.start)
-    offset, record, said = begin.offset or given.start, begin.record, begin.taken
+    offset, record, counted = begin.offset or given.start, begin.record, begin.taken
     number = begin.file
     carried = bytearray()
 
     def block(data: bytes | bytearray, damage: str | None = None) -> Block:
-        nonlocal offset, record, said
+        """Return a block of the given data and move the position behind it."""
+        nonlocal offset, record, counted
         first = record + 1
         offset += len(data)
         record += data.count(b"\n")
-        taken, said = chunks.taken - said, chunks.taken
-        after = Position(number, offset, record, said) if damage is None else Position(number + 1, 0, 0)
+        taken, counted = chunks.taken - counted, chunks.taken
+        after = Position(number, offset, record, counted) if damage is None else Position(number + 1, 0, 0)
         return Block(kind, given.path, first, data, after, taken, damage, given.start, (number, number))
 
     try:
@@ -297,15 +306,16 @@ def _line_blocks(given: Input, begin: Position, kind: str) -> Iterator[Block]:
                 yield block(b"".join((carried, view[:cut])))
                 carried = bytearray(view[cut:])
                 continue
+            # A long document is handed over as the bytearray in which it was collected, without another copy.
             carried += view[:cut]
-            if cut:  # a long document is not copied once more
+            if cut:
                 yield block(carried)
                 carried = bytearray()
             carried += view[cut:]
             if len(carried) > MAX_DOCUMENT_BYTES:
                 raise Damaged(f"a line of more than {MAX_DOCUMENT_BYTES:,} bytes")
     except (Damaged, OSError) as error:
-        # What was whole before the damage is text like any other; the line it cuts is not.
+        # Whole lines before the damage are kept; `records` drops the line that the damage cuts.
         yield block(bytes(carried), str(error))
         return
     if carried:
@@ -313,6 +323,7 @@ def _line_blocks(given: Input, begin: Position, kind: str) -> Iterator[Block]:
 
 
 def _text_blocks(given: Input, begin: Position) -> Iterator[Block]:
+    """Yield one block with a whole text file."""
     if begin.record:
         return
     text = bytearray()
@@ -331,14 +342,16 @@ def _text_blocks(given: Input, begin: Position) -> Iterator[Block]:
 
 
 class _Chunks:
-    """Bytes of a file, unpacked, cut at the multiples of BLOCK_BYTES."""
+    """Decompressed bytes of a file, split at the multiples of BLOCK_BYTES."""
 
     def __init__(self, given: Input, offset: int):
+        """Start at an offset in the decompressed bytes."""
         self.given, self.offset = given, offset
         self.taken = 0
-        """Bytes read of the file as it lies on disk."""
+        """Number of bytes read from disk."""
 
     def __iter__(self) -> Iterator[bytes]:
+        """Yield the chunks."""
         with open(self.given.path, "rb") as stream:
             if self.given.packing is None:
                 yield from self._plain(stream)
@@ -346,6 +359,7 @@ class _Chunks:
                 yield from self._regular(self._unpacked(stream))
 
     def _plain(self, stream: Any) -> Iterator[bytes]:
+        """Yield the chunks of an uncompressed file."""
         at = stream.seek(self.offset)
         stop = self.given.size if self.given.stop is None else self.given.stop
         while at < stop and (chunk := stream.read(min(BLOCK_BYTES - at % BLOCK_BYTES, stop - at))):
@@ -354,7 +368,7 @@ class _Chunks:
             yield chunk
 
     def _regular(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """From `offset` on; what was done before is unpacked once more, and left out."""
+        """Yield the pieces from `offset` on as regular chunks; what comes before is decompressed and discarded."""
         at, held, size = 0, [], 0
         error: Exception | None = None
         while True:
@@ -379,6 +393,7 @@ class _Chunks:
             raise error
 
     def _unpacked(self, stream: Any) -> Iterator[bytes]:
+        """Yield the decompressed data of all members of a compressed file."""
         packing = self.given.packing
         unpacker: Any = None
         rest = b""
@@ -389,102 +404,46 @@ class _Chunks:
                 self.taken += len(chunk)
             rest = b""
             if unpacker is None:
-                # Tapes and block devices fill up with zeros behind the last member.
+                # Tapes and block devices pad with zeros after the last member.
                 chunk = chunk.lstrip(b"\0") if any_member else chunk
                 if not chunk:
                     if stream.tell() >= self.given.size:
                         return
                     continue
-                unpacker = _UNPACKERS[packing](self.given.size >= _LARGE_BYTES)
+                unpacker = UNPACKERS[packing](self.given.size >= _LARGE_BYTES)
             elif not chunk:
-                raise Damaged(f"cut short: the {packing} data ends before its end mark")
+                raise Damaged(f"truncated: the {packing} data ends before its end mark")
             try:
                 yield from unpacker.pieces(chunk)
-            except Exception as error:  # each library has its own
+            except Exception as error:  # each library raises its own type
                 raise Damaged(f"damaged {packing} data ({error})") from None
             if unpacker.eof:
                 any_member, rest, unpacker = True, unpacker.unused_data, None
 
 
-class _Bounded:
-    """An unpacker whose pieces are small, however much a chunk unpacks to."""
-
-    def __init__(self, unpacker: Any):
-        self._unpacker = unpacker
-
-    @property
-    def eof(self) -> bool:
-        return self._unpacker.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._unpacker.unused_data
-
-    def pieces(self, chunk: bytes) -> Iterator[bytes]:
-        while True:
-            piece = self._unpacker.decompress(chunk, BLOCK_BYTES)
-            if piece:
-                yield piece
-            chunk = getattr(self._unpacker, "unconsumed_tail", b"")
-            # zlib hands back what it did not take, the others keep it.
-            if self.eof or (len(piece) < BLOCK_BYTES and not chunk):
-                return
-
-
-class _Zstandard(_Bounded):
-    """Its unpacker takes no bound: 2 KiB at a time, which become 64 MiB at most."""
-
-    _STEP = 1 << 11
-
-    def __init__(self, large: bool):
-        import zstandard
-
-        # 128 MiB is what zstd itself allows unless told otherwise.
-        window = 1 << 31 if large else 1 << 27
-        super().__init__(zstandard.ZstdDecompressor(max_window_size=window).decompressobj())
-        self._behind = b""
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._unpacker.unused_data + self._behind
-
-    def pieces(self, chunk: bytes) -> Iterator[bytes]:
-        for begin in range(0, len(chunk), self._STEP):
-            if piece := self._unpacker.decompress(chunk[begin : begin + self._STEP]):
-                yield piece
-            if self.eof:
-                self._behind = chunk[begin + self._STEP :]
-                return
-
-
-_UNPACKERS: dict[str | None, Callable[[bool], _Bounded]] = {
-    ".gz": lambda large: _Bounded(zlib.decompressobj(wbits=31)),
-    ".bz2": lambda large: _Bounded(bz2.BZ2Decompressor()),
-    ".xz": lambda large: _Bounded(lzma.LZMADecompressor(memlimit=(1 << 33 if large else 1 << 28))),
-    ".zst": _Zstandard,
-}
-
-
 def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str | None) -> Iterator[Block]:
+    """Yield blocks of Parquet rows."""
     import pyarrow
     from pyarrow import parquet
 
-    number, row, first, said = begin.file, 0, 0, begin.taken
+    number, row, first, counted = begin.file, 0, 0, begin.taken
     data: list[tuple[str | None, str | None]] = []
 
     def block(damage: str | None = None) -> Block:
-        nonlocal said, data
+        """Return a block of the collected rows and start a new collection."""
+        nonlocal counted, data
         taken = given.size if damage is not None else given.size * row // max(file.metadata.num_rows, 1)
         rows, data = data, []
-        taken, said = taken - said, taken
-        after = Position(number, row, row, said) if damage is None else Position(number + 1, 0, 0)
+        taken, counted = taken - counted, taken
+        after = Position(number, row, row, counted) if damage is None else Position(number + 1, 0, 0)
         return Block(ROWS, given.path, first + 1, rows, after, taken, damage, files=(number, number))
 
     try:
+        # Without these two, pyarrow reads whole column chunks, which can be gigabytes.
         file = parquet.ParquetFile(given.path, pre_buffer=False, buffer_size=BLOCK_BYTES)
         schema = file.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        yield block(f"not a Parquet file, or cut short ({_first_line(error)})")
+        yield block(f"not a Parquet file, or truncated ({_first_line(error)})")
         return
     with file:
         columns = _columns(given.path, schema, text_key, language_key)
@@ -512,29 +471,34 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
                 yield block(f"damaged Parquet data ({_first_line(error)})")
                 return
         if row != file.metadata.num_rows:
-            yield block(f"damaged Parquet data ({row} rows where it says {file.metadata.num_rows})")
+            yield block(f"damaged Parquet data ({row} rows, but its metadata records {file.metadata.num_rows})")
 
 
 def _columns(path: str, schema: Any, text_key: str, language_key: str | None) -> list[str]:
-    """The columns to read."""
+    """Return the columns to read.
+
+    Raises:
+        ConfigError: the text column is missing, ambiguous or not of strings.
+    """
     from pyarrow import types
 
     if text_key not in schema.names:
         raise ConfigError(
-            f"{path}: no column `{text_key}` (there are: {', '.join(schema.names[:8]) or 'none'}).\n"
-            "  Name the column of the text: data.text_key (--json-keys)."
+            f"{path}: no column `{text_key}` (its columns: {', '.join(schema.names[:8]) or 'none'}).\n"
+            "  Set data.text_key (--json-keys) to the column of the text."
         )
     if twice := [name for name in (text_key, language_key) if schema.names.count(name) > 1]:
-        raise ConfigError(f"{path}: several columns `{twice[0]}`.\n  Name another: data.text_key (--json-keys).")
+        raise ConfigError(f"{path}: several columns `{twice[0]}`.\n  Set data.text_key (--json-keys) to another.")
     held = schema.field(text_key).type
     held = held.value_type if types.is_dictionary(held) else held
     if not (types.is_string(held) or types.is_large_string(held)):
         raise ConfigError(
-            f"{path}: column `{text_key}` holds {held}, not strings.\n"
-            "  Name the column of the text: data.text_key (--json-keys)."
+            f"{path}: column `{text_key}` contains {held}, not strings.\n"
+            "  Set data.text_key (--json-keys) to the column of the text."
         )
     return [text_key, language_key] if language_key in schema.names and language_key else [text_key]
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""A document as large as memory: its text is read out of its JSON line a piece at a time."""
+"""Read the text of a very large document out of its JSON line piece by piece, to bound the memory."""
 
 import re
 from collections.abc import Iterator
@@ -8,39 +8,44 @@ from igla_mega.data.raw_files import LINES, TEXT
 from igla_mega.prepare.formats import Block, fast_loads
 
 LEAST_BYTES = 1 << 24
+"""Minimum size of a line, in bytes, to be read in pieces."""
 _PIECE_BYTES = 1 << 20
-_LET_GO_BYTES = 1 << 24
+_RELEASE_BYTES = 1 << 24
+"""Bytes read before their memory is released: each release moves the rest of the line."""
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 
 
 class LongText:
-    """Part of a line that is the text: of a JSON string, without its quotes, or UTF-8 as it is.
+    """Text within a line: the content of a JSON string, or plain UTF-8.
 
-    What has been read is let go, where the line is a bytearray.
+    If the line is a bytearray, the memory of what has been read is released.
     """
 
     def __init__(self, line: Any, start: int, stop: int, is_json: bool):
+        """Refer to bytes [start, stop) of a line, without the quotes of a JSON string."""
         self.line, self._start, self._stop, self._is_json = line, start, stop, is_json
         self.num_bytes = stop - start
         self.shown = bytes(line[:1000]).decode("utf-8", errors="backslashreplace")
 
     def sample(self) -> str:
-        """The begin of the text."""
-        return next(self._pieces(letting_go=False), "")
+        """Return the beginning of the text."""
+        return next(self._pieces(release=False), "")
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces, in order; once.
+        """Yield the text in pieces, in order; can be called once only.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the bytes are not a valid text.
         """
-        return self._pieces(letting_go=isinstance(self.line, bytearray))
+        return self._pieces(release=isinstance(self.line, bytearray))
 
-    def _pieces(self, letting_go: bool) -> Iterator[str]:
+    def _pieces(self, release: bool) -> Iterator[str]:
+        """Yield the decoded pieces."""
         begin, stop = self._start, self._stop
         while begin < stop:
             end = min(begin + _PIECE_BYTES, stop)
-            # A cut through an escape or a character does not decode; the longest, a pair of surrogates, has 12 bytes.
+            # A cut within an escape or a character does not decode. The longest unit, an escaped surrogate pair
+            # (\ud83d\ude00), has 12 bytes, so one of 12 cuts is between two units.
             for shorter in range(12 if end < stop else 1):
                 try:
                     text = self._decoded(begin, end - shorter)
@@ -51,11 +56,12 @@ class LongText:
                 raise failure
             yield text
             begin = end - shorter
-            if letting_go and begin >= _LET_GO_BYTES:
+            if release and begin >= _RELEASE_BYTES:
                 del self.line[:begin]
                 begin, stop = 0, stop - begin
 
     def _decoded(self, begin: int, end: int) -> str:
+        """Return the text of bytes [begin, end) of the line."""
         piece = bytes(self.line[begin:end])
         try:
             if not self._is_json:
@@ -71,7 +77,7 @@ class LongText:
 
 
 def long_text(block: Block, text_key: str) -> LongText | None:
-    """The text of a block that is one long line, where it is all in order but for the text; None for all others."""
+    """Return the text of a block that is one long line whose JSON is valid apart from the text; None otherwise."""
     line = block.data
     if block.kind not in (LINES, TEXT) or block.damage is not None:
         return None
@@ -89,6 +95,7 @@ def long_text(block: Block, text_key: str) -> LongText | None:
     if span is None:
         return None
     try:
+        # The line with an empty text: small, and proof that the span found by `_value_span` is the text's.
         around = fast_loads(bytes(line[: span[0]]) + bytes(line[span[1] : stop]))
     except ValueError:
         return None
@@ -96,31 +103,32 @@ def long_text(block: Block, text_key: str) -> LongText | None:
 
 
 def _value_span(line: Any, key: bytes) -> tuple[int, int] | None:
-    """Where the string under a key of the outermost object lies, within its quotes."""
-    depth, at, wanted, span = 0, 0, False, None
+    """Return the span, within its quotes, of the string under a key of the outermost object; None if there is none."""
+    depth, at, is_value, span = 0, 0, False, None
     while found := _STRUCTURE.search(line, at):
         mark, at = found.group(), found.end()
         if mark != b'"':
             depth += 1 if mark in b"{[" else -1
-            wanted = False
+            is_value = False
             continue
         end = _string_end(line, at)
         if end < 0:
             return None
-        if wanted:
+        if is_value:
             if span is not None:
-                return None  # twice: json takes the last
+                return None  # the key occurs twice, of which json uses the last: left to the ordinary reader
             span = at, end
-        behind = line[end + 1 : end + 100].lstrip()
-        wanted = depth == 1 and not wanted and behind.startswith(b":") and bytes(line[at:end]) == key
-        if wanted and not behind[1:].lstrip().startswith(b'"'):
+        after = line[end + 1 : end + 100].lstrip()
+        is_value = depth == 1 and not is_value and after.startswith(b":") and bytes(line[at:end]) == key
+        if is_value and not after[1:].lstrip().startswith(b'"'):
             return None
         at = end + 1
     return span
 
 
 def _string_end(line: Any, begin: int) -> int:
-    """The quote that ends a string; -1 where none does."""
+    """Return the offset of the quote that ends a string, or -1."""
+    # A quote after an odd number of backslashes is escaped.
     end = line.find(b'"', begin)
     while end > 0:
         slashes = end

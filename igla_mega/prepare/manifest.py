@@ -1,4 +1,4 @@
-"""What a dataset was made from, beside it: `<prefix>.manifest.json`, and whether its files are still those."""
+"""Read `<prefix>.manifest.json`, which records a dataset's inputs and options, and check the files against it."""
 
 import hashlib
 import os
@@ -14,23 +14,29 @@ _AGAIN = "Run `igla-mega prepare` (or tools/preprocess_data.py) again for this s
 
 
 class _Piece(BaseModel):
+    """Size and digest of a contiguous part of a file."""
+
     bytes: NonNegativeInt
     sha256: str
 
 
 class _Input(BaseModel):
+    """Input file as it was during the preparation."""
+
     file: str
     bytes: NonNegativeInt
     modified_ns: int
 
 
 class _Tokenizer(BaseModel):
+    """Tokenizer of the dataset."""
+
     path: str
     digest: str
 
 
 class _Manifest(BaseModel):
-    """What this project reads of one; there is more in it."""
+    """Fields of a manifest that this project reads; it has more."""
 
     job: str
     inputs: list[_Input]
@@ -49,14 +55,15 @@ class _Manifest(BaseModel):
 
 
 def manifest_path(prefix: str | Path) -> Path:
+    """Return the path of a dataset's manifest."""
     return Path(f"{prefix}.manifest.json")
 
 
 def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
-    """The manifest beside a dataset; None where there is none, as beside those of other tools.
+    """Return a dataset's manifest; None if it has none, like datasets of other tools.
 
     Raises:
-        ConfigError: there is one, and it is damaged.
+        ConfigError: the manifest is damaged.
     """
     path = manifest_path(prefix)
     try:
@@ -67,18 +74,18 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
         return None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise ConfigError(f"{path}: not a manifest: {where}: {first['msg']}.\n  {_AGAIN}") from None
+        field = ".".join(map(str, first["loc"])) or "it"
+        raise ConfigError(f"{path}: not a manifest: {field}: {first['msg']}.\n  {_AGAIN}") from None
     except ValueError:
-        raise ConfigError(f"{path}: not a manifest: cut short or damaged.\n  {_AGAIN}") from None
+        raise ConfigError(f"{path}: not a manifest: truncated or damaged.\n  {_AGAIN}") from None
 
 
 def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bool = False) -> list[str]:
-    """What speaks against the dataset being the one its manifest tells of; nothing where it has none.
+    """Return all differences between a dataset and its manifest as error texts; none if it has no manifest.
 
     Args:
-        tokenizer_digest: of the tokenizer that it should have been made with.
-        whole: look at every byte, not at the sizes and at the first, the middle and the last shard.
+        tokenizer_digest: digest of the tokenizer that the dataset should have been prepared with.
+        whole: True to check every byte instead of the sizes and the first, the middle and the last shard.
     """
     manifest = read_manifest(prefix)
     if manifest is None:
@@ -95,37 +102,38 @@ def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bo
     for suffix, size in sizes.items():
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
-            breaches.append(f"{path}: no such file, though its manifest is there.\n  {_AGAIN}")
+            breaches.append(f"{path}: no such file, although its manifest exists.\n  {_AGAIN}")
         elif path.stat().st_size != size:
-            breaches.append(f"{path}: {path.stat().st_size} bytes, its manifest says {size}.\n  {_AGAIN}")
+            breaches.append(f"{path}: {path.stat().st_size} bytes, but its manifest records {size}.\n  {_AGAIN}")
     if breaches:
         return breaches
-    looked_at = range(len(shards)) if whole else {0, len(shards) // 2, len(shards) - 1}
+    # Three shards catch mixed-up and partly copied files at a cost that does not grow with the dataset.
+    checked = range(len(shards)) if whole else {0, len(shards) // 2, len(shards) - 1}
     begin = 0
     with open(f"{prefix}.bin", "rb") as stream:
         for number, shard in enumerate(shards):
-            if number in looked_at and digest_of(stream, begin, shard["bytes"]) != shard["sha256"]:
+            if number in checked and digest_of(stream, begin, shard["bytes"]) != shard["sha256"]:
                 breaches.append(
-                    f"{prefix}.bin: bytes {begin:,} to {begin + shard['bytes']:,} are not those that were written"
-                    f" (sha256): damaged.\n  {_AGAIN}"
+                    f"{prefix}.bin: damaged, bytes {begin:,} to {begin + shard['bytes']:,} differ from those written"
+                    f" (sha256).\n  {_AGAIN}"
                 )
             begin += shard["bytes"]
     if whole or sizes[".idx"] < 1 << 26:
         with open(f"{prefix}.idx", "rb") as stream:
             if digest_of(stream, 0, sizes[".idx"]) != manifest["index"]["sha256"]:
-                breaches.append(f"{prefix}.idx: not what was written (sha256): damaged.\n  {_AGAIN}")
+                breaches.append(f"{prefix}.idx: damaged, it differs from what was written (sha256).\n  {_AGAIN}")
     return breaches
 
 
 def index_entry(path: str | Path) -> dict[str, Any]:
-    """What a manifest says of the index."""
+    """Return the manifest's entry for an index file."""
     with open(path, "rb") as stream:
         size = stream.seek(0, 2)
         return {"bytes": size, "sha256": digest_of(stream, 0, size)}
 
 
 def digest_of(stream: Any, begin: int, size: int) -> str:
-    """sha256 of a part of an open file."""
+    """Return the sha256 of `size` bytes of an open file from `begin` on."""
     digest = hashlib.sha256()
     stream.seek(begin)
     while size > 0 and (piece := stream.read(min(size, 1 << 22))):
@@ -135,14 +143,14 @@ def digest_of(stream: Any, begin: int, size: int) -> str:
 
 
 def modified_inputs(prefix: str | Path) -> list[str]:
-    """Inputs that are there and no longer as they were when the dataset was made."""
+    """Return the inputs that exist but have changed since the dataset was prepared."""
     manifest = read_manifest(prefix) or {}
     changed = []
     for given in manifest.get("inputs", []):
         try:
             stat = os.stat(given["file"])
         except (OSError, ValueError):
-            continue  # moved away after use, as one may
+            continue  # removing an input after the preparation is allowed
         if (stat.st_size, stat.st_mtime_ns) != (given["bytes"], given["modified_ns"]):
             changed.append(given["file"])
     return changed

@@ -1,4 +1,4 @@
-"""Datasets joined in order: their bytes copied into one, or one that refers to them."""
+"""Join datasets in order, by copying their bytes into one dataset or by a file that refers to them."""
 
 import hashlib
 import json
@@ -17,11 +17,13 @@ from igla_mega.prepare.bar import say
 from igla_mega.prepare.manifest import index_entry, manifest_path, read_manifest
 
 _DOCUMENTS = 1 << 20
+"""Documents copied at a time."""
 _TOKENS = 1 << 24
+"""Tokens copied at a time."""
 
 
 def complete_parts(prefix: str | Path, num_parts: int) -> list[str]:
-    """The parts of a dataset, in order, if all are there; else none."""
+    """Return the prefixes of a dataset's parts in order if all are complete, else an empty list."""
     parts = [f"{prefix}_{number:05d}-of-{num_parts:05d}" for number in range(num_parts)]
     return parts if all(Path(f"{part}.idx").is_file() for part in parts) else []
 
@@ -33,33 +35,36 @@ def merge(
     *,
     progress: bool = True,
 ) -> None:
-    """Join datasets into one, documents in the order of the parts.
+    """Join datasets into one, with the documents in the order of the parts.
 
-    By copy, the result is Megatron's .bin and .idx, and the parts may go. By reference it is `<prefix>.joined.json`,
-    which names them: the parts stay, and only this project's reader follows it.
+    With `copy`, the result is a Megatron .bin and .idx, and the parts may be removed. With `reference`, it is
+    `<prefix>.joined.json`, which lists the parts; they must remain, and only this project's reader can follow it.
 
     Raises:
-        ConfigError: a part that is missing or damaged, or of another type of ids or another tokenizer than the first.
+        ConfigError: a part is missing or damaged, or has another dtype or tokenizer than the first.
     """
     if not parts:
         raise ConfigError("merge: no parts given.\n  Name the datasets to join, without .bin and .idx.")
     if any(os.path.abspath(part) == os.path.abspath(prefix) for part in parts):
-        raise ConfigError(f"{prefix}: would be joined into itself.\n  Give the result another name.")
-    # One machine of many may have had nothing to do.
+        raise ConfigError(f"{prefix}: is both a part and the result.\n  Give the result another name.")
+    # With many machines, one of them may have received no document.
     parts = [part for part in parts if (read_manifest(part) or {}).get("documents") != 0]
     if not parts:
-        raise ConfigError(f"{prefix}: none of its parts has a document.\n  Give the source some text.")
+        raise ConfigError(f"{prefix}: none of its parts contains a document.\n  Give the source some text.")
     readers = [IndexedReader(part) for part in parts]
     manifests = [read_manifest(part) for part in parts]
     breaches = []
     for part, reader, manifest in zip(parts, readers, manifests, strict=True):
         if reader.dtype != readers[0].dtype:
             breaches.append(
-                f"{part}: ids of {reader.dtype.name}, those of {parts[0]} are of {readers[0].dtype.name}.\n"
-                "  Join what one tokenizer made."
+                f"{part}: ids of type {reader.dtype.name}, but {parts[0]} has {readers[0].dtype.name}.\n"
+                "  Join only datasets prepared with the same tokenizer."
             )
         if manifest and manifests[0] and manifest["tokenizer"]["digest"] != manifests[0]["tokenizer"]["digest"]:
-            breaches.append(f"{part}: made with another tokenizer than {parts[0]}.\n  Join what one tokenizer made.")
+            breaches.append(
+                f"{part}: prepared with another tokenizer than {parts[0]}.\n"
+                "  Join only datasets prepared with the same tokenizer."
+            )
     if breaches:
         raise ConfigError(*breaches)
     if how == "reference":
@@ -76,6 +81,7 @@ def merge(
 
 
 def _merge_by_copy(prefix: str, readers: list[IndexedReader], manifests: list[dict[str, Any]]) -> None:
+    """Copy all parts into one dataset, with a manifest if every part has one."""
     joined_path(prefix).unlink(missing_ok=True)
     with Lock(prefix) as lock:
         writer = IndexedWriter(prefix, readers[0].dtype, lock=lock)
@@ -98,7 +104,7 @@ def _merge_by_copy(prefix: str, readers: list[IndexedReader], manifests: list[di
 
 
 def _together(manifests: list[dict[str, Any]]) -> dict[str, Any]:
-    """One manifest of several: what was read and counted, of all; the rest is the first's."""
+    """Return one manifest for several: inputs and counts of all, everything else from the first."""
     both = {**manifests[0], "inputs": [given for manifest in manifests for given in manifest["inputs"]]}
     jobs = "".join(manifest["job"] for manifest in manifests)
     both["job"] = hashlib.sha256(jobs.encode()).hexdigest()
@@ -114,7 +120,7 @@ def _together(manifests: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _copy(reader: IndexedReader, writer: IndexedWriter) -> None:
-    """Append a dataset, in bounded memory."""
+    """Append a dataset in bounded memory."""
     for first in range(0, reader.num_documents, _DOCUMENTS):
         starts = reader.document_starts(first, min(first + _DOCUMENTS, reader.num_documents))
         writer.add_lengths(np.diff(starts))

@@ -1,21 +1,17 @@
-"""Text to indexed datasets: streamed, in bounded memory, taken up again where it was killed, the same bytes however."""
+"""Convert text to indexed datasets, streamed in bounded memory; an interrupted run resumes to the same bytes."""
 
 import dataclasses
 import errno
 import hashlib
 import json
 import platform
-import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedWriter, publish, token_dtype
@@ -31,54 +27,79 @@ from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.formats import Input, OnError, Position, input_files
 from igla_mega.prepare.manifest import damage, digest_of, index_entry, manifest_path, read_manifest
 from igla_mega.prepare.records import texts_of
+from igla_mega.prepare.state import Quarantine, State
 
 SHARD_BYTES = 256 << 20
-"""Input between two entries of the journal: at most so much is done again after a kill."""
+"""Input bytes between two journal entries, the maximum that is repeated after a crash."""
 WORTH_A_WORKER_BYTES = 4 << 20
-"""Below this much input per worker one is as fast."""
+"""Input bytes per worker below which a further worker does not pay."""
 FORMAT = 2
-"""Of what `prepare` writes; raised when the same input would give other bytes."""
-_DIGEST = re.compile(r"([0-9a-f]{64})?")
+"""Version of the output of `prepare`; raised when the same input would produce other bytes."""
 _FILES = [".bin", ".quarantine.jsonl", ".manifest.json", ".idx"]
+"""Files of a dataset in the order in which they get their final names; the .idx marks it as complete."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides about the documents of a dataset, besides its inputs and its tokenizer."""
+    """Options that determine the documents of a dataset, together with its inputs and tokenizer."""
 
     text_key: str = "text"
+    """Key or column of the text in a record."""
     append_eod: bool = True
+    """True to append the end-of-document token to each document."""
     on_error: OnError = "stop"
-    """A record without a text: `stop`, `skip` it, or put it aside into `<prefix>.quarantine.jsonl`."""
+    """Handling of a record without text: `stop`, `skip`, or `quarantine` it in `<prefix>.quarantine.jsonl`."""
     text_documents: str = "file"
-    """What a document of plain text is: a `file` or a `line`."""
+    """Unit that forms a document of plain text: `file` or `line`."""
     language_key: str | None = None
-    """Key of a record's language tag; documents are counted by it."""
+    """Key of a record's language tag, by which documents are counted."""
     filters: Filters = dataclasses.field(default_factory=Filters)
+    """Conditions that a kept document fulfills."""
     exact_duplicates: bool = False
-    """Leave out documents whose text was there before."""
+    """True to drop documents whose text occurred before."""
     near_duplicates: Mapping[str, Any] | None = None
-    """Leave out documents that are nearly another (MinHash); parameters of `near_duplicates`."""
+    """MinHash parameters for dropping near duplicates; None keeps them."""
 
     @property
     def cleans(self) -> bool:
+        """True if documents may be dropped."""
         return self.filters.any or self.exact_duplicates or self.near_duplicates is not None
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Settings of a preparation that do not change the content of the documents."""
+
+    workers: int | None = None
+    """Number of threads or processes; None chooses by cores and input size. The output does not depend on it."""
+    progress: bool = True
+    """True to report on stderr, as a bar on a terminal and as lines elsewhere."""
+    label: str | None = None
+    """Name of the dataset in the report; None uses the file name of the prefix."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): prepare the i-th (from 0) of n contiguous parts of the input."""
+    shard_bytes: int = SHARD_BYTES
+    """Input bytes between two journal entries."""
+    fast_path: bool = True
+    """True to use gigatoken if it gives the same ids on a sample."""
+    dry_run: bool = False
+    """True to count only and write nothing."""
+
+
+@dataclass(frozen=True)
 class Counts:
-    """What came out of one dataset."""
+    """Result of preparing one dataset."""
 
     documents: int
     tokens: int
     input_bytes: int
     empty: int
-    """Documents of no text, left out."""
+    """Number of documents without text, which are dropped."""
     broken: int
-    """Records left out because they hold no text."""
+    """Number of records that hold no text and were skipped."""
     seconds: float
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Documents left out, by filter."""
+    """Number of dropped documents, by filter."""
     characters: int = 0
     text_bytes: int = 0
 
@@ -89,79 +110,85 @@ def preprocess(
     tokenizer: Tokenizer,
     *,
     options: Options | None = None,
-    text_key: str = "text",
-    append_eod: bool = True,
-    skip_broken_lines: bool = False,
-    workers: int | None = None,
-    progress: bool = True,
-    label: str | None = None,
-    part: tuple[int, int] = (0, 1),
-    shard_bytes: int = SHARD_BYTES,
-    fast_path: bool = True,
-    dry_run: bool = False,
+    settings: Settings | None = None,
 ) -> Counts:
-    """Tokenize text into `<prefix>.bin`, `.idx` and `.manifest.json`, documents in the order of the files.
+    """Tokenize text into `<prefix>.bin`, `.idx` and `.manifest.json`, with documents in the order of the files.
 
-    Killed at any time, the same call goes on where it was, and ends with the same bytes.
+    If it is interrupted, the same call resumes and produces the same bytes as an uninterrupted one.
 
     Args:
-        inputs: files, patterns, or folders: JSONL, plain text, Parquet, packed or not.
-        options: in place of the three that follow.
-        workers: threads or processes; None chooses by cores and size. The output does not depend on it.
-        progress: report on stderr, as a bar on a terminal and as lines elsewhere.
-        label: name of this dataset in the report.
-        part: (i, n): of the input, the i-th of n contiguous parts, i from 0.
-        shard_bytes: input between two entries of the journal.
-        fast_path: use gigatoken where it is seen to give the same ids.
-        dry_run: count, and write nothing.
+        inputs: files, patterns or folders of JSONL, plain text or Parquet, compressed or not.
 
     Raises:
-        ConfigError: an input that is missing, empty or damaged, or has a broken record; an output that cannot be
-            written, or that another process is writing.
+        ConfigError: an input is missing, empty or damaged, or has a broken record; or the output cannot be written, or
+            another process is writing it.
     """
-    options = options or Options(text_key, append_eod, "skip" if skip_broken_lines else "stop")
+    options, settings = options or Options(), settings or Settings()
     files = input_files(inputs)
     if options.append_eod and tokenizer.eod_id is None:
         raise ConfigError(
             f"{tokenizer.path}: this tokenizer has no end-of-document token to append.\n"
-            "  Name it as `eos_token` in its tokenizer_config.json, or do not ask for one (no --append-eod)."
+            "  Name it as `eos_token` in its tokenizer_config.json, or do not append one (no --append-eod)."
         )
-    given = formats.whole(files) if part[1] == 1 else formats.share(files, *part)
-    work = _Work(str(prefix), given, tokenizer, options, label or Path(prefix).name, progress, shard_bytes, part)
-    if (done := work.up_to_date()) is not None and not dry_run:
-        if progress:
+    given = formats.whole(files) if settings.part[1] == 1 else formats.share(files, *settings.part)
+    work = _Preparation(str(prefix), given, tokenizer, options, settings)
+    if (done := work.up_to_date()) is not None and not settings.dry_run:
+        if settings.progress:
             say(f"{work.label}: up to date, {done.documents:,} documents, {done.tokens:,} tokens")
         return done
     try:
-        if dry_run:
-            return work.run(workers, fast_path)
+        if settings.dry_run:
+            return work.run()
         with Lock(prefix) as lock:
-            return work.run(workers, fast_path, work.open_journal(), lock)
+            return work.run(work.open_journal(), lock)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ConfigError(
-            f"{error.filename or prefix}: {error.strerror}, while {work.label} was prepared.\n"
-            + ("  Free some space" if full else "  Mend the rights, or choose another place")
-            + ", and run the same command again: what is finished is kept and not done again."
+            f"{error.filename or prefix}: {error.strerror}, while preparing {work.label}.\n"
+            + ("  Free some space" if full else "  Fix the permissions or choose another folder")
+            + ", and run the same command again: finished shards are kept."
         ) from None
 
 
-class _Work:
-    """One dataset that is being made."""
+class _Output:
+    """Files of an unfinished dataset: tokens and index, journal, and quarantined records."""
 
-    def __init__(
-        self,
-        prefix: str,
-        given: list[Input],
-        tokenizer: Tokenizer,
-        options: Options,
-        label: str,
-        progress: bool,
-        shard_bytes: int,
-        part: tuple[int, int],
-    ):
+    def __init__(self, prefix: str, writer: IndexedWriter, journal: Journal, quarantine: Quarantine | None):
+        self.prefix, self.writer, self.journal, self.quarantine = prefix, writer, journal, quarantine
+
+    def shard(self, state: State) -> None:
+        """Flush what has been written and record it in the journal."""
+        # The data first: a journal entry promises that its bytes are on the disk.
+        self.writer.flush()
+        state.aside = self.quarantine.flush() if self.quarantine is not None else 0
+        shards = self.journal.shards
+        before = shards[-1]["tokens"] if shards else 0
+        size = (state.tokens - before) * self.writer.dtype.itemsize
+        self.journal.add({"bytes": size, **self.writer.take_digests(), **state.entry()})
+        state.since_shard = 0
+
+    def refuse(self) -> None:
+        """Close after an error of the input: keep finished shards, else remove all files."""
+        if self.journal.shards:
+            self.writer.leave()  # a run with `on_error: skip` can continue after the finished shards
+            return
+        self.writer.abandon()
+        Path(f"{self.prefix}.quarantine.jsonl.partial").unlink(missing_ok=True)
+        self.journal.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the quarantine file."""
+        if self.quarantine is not None:
+            self.quarantine.close()
+
+
+class _Preparation:
+    """Preparation of one dataset."""
+
+    def __init__(self, prefix: str, given: list[Input], tokenizer: Tokenizer, options: Options, settings: Settings):
         self.prefix, self.given, self.tokenizer, self.options = prefix, given, tokenizer, options
-        self.label, self.progress, self.shard_bytes = label, progress, shard_bytes
+        self.settings, self.label = settings, settings.label or Path(prefix).name
+        self.dtype = token_dtype(tokenizer.vocab_size)
         self.total_bytes = sum((i.size if i.stop is None else i.stop) - i.start for i in given)
         stats = {i.path: Path(i.path).stat() for i in given}
         self.made_from: dict[str, Any] = {
@@ -170,27 +197,29 @@ class _Work:
                 | ({"from": i.start, "to": i.stop} if i.stop is not None else {})
                 for i in given
             ],
-            "part": list(part),
+            "part": list(settings.part),
             "tokenizer": {"path": tokenizer.path, "digest": tokenizer.digest(), "vocab_size": tokenizer.vocab_size},
             "eod_id": tokenizer.eod_id,
             "options": asdict(options),
-            "shard_bytes": shard_bytes,
+            "shard_bytes": settings.shard_bytes,
         }
         self.job_digest = self._digest(options)
 
     def open_journal(self) -> Journal:
-        """What is finished; also of a run that stopped at a broken record, of which this one makes something else."""
+        """Return the journal of this job, also accepting one of a run with `on_error: stop`."""
+        # Shards finished by a run that stopped at a broken record are the same under every `on_error`.
         stopped = self._digest(dataclasses.replace(self.options, on_error="stop"))
         return Journal(f"{self.prefix}.journal", self.job_digest, continues=stopped)
 
     def _digest(self, options: Options) -> str:
-        # Another path of the same tokenizer is no other job.
+        """Return the digest that identifies this job with the given options."""
+        # The tokenizer's digest without its path: a copy elsewhere is the same job.
         tokenizer = self.made_from["tokenizer"]["digest"]
-        decides = {**self.made_from, "tokenizer": tokenizer, "options": asdict(options)}
-        return hashlib.sha256(json.dumps([FORMAT, decides], sort_keys=True).encode()).hexdigest()
+        inputs = {**self.made_from, "tokenizer": tokenizer, "options": asdict(options)}
+        return hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()
 
     def up_to_date(self) -> Counts | None:
-        """What is there already, if it is what would be made."""
+        """Return the counts of the existing dataset if it is the result of the same job, else None."""
         try:
             manifest = read_manifest(self.prefix)
         except ConfigError:
@@ -199,76 +228,97 @@ class _Work:
             return None
         return _counts(manifest, 0.0)
 
-    def run(
-        self, workers: int | None, fast_path: bool, journal: Journal | None = None, lock: Lock | None = None
-    ) -> Counts:
-        """Make the dataset; without a journal, only count."""
+    def run(self, journal: Journal | None = None, lock: Lock | None = None) -> Counts:
+        """Prepare the dataset; without a journal, count only."""
         began = time.monotonic()
         if journal is not None and journal.finished:
             return self._publish(journal, began)
-        workers = num_workers(workers, self.total_bytes, WORTH_A_WORKER_BYTES)
-        engine = None
-        if fast_path:
-            engine, why = fast.open_fast(self.tokenizer, self._sample())
-            if engine is None and self.progress:
-                say(f"{self.label}: the reference tokenizer is used: {why}")
-        state = _State(len(self.given))
+        workers = num_workers(self.settings.workers, self.total_bytes, WORTH_A_WORKER_BYTES)
+        engine = self._fast_tokenizer()
+        state = State(len(self.given)) if journal is None else self._resumed(journal)
         writer = None
-        dtype = token_dtype(self.tokenizer.vocab_size)
         if journal is not None:
-            kept = self._verified(journal, dtype)
-            if kept:
-                state = _State.restored(kept[-1])
-                if self.progress:
-                    say(f"{self.label}: going on behind {state.documents:,} documents, {state.tokens:,} tokens")
-            writer = IndexedWriter(self.prefix, dtype, lock=lock, keep=(state.documents, state.tokens))
+            writer = IndexedWriter(self.prefix, self.dtype, lock=lock, keep=(state.documents, state.tokens))
         duplicates = self._duplicates(writer is not None)
-        job = Job(
-            self.tokenizer.path,
-            engine is not None,
-            self.options.text_key,
-            self.options.append_eod,
-            self.options.language_key,
-            self.options.filters,
-        )
-        aside = _Quarantine(self.prefix, state.aside) if writer and self.options.on_error == "quarantine" else None
+        output = None
+        if writer is not None and journal is not None:
+            aside = Quarantine(self.prefix, state.aside) if self.options.on_error == "quarantine" else None
+            output = _Output(self.prefix, writer, journal, aside)
         try:
-            blocks = self._blocks(Position(*state.position), workers)
-            items = ((block, duplicates.of_block(block)) for block in blocks)
-            done = state.input_bytes
-            with show_progress(self.label, self.total_bytes, self.progress, done) as advance:
-                for encoded in encode_all(items, job, self.tokenizer, workers, engine):
-                    self._take(encoded, state, writer, aside)
-                    advance(encoded.input_bytes, int(encoded.lengths.sum()))
-                    if writer and journal and state.since_shard >= self.shard_bytes:
-                        self._shard(state, writer, journal, aside)
-            if state.documents == 0 and self.made_from["part"][1] == 1:  # a part of many may hold nothing
-                raise ConfigError(self._nothing(state))
-            if writer is None or journal is None:
+            self._encode(state, output, duplicates, workers, engine)
+            if output is None or journal is None:
                 return _counts(state.summary(), time.monotonic() - began)
             if not journal.shards or journal.shards[-1]["position"] != state.position:
-                self._shard(state, writer, journal, aside)
-            self._complete(state, writer, journal, aside)
+                output.shard(state)
+            self._complete(state, output)
         except ConfigError:
-            if writer is not None and journal is not None and journal.shards:
-                writer.leave()  # what is finished is finished also for `on_error: skip`
-            elif writer is not None and journal is not None:
-                writer.abandon()
-                Path(f"{self.prefix}.quarantine.jsonl.partial").unlink(missing_ok=True)
-                journal.path.unlink(missing_ok=True)
+            if output is not None:
+                output.refuse()
             raise
         except BaseException:
-            if writer is not None:
-                writer.leave()
+            if output is not None:
+                output.writer.leave()
             raise
         finally:
-            if aside is not None:
-                aside.close()
+            if output is not None:
+                output.close()
         duplicates.remove()
         return self._publish(journal, began)
 
+    def _fast_tokenizer(self) -> fast.FastTokenizer | None:
+        """Return gigatoken if it is enabled and gives the same ids on a sample of the input."""
+        if not self.settings.fast_path:
+            return None
+        engine, reason = fast.open_fast(self.tokenizer, self._sample())
+        if engine is None and self.settings.progress:
+            say(f"{self.label}: using the reference tokenizer: {reason}")
+        return engine
+
+    def _resumed(self, journal: Journal) -> State:
+        """Return the state after the finished shards that are intact."""
+        kept = self._verified(journal)
+        if not kept:
+            return State(len(self.given))
+        state = State.restored(kept[-1])
+        if self.settings.progress:
+            say(f"{self.label}: resuming after {state.documents:,} documents, {state.tokens:,} tokens")
+        return state
+
+    def _encode(
+        self,
+        state: State,
+        output: _Output | None,
+        duplicates: Duplicates,
+        workers: int,
+        engine: fast.FastTokenizer | None,
+    ) -> None:
+        """Encode the rest of the input and write it shard by shard.
+
+        Raises:
+            ConfigError: a broken record under `on_error: stop`, or no document at all.
+        """
+        options = self.options
+        job = Job(
+            self.tokenizer.path,
+            engine is not None,
+            options.text_key,
+            options.append_eod,
+            options.language_key,
+            options.filters,
+        )
+        blocks = self._blocks(Position(*state.position), workers)
+        items = ((block, duplicates.of_block(block)) for block in blocks)
+        with show_progress(self.label, self.total_bytes, self.settings.progress, state.input_bytes) as advance:
+            for encoded in encode_all(items, job, self.tokenizer, workers, engine):
+                self._take(encoded, state, output)
+                advance(encoded.input_bytes, int(encoded.lengths.sum()))
+                if output is not None and state.since_shard >= self.settings.shard_bytes:
+                    output.shard(state)
+        if state.documents == 0 and self.settings.part[1] == 1:  # one of several parts may be empty
+            raise ConfigError(self._nothing(state))
+
     def _sample(self) -> list[str]:
-        """Texts from the begin of up to eight inputs, and from the middle of those that can be opened there."""
+        """Return texts from the beginning of up to eight inputs, and from the middle of large plain JSONL files."""
         some = self.given[:: max(1, len(self.given) // 8)][:8]
         places = []
         for i in some:
@@ -281,7 +331,8 @@ class _Work:
         for place in places:
             room = fast.SAMPLE_CHARS // len(places)
             first = next(formats.blocks_of([place], self._how), None)
-            for text in _begin_of(first, self.options.text_key) if first is not None else ():
+            # Every place contributes its share of the characters, so that one huge file cannot hide the others.
+            for text in _beginning(first, self.options.text_key) if first is not None else ():
                 texts.append(text[: min(room, 20_000)])
                 room -= len(texts[-1])
                 if room <= 0:
@@ -289,65 +340,57 @@ class _Work:
         return texts
 
     def _duplicates(self, kept: bool) -> Duplicates:
-        options, where = self.options, tempfile.mkdtemp() if not kept else None
+        """Search for duplicates; the result is stored next to the dataset (`kept`) or removed at once."""
+        options, temporary = self.options, tempfile.mkdtemp() if not kept else None
         found = Duplicates.find(
             self._texts,
-            f"{where}/set" if where else self.prefix,
+            f"{temporary}/set" if temporary else self.prefix,
             exact=options.exact_duplicates,
             near=options.near_duplicates,
             job=self.job_digest,
-            label=self.label,
-            progress=self.progress,
+            label=self.label if self.settings.progress else None,
         )
-        if where:
-            shutil.rmtree(where)  # what is open stays until it is closed
+        if temporary:
+            shutil.rmtree(temporary)  # the mapped file remains readable until it is closed
         return found
 
     @property
     def _how(self) -> formats.How:
+        """Options that determine the records of a file."""
         return formats.How(self.options.text_key, self.options.text_documents, self.options.language_key)
 
     def _blocks(self, start: Position, workers: int) -> Iterator[formats.Block]:
+        """Return the blocks of the input from a position on."""
         return formats.blocks(self.given, start, self._how, files_at_once=min(workers, 4))
 
     def _texts(self) -> Iterator[tuple[formats.Block, list[str]]]:
-        """Every block, and its texts."""
+        """Yield every block with its texts."""
         for block in self._blocks(Position(0, 0, 0), 1):
             yield block, texts_of(block, self.options.text_key, self.options.language_key).texts
 
-    def _take(
-        self, encoded: Encoded, state: "_State", writer: IndexedWriter | None, aside: "_Quarantine | None"
-    ) -> None:
+    def _take(self, encoded: Encoded, state: State, output: _Output | None) -> None:
+        """Write an encoded block and add it to the state."""
         for broken in encoded.broken:
             if self.options.on_error == "stop":
                 raise ConfigError(
                     f"{broken.place}: {broken.reason}.\n"
-                    "  Mend it, or leave such records out: data.on_error=skip or =quarantine (--on-error; also"
+                    "  Fix it, or drop such records: data.on_error=skip or =quarantine (--on-error; also"
                     " data.skip_broken_lines, --skip-broken-lines)."
                 )
-            if aside is not None:
-                aside.add(broken)
-        if writer is not None:
-            writer.add_parts(encoded.tokens, encoded.lengths)
+            if output is not None and output.quarantine is not None:
+                output.quarantine.add(broken)
+        if output is not None:
+            output.writer.add_parts(encoded.tokens, encoded.lengths)
         state.take(encoded)
 
-    def _shard(self, state: "_State", writer: IndexedWriter, journal: Journal, aside: "_Quarantine | None") -> None:
-        """Make sure of what is written, and say so in the journal."""
-        writer.flush()
-        state.aside = aside.flush() if aside is not None else 0
-        before = journal.shards[-1]["tokens"] if journal.shards else 0
-        entry = {"bytes": (state.tokens - before) * writer.dtype.itemsize, **writer.take_digests(), **state.entry()}
-        journal.add(entry)
-        state.since_shard = 0
-
-    def _verified(self, journal: Journal, dtype: np.dtype) -> list[dict[str, Any]]:
-        """The finished shards whose bytes are there as the journal says."""
+    def _verified(self, journal: Journal) -> list[dict[str, Any]]:
+        """Return the finished shards whose bytes match the journal, and cut the journal after them."""
         good = 0
         begin = documents = 0
         try:
             with open(f"{self.prefix}.bin.partial", "rb") as bin_, open(f"{self.prefix}.idx.partial", "rb") as idx:
                 for shard in journal.shards:
-                    if not _State.fits(shard, len(self.given)):
+                    if not State.fits(shard, len(self.given)):
                         break
                     count = shard["documents"] - documents
                     if digest_of(bin_, begin, shard["bytes"]) != shard["sha256"]:
@@ -361,7 +404,9 @@ class _Work:
             journal.cut(good)
         return journal.shards
 
-    def _complete(self, state: "_State", writer: IndexedWriter, journal: Journal, aside: "_Quarantine | None") -> None:
+    def _complete(self, state: State, output: _Output) -> None:
+        """Complete the index and write the manifest, both under temporary names."""
+        writer, journal = output.writer, output.journal
         writer.complete()
         writer.leave()
         shards = [{"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in journal.shards]
@@ -380,144 +425,58 @@ class _Work:
             "versions": _versions(),
         }
         replace_file(Path(f"{manifest_path(self.prefix)}.partial"), (json.dumps(manifest, indent=2) + "\n").encode())
+        # From here on a restart only renames: the journal marks the temporary files as complete.
         journal.add({"finished": True})
 
     def _publish(self, journal: Journal, began: float) -> Counts:
+        """Rename the files to their final names and return the counts of the manifest."""
         publish(self.prefix, _FILES)
         journal.path.unlink(missing_ok=True)
         manifest = read_manifest(self.prefix)
         assert manifest is not None, f"{self.prefix}: published without its manifest"
         counts = _counts(manifest, time.monotonic() - began)
-        if self.progress:
+        if self.settings.progress:
             say(f"{self.label}: {summary_of(counts)}")
         return counts
 
-    def _nothing(self, state: "_State") -> str:
+    def _nothing(self, state: State) -> str:
+        """Return the error for a dataset without documents."""
         names = ", ".join(i.path for i in self.given[:5]) + (", …" if len(self.given) > 5 else "")
         if state.dropped:
             left = ", ".join(f"{count:,} {name}" for name, count in sorted(state.dropped.items()))
-            return f"{names}: no document is left ({left}).\n  Loosen the filters: data.cleaning."
-        return f"{names}: no text under `{self.options.text_key}` in any line.\n  Name the key: data.text_key."
+            return f"{names}: the filters drop every document ({left}).\n  Loosen the filters: data.cleaning."
+        return f"{names}: no text under `{self.options.text_key}` in any line.\n  Set data.text_key."
 
 
-def _begin_of(block: formats.Block, text_key: str) -> list[str]:
+def _beginning(block: formats.Block, text_key: str) -> list[str]:
+    """Return the texts of a block, or the beginning of one that is too long to hold."""
     if (long_text := giant.long_text(block, text_key)) is not None:
         try:
             return [long_text.sample()]
         except ValueError:
-            return []  # told where it is read for good
+            return []  # reported later, when the block is encoded
     return texts_of(block, text_key).texts
 
 
-class _State:
-    """What has come out so far."""
-
-    def __init__(self, num_inputs: int):
-        self.position: list[int] = [0, 0, 0, 0]
-        self.documents = self.tokens = self.empty = self.broken = 0
-        self.characters = self.text_bytes = self.input_bytes = self.since_shard = self.aside = 0
-        self.dropped: Counter = Counter()
-        self.languages: Counter = Counter()
-        self.digests = [""] * num_inputs
-        """Of each input's blocks: sha256 of the digest so far and the block's own."""
-
-    @classmethod
-    def fits(cls, entry: Mapping[str, Any], num_inputs: int) -> bool:
-        """Whether an entry of a journal, which may come from anybody, has what a state is restored from."""
-        counts = ["bytes", *(name for name, value in vars(cls(0)).items() if isinstance(value, int))]
-        counts.remove("since_shard")
-        return (
-            all(isinstance(entry.get(name), int) and 0 <= entry[name] < 1 << 63 for name in counts)
-            and all(isinstance(entry.get(name), str) for name in ("sha256", "lengths_sha256"))
-            and all(isinstance(entry.get(name), dict) for name in ("dropped", "languages"))
-            and all(isinstance(entry.get(name), list) for name in ("position", "digests"))
-            and len(entry["position"]) == 4
-            and all(isinstance(place, int) and 0 <= place < 1 << 63 for place in entry["position"])
-            and len(entry["digests"]) == num_inputs
-            and all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in entry["digests"])
-        )
-
-    @classmethod
-    def restored(cls, entry: Mapping[str, Any]) -> "_State":
-        state = cls(0)
-        for name in vars(state):
-            if name in entry:
-                setattr(state, name, entry[name])
-        state.dropped, state.languages = Counter(entry["dropped"]), Counter(entry["languages"])
-        return state
-
-    def take(self, encoded: Encoded) -> None:
-        self.position = list(encoded.after)
-        self.documents += len(encoded.lengths)
-        self.tokens += int(encoded.lengths.sum(dtype=np.int64))
-        self.empty += encoded.empty
-        self.broken += len(encoded.broken)
-        self.characters += encoded.characters
-        self.text_bytes += encoded.text_bytes
-        self.input_bytes += encoded.input_bytes
-        self.since_shard += encoded.input_bytes
-        self.dropped.update(encoded.dropped)
-        self.languages.update(encoded.languages)
-        for number in range(encoded.files[0], encoded.files[1] + 1):
-            so_far = bytes.fromhex(self.digests[number])
-            self.digests[number] = hashlib.sha256(so_far + encoded.digest).hexdigest()
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "characters": self.characters,
-            "text_bytes": self.text_bytes,
-            "input_bytes": self.input_bytes,
-            "empty": self.empty,
-            "broken": self.broken,
-            "dropped": dict(sorted(self.dropped.items())),
-            "languages": dict(sorted(self.languages.items())),
-            "digests": list(self.digests),
-        }
-
-    def entry(self) -> dict[str, Any]:
-        return {**self.summary(), "position": self.position, "aside": self.aside}
-
-
-class _Quarantine:
-    """`<prefix>.quarantine.jsonl`, a line for each record put aside: its place, what is wrong, and the record."""
-
-    def __init__(self, prefix: str, size: int):
-        path = f"{prefix}.quarantine.jsonl.partial"
-        self._stream = open(path, "r+b" if size and Path(path).exists() else "w+b")  # noqa: SIM115
-        self._stream.truncate(size)
-        self._stream.seek(size)
-
-    def add(self, broken: formats.Broken) -> None:
-        record = {"place": broken.place, "reason": broken.reason, "record": broken.record}
-        self._stream.write(json.dumps(record).encode() + b"\n")
-
-    def flush(self) -> int:
-        """Bytes that are safe."""
-        self._stream.flush()
-        return self._stream.tell()
-
-    def close(self) -> None:
-        self._stream.close()
-
-
 def _counts(manifest: Mapping[str, Any], seconds: float) -> Counts:
+    """Return the counts that a manifest records."""
     names = [field.name for field in dataclasses.fields(Counts) if field.name != "seconds"]
     return Counts(**{name: manifest[name] for name in names}, seconds=seconds)
 
 
 def _versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the libraries that affect the output."""
     libraries = ("igla-mega", "numpy", "tokenizers", "gigatoken", "sentencepiece", "tiktoken", "pyarrow", "zstandard")
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def part_prefix(prefix: str | Path, part: tuple[int, int]) -> str:
-    """Where the i-th of n parts (from 0) of a dataset lies; the whole lies under its own name."""
+    """Return the prefix of part (i, n) of a dataset, i from 0; the prefix itself if there is one part only."""
     return str(prefix) if part[1] == 1 else f"{prefix}_{part[0]:05d}-of-{part[1]:05d}"
 
 
 def summary_of(counts: Counts) -> str:
+    """Return the counts as one line for the report."""
     rate = counts.input_bytes / 1e6 / max(counts.seconds, 1e-9)
     text = f"{counts.documents:,} documents, {counts.tokens:,} tokens, {rate:.1f} MB/s"
     if counts.empty:

@@ -1,8 +1,9 @@
-"""Preparation spread over a Ray cluster: a task a part, taken up again elsewhere when its worker dies, then joined."""
+"""Prepare a dataset on a Ray cluster: one task per part, resumed on another node if its worker dies, then merged."""
 
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,21 @@ from igla_mega.data.prepared import DataSection, source_prefixes
 from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.merge import merge
-from igla_mega.prepare.preprocess import SHARD_BYTES, Options, part_prefix, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, part_prefix, preprocess
 from igla_mega.prepare.sources import options_of, source_files
 
 TRIES = 10
-"""Of a part whose worker dies; every one goes on behind the shards that are finished."""
+"""Maximum number of retries of a part whose worker dies; each resumes after the finished shards."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ray cluster that prepares a dataset."""
+
+    address: str | None = None
+    """Address of the cluster; None starts one on this machine."""
+    parts: int | None = None
+    """Number of tasks; None takes two per node."""
 
 
 def preprocess_on_ray(
@@ -23,50 +34,61 @@ def preprocess_on_ray(
     prefix: str | Path,
     tokenizer: str,
     options: Options,
-    parts: int | None = None,
-    workers: int | None = None,
-    address: str | None = None,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    progress: bool = True,
+    settings: Settings | None = None,
+    cluster: Cluster | None = None,
 ) -> None:
-    """Make a dataset as `preprocess` does, byte for byte, in parts on the machines of a cluster.
+    """Prepare a dataset, byte for byte as `preprocess` does, in parts on the nodes of a cluster.
 
-    All of them must see inputs, tokenizer and output under the same paths.
+    All nodes must see the inputs, the tokenizer and the output under the same paths.
 
     Args:
-        parts: tasks; None takes two a node.
-        workers: threads or processes a task, and the cores it asks the cluster for; None: 1.
-        address: of the cluster; None starts one on this machine.
+        tokenizer: path of the tokenizer.
+        settings: uses `workers` (threads or processes per task, and its number of cores; None means 1), `shard_bytes`
+            and `progress`.
 
     Raises:
-        ConfigError: Ray is not installed or has no such cluster, or whatever a part refuses.
+        ConfigError: Ray is not installed, there is no such cluster, or a part failed.
     """
-    ray = _connected(address)
-    parts = parts or max(2, 2 * len(ray.nodes()))
-    # Said at once, not by each task.
+    settings, cluster = settings or Settings(), cluster or Cluster()
+    ray = _connected(cluster.address)
+    parts = cluster.parts or max(2, 2 * len(ray.nodes()))
+    # Loaded here first: a wrong path is reported once, not by every task.
     load_tokenizer(tokenizer)
-    cores = workers or 1
+    cores = settings.workers or 1
 
     @ray.remote(num_cpus=min(cores, int(ray.cluster_resources().get("CPU", 1))), max_retries=TRIES)
-    def make(number: int) -> tuple[str | None, int]:
+    def prepare_part(number: int) -> tuple[str | None, int]:
+        """Prepare one part; return its error, if any, and its number of documents."""
+        part = (number, parts)
         try:
             counts = preprocess(
                 inputs,
-                part_prefix(prefix, (number, parts)),
+                part_prefix(prefix, part),
                 load_tokenizer(tokenizer),
                 options=options,
-                workers=cores,
-                progress=False,
-                part=(number, parts),
-                shard_bytes=shard_bytes,
+                settings=Settings(workers=cores, progress=False, part=part, shard_bytes=settings.shard_bytes),
             )
         except ConfigError as error:
+            # As a value: an exception would arrive wrapped in one of Ray, with a remote traceback as its text.
             return str(error), 0
         return None, counts.documents
 
-    waiting = {make.remote(number): number for number in range(parts)}
-    breaches = []
+    waiting = {prepare_part.remote(number): number for number in range(parts)}
+    _wait_for(ray, waiting, prefix, settings.progress)
+    names = [part_prefix(prefix, (number, parts)) for number in range(parts)]
+    merge(prefix, names, progress=settings.progress)
+    for name in names:
+        for suffix in (".bin", ".idx", ".manifest.json"):
+            Path(name + suffix).unlink(missing_ok=True)
+
+
+def _wait_for(ray: Any, waiting: dict[Any, int], prefix: str | Path, progress: bool) -> None:
+    """Wait for the tasks of all parts; raise ConfigError with the errors of those that failed.
+
+    Args:
+        waiting: task -> part number; emptied.
+    """
+    parts, breaches = len(waiting), []
     while waiting:
         (done, *_), _ = ray.wait(list(waiting))
         number = waiting.pop(done)
@@ -74,33 +96,29 @@ def preprocess_on_ray(
             breach, documents = ray.get(done)
         except ray.exceptions.RayError as error:
             first = str(error).splitlines()[0]
-            breach, documents = f"{prefix}: part {number} of {parts} was given up ({first}).\n  Run it again.", 0
+            breach, documents = f"{prefix}: part {number} of {parts} failed ({first}).\n  Run it again.", 0
         if breach is not None:
             breaches.append(breach)
         elif progress:
             say(f"{Path(prefix).name}: part {number + 1} of {parts} is done, {documents:,} documents")
     if breaches:
         raise ConfigError(*dict.fromkeys(breaches))
-    names = [part_prefix(prefix, (number, parts)) for number in range(parts)]
-    merge(prefix, names, progress=progress)
-    for name in names:
-        for suffix in (".bin", ".idx", ".manifest.json"):
-            Path(name + suffix).unlink(missing_ok=True)
 
 
 def prepare_on_ray(data: DataSection, *, workers: int | None = None) -> None:
-    """Make every source of a recipe ready to train on, each in parts on the cluster of $RAY_ADDRESS, or a local one."""
+    """Prepare every source of a recipe in parts on the cluster of $RAY_ADDRESS, or on a local one if it is not set."""
     if not data.tokenizer:
-        raise ConfigError("data.tokenizer: none given.\n  Give a Hugging Face folder or a tokenizer.json.")
+        raise ConfigError("data.tokenizer: not set.\n  Give a Hugging Face folder or a tokenizer.json.")
     for name, prefix in source_prefixes(data).items():
         if prefix != str(Path(data.prepared or "") / name):
-            continue  # an indexed dataset already
-        files = source_files(data, name)
-        address = os.environ.get("RAY_ADDRESS")
-        preprocess_on_ray(files, prefix, data.tokenizer, options_of(data), None, workers or data.workers, address)
+            continue  # the source is already an indexed dataset
+        files, settings = source_files(data, name), Settings(workers=workers or data.workers)
+        cluster = Cluster(os.environ.get("RAY_ADDRESS"))
+        preprocess_on_ray(files, prefix, data.tokenizer, options_of(data), settings, cluster)
 
 
 def _connected(address: str | None) -> Any:
+    """Return the ray module, connected to a cluster."""
     try:
         import ray
     except ImportError:
@@ -110,5 +128,5 @@ def _connected(address: str | None) -> Any:
             ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             first = str(error).splitlines()[0]
-            raise ConfigError(f"--engine ray: no cluster at {address} ({first}).\n  Mend RAY_ADDRESS.") from None
+            raise ConfigError(f"--engine ray: no cluster at {address} ({first}).\n  Correct RAY_ADDRESS.") from None
     return ray

@@ -1,4 +1,4 @@
-"""Take the text out of the records of a block."""
+"""Extract the texts from the records of a block."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from igla_mega.prepare.formats import Block, Broken, Texts, fast_loads
 
 
 def texts_of(block: Block, text_key: str, language_key: str | None = None) -> Texts:
-    """The texts of a block, in order, without the empty ones; what has none is told."""
+    """Return the texts of a block in order, without empty ones, and the records that hold no text."""
     if block.kind == LINES:
         read = _of_lines(block, text_key, language_key)
     else:
@@ -20,6 +20,7 @@ def texts_of(block: Block, text_key: str, language_key: str | None = None) -> Te
 
 
 def _of_lines(block: Block, text_key: str, language_key: str | None) -> Texts:
+    """Return the texts of JSON lines."""
     data: bytes = block.data
     if block.damage is not None:
         data = data[: data.rfind(b"\n") + 1]
@@ -29,7 +30,8 @@ def _of_lines(block: Block, text_key: str, language_key: str | None) -> Texts:
             texts = [fast_loads(line)[text_key] for line in lines if line]
         except (ValueError, KeyError, TypeError, RecursionError, IndexError):
             texts = [None]
-        # Whatever is out of the ordinary is looked at line by line.
+        # The whole block at once by orjson, which validates Unicode. Any irregularity falls through to the slower loop
+        # below, which finds and names the line.
         if all(map(str.__instancecheck__, texts)) and fast_loads is not json.loads:
             full = [text for text in texts if text]
             return Texts(full, [], len(texts) - len(full), [])
@@ -56,7 +58,7 @@ def _of_lines(block: Block, text_key: str, language_key: str | None) -> Texts:
 
 
 def _of_records(block: Block, language_key: str | None) -> Texts:
-    """Of rows, of whole text files, and of text by lines."""
+    """Return the texts of Parquet rows, whole text files, or lines of plain text."""
     read = Texts([], [], 0, [])
     empty = 0
     records: Iterable[tuple[str, Any, str | None]]
@@ -88,7 +90,7 @@ def _of_records(block: Block, language_key: str | None) -> Texts:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """One line as an object; a ValueError says what is wrong with it."""
+    """Return the JSON object of a line; raise ValueError with the defect."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -97,7 +99,7 @@ def _record(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # an integer with more digits than Python's limit (sys.int_info)
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {_json_type(record)}, not an object")
@@ -105,8 +107,9 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _text(record: dict[str, Any], text_key: str) -> str:
+    """Return the text of a record; raise ValueError if it is missing or not a valid string."""
     if text_key not in record:
-        raise ValueError(f"no key `{text_key}` (there are: {', '.join(map(repr, list(record)[:8])) or 'none'})")
+        raise ValueError(f"no key `{text_key}` (its keys: {', '.join(map(repr, list(record)[:8])) or 'none'})")
     text = record[text_key]
     if not isinstance(text, str):
         raise ValueError(f"`{text_key}` is a JSON {_json_type(text)}, not a string")
@@ -119,9 +122,11 @@ def _text(record: dict[str, Any], text_key: str) -> str:
 
 
 def _json_type(value: object) -> str:
+    """Return the JSON name of a value's type."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
 
 def _shown(line: bytes) -> str:
+    """Return a record as text for the quarantine, at most 100,000 bytes of it."""
     return line[:100_000].decode("utf-8", errors="backslashreplace")

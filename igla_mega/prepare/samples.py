@@ -1,7 +1,7 @@
-"""Conversations and preference pairs, from JSONL to indexed datasets.
+"""Prepare conversations and preference pairs: from JSONL to indexed datasets.
 
-A conversation is a document of `<prefix>`, and which of its tokens are targets the same document of `<prefix>.targets`
-(uint8). A pair is three documents: prompt, chosen, rejected. `<prefix>.json` says what they were made from.
+A conversation is one document of `<prefix>`; its target mask is the same document of `<prefix>.targets` (uint8). A pair
+is three documents: prompt, chosen, rejected. `<prefix>.json` records a digest of the inputs and options.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.prepare.preprocess import input_files
 
 FORMAT = 1
-"""Of what is written; raised when the same input would give other bytes."""
+"""Version of the output; raised when the same input would produce other bytes."""
 
 
 def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
-    """Make every source of a recipe of conversations or pairs ready to train on; what is up to date is left alone.
+    """Prepare every source of a recipe of conversations or pairs that is not up to date.
 
     Returns:
         Source name -> prefix.
 
     Raises:
-        ConfigError: a line that nothing can be learned from, and why; or no sources, tokenizer, template or place.
+        ConfigError: a line is invalid; or the recipe has no sources, tokenizer, template or output folder.
     """
     data, prefixes = recipe.data, sample_prefixes(recipe)
     if not data.tokenizer:
-        raise ConfigError("data.tokenizer: none given.\n  Give a Hugging Face folder or a tokenizer.json.")
+        raise ConfigError("data.tokenizer: not set.\n  Give a Hugging Face folder or a tokenizer.json.")
     tokenizer = load_tokenizer(data.tokenizer)
     for name, prefix in prefixes.items():
         inputs = data.sources[name]
@@ -50,16 +50,16 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
             continue
         num_samples, left_out = _write(recipe, files, prefix, tokenizer, template)
         if not num_samples:
-            raise ConfigError(f"data.sources.{name}: every line is left out as too long.\n  Raise data.max_length.")
+            raise ConfigError(f"data.sources.{name}: every line is too long and left out.\n  Raise data.max_length.")
         _seal(prefix, {"digest": stamp, "samples": num_samples, "left_out": left_out})
         if progress:
-            words = f"; {left_out:,} too long and left out" if left_out else ""
-            print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}{words}", file=sys.stderr, flush=True)
+            note = f"; {left_out:,} too long and left out" if left_out else ""
+            print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}{note}", file=sys.stderr, flush=True)
     return prefixes
 
 
 def _template(recipe: Recipe, files: list[Path]) -> chat.ChatTemplate | None:
-    """The chat template; None where none is given and no line has turns."""
+    """Return the chat template; None if there is none and no line needs one."""
     try:
         return chat.load_template(recipe.data.tokenizer or "", recipe.data.chat_template)
     except ConfigError:
@@ -69,10 +69,12 @@ def _template(recipe: Recipe, files: list[Path]) -> chat.ChatTemplate | None:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict]]:
+    """Yield the lines of a JSONL file with their places."""
     return chat.json_lines(file)
 
 
 def _has_turns(entry: dict) -> bool:
+    """Return True if a line consists of messages and so needs a chat template."""
     plain = {"prompt", "completion", "chosen", "rejected"} & entry.keys()
     return not plain or any(isinstance(entry[key], list) for key in plain)
 
@@ -80,6 +82,7 @@ def _has_turns(entry: dict) -> bool:
 def _write(
     recipe: Recipe, files: list[Path], prefix: str, tokenizer: Tokenizer, template: chat.ChatTemplate | None
 ) -> tuple[int, int]:
+    """Write one source; return the number of samples written and left out."""
     written = left_out = 0
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     dtype, max_length = token_dtype(tokenizer.vocab_size), recipe.data.max_length or recipe.sequence_length
@@ -103,7 +106,7 @@ def _write(
                     written += 1
         return written, left_out
     if max_length is None:
-        raise ConfigError("data.max_length: none given, and the base model's longest sequence is not known.\n  Set it.")
+        raise ConfigError("data.max_length: not set, and the base model's maximum length is unknown.\n  Set it.")
     with IndexedWriter(prefix, dtype) as tokens:
         for file in files:
             for _, pair in pairs.read_pairs(
@@ -123,6 +126,7 @@ def _write(
 
 
 def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: chat.ChatTemplate | None) -> str:
+    """Return the digest of everything that determines the output of a source."""
     data = recipe.data
     made_from = {
         "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
@@ -135,6 +139,7 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
 
 
 def _is_done(prefix: str, stamp: str) -> bool:
+    """Return True if the dataset exists and was prepared from the same inputs and options."""
     try:
         return (
             json_text.loads(Path(f"{prefix}.json").read_bytes())["digest"] == stamp and Path(f"{prefix}.idx").is_file()
@@ -144,6 +149,7 @@ def _is_done(prefix: str, stamp: str) -> bool:
 
 
 def _seal(prefix: str, content: dict) -> None:
+    """Write `<prefix>.json`, after the datasets, as the mark that they are complete."""
     partial = Path(f"{prefix}.json.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, f"{prefix}.json")

@@ -1,4 +1,4 @@
-"""Prepare every source that a recipe names."""
+"""Prepare every source of a recipe."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from igla_mega.prepare.bar import say
 from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.formats import OnError
 from igla_mega.prepare.manifest import read_manifest
-from igla_mega.prepare.preprocess import FORMAT, Options, part_prefix, preprocess, summary_of
+from igla_mega.prepare.preprocess import FORMAT, Options, Settings, part_prefix, preprocess, summary_of
 
 
 def prepare_sources(
@@ -28,44 +28,42 @@ def prepare_sources(
     part: tuple[int, int] = (0, 1),
     dry_run: bool = False,
 ) -> dict[str, str]:
-    """Make every source of a recipe ready to train on: `<data.prepared>/<source>.bin` and .idx, and manifest.json.
+    """Prepare every source of a recipe: `<data.prepared>/<source>.bin` and .idx, and `<data.prepared>/manifest.json`.
 
-    A source whose inputs, tokenizer and options are those of its manifest is not done again.
+    A source whose inputs, tokenizer and options match its manifest is not prepared again.
 
     Args:
-        part: (i, n): the i-th of n parts of each source, i from 0, written as `<source>_0000i-of-0000n`.
-        dry_run: count, and write nothing.
+        part: (i, n): prepare the i-th (from 0) of n parts of each source, written as `<source>_0000i-of-0000n`.
+        dry_run: True to count only and write nothing.
 
     Returns:
         Source name -> prefix.
 
     Raises:
-        ConfigError: what `preprocess` refuses, or a section without sources, tokenizer or place.
+        ConfigError: `preprocess` rejects an input, or the section has no sources, tokenizer or output folder.
     """
     prefixes = source_prefixes(data)
     if not data.tokenizer:
-        raise ConfigError("data.tokenizer: none given.\n  Give a Hugging Face folder or a tokenizer.json.")
+        raise ConfigError("data.tokenizer: not set.\n  Give a Hugging Face folder or a tokenizer.json.")
     tokenizer = load_tokenizer(data.tokenizer)
     entries: dict[str, Any] = {}
     for name, prefix in prefixes.items():
         inputs = data.sources[name]
         if indexed_prefix(inputs, data):
             continue
-        counts = preprocess(
-            source_files(data, name),
-            part_prefix(prefix, part),
-            tokenizer,
-            options=options_of(data),
+        settings = Settings(
             workers=workers or data.workers,
             progress=progress,
             label=name if part[1] == 1 else f"{name} {part[0] + 1}/{part[1]}",
             part=part,
             dry_run=dry_run,
         )
+        target = part_prefix(prefix, part)
+        counts = preprocess(source_files(data, name), target, tokenizer, options=options_of(data), settings=settings)
         if dry_run:
             say(f"{name}: {summary_of(counts)}; nothing written")
         elif part[1] == 1:
-            # Written after each source: what an interrupted run finished stays finished.
+            # Written after each source, so that an interrupted run keeps the entries of the finished ones.
             entries[name] = read_manifest(prefix)
             summary = json.dumps({"format": FORMAT, "sources": entries}, indent=2) + "\n"
             replace_file(Path(str(data.prepared)) / "manifest.json", summary.encode())
@@ -73,10 +71,10 @@ def prepare_sources(
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """`i/n`, i from 0.
+    """Return (i, n) of a text `i/n` with i from 0 to n - 1.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the text has another form.
     """
     try:
         number, count = map(int, text.split("/"))
@@ -84,11 +82,11 @@ def parse_part(text: str) -> tuple[int, int]:
             return number, count
     except ValueError:
         pass
-    raise ConfigError(f"--shard: {text} is no i/n with i from 0 to n - 1.\n  Use 0/4, 1/4, 2/4 and 3/4, say.")
+    raise ConfigError(f"--shard: {text} is not i/n with i from 0 to n - 1.\n  Use for example 0/4, 1/4, 2/4 and 3/4.")
 
 
 def options_of(data: DataSection) -> Options:
-    """The options that a recipe's `data:` asks for."""
+    """Return the options that a recipe's `data:` section sets."""
     cleaning = getattr(data, "cleaning", None)
     on_error: OnError = getattr(data, "on_error", "stop")
     near = getattr(cleaning, "near_duplicates", None)
@@ -109,16 +107,17 @@ def options_of(data: DataSection) -> Options:
 
 
 def source_files(data: DataSection, name: str) -> list[str | Path]:
-    """The files of a source, those of object stores as local copies."""
+    """Return the files of a source, with local copies of remote ones."""
     given = data.sources[name]
     return local_files([given] if isinstance(given, str) else given, cache_folder(getattr(data, "cache", None)))
 
 
 def unigram_entropy(prefixes: Mapping[str, str | Path], weights: Mapping[str, float]) -> float:
-    """Entropy of the blend's token frequencies, in nats per token: the loss of a model that knows no context.
+    """Return the entropy of the blend's token frequencies, in nats per token: the loss of a model without context.
 
     Args:
-        weights: source name -> weight in the blend; they need not add up to 1.
+        prefixes: source name -> dataset prefix.
+        weights: source name -> weight in the blend; the weights need not add up to 1.
     """
     mixed = np.zeros(0)
     for name, weight in weights.items():
@@ -134,5 +133,6 @@ def unigram_entropy(prefixes: Mapping[str, str | Path], weights: Mapping[str, fl
 
 
 def _sum_padded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the sum of two arrays, the shorter one padded with zeros."""
     size = max(len(a), len(b))
     return np.pad(a, (0, size - len(a))) + np.pad(b, (0, size - len(b)))

@@ -1,4 +1,4 @@
-"""The card's five sources, from text that every Python ships: for demos and tests, without a download."""
+"""Write a toy corpus of five sources from texts that ship with every Python, for demos and tests without a download."""
 
 import ast
 import hashlib
@@ -15,22 +15,26 @@ from igla_mega.config.errors import ConfigError
 
 SOURCES = ("web", "code", "books", "academic", "conversation")
 MAX_CODE_CHARS = 3_000_000
+"""Maximum number of characters of the source `code`."""
 
-# Tests are not shipped everywhere; tables of codecs and generated parsers teach a language model little.
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
-_LEFT_OUT |= {"lib2to3", "lib-dynload"}
-_ASKS = ">>> "
+# Tests do not ship with every Python, and codec tables and generated parsers are of little use to a language model.
+_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
+_EXCLUDED |= {"lib2to3", "lib-dynload"}
+_PROMPT = ">>> "
 _COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n){4,}", re.MULTILINE)
 
 
 def write_toy_corpus(out_dir: str | Path, *, seed: int = 0) -> dict[str, Path]:
-    """Write `<out_dir>/<source>.jsonl` for the five sources, about 6 MB in all.
+    """Write `<out_dir>/<source>.jsonl` for the five sources, about 6 MB in total.
 
-    The same Python and seed give the same bytes. Documents lie in shuffled order, so that a validation set cut off the
-    end is drawn like the training set.
+    The same Python and seed produce the same bytes. The documents are shuffled, so that a validation split taken from
+    the end has the same distribution as the training split.
 
     Returns:
-        Source name -> file, one `{"text": ..., "source": ...}` per line.
+        Source name -> file with one `{"text": ..., "source": ...}` per line.
+
+    Raises:
+        ConfigError: this Python has no source files of its standard library.
     """
     documents: dict[str, list[str]] = {name: [] for name in SOURCES}
     documents["books"] += _book_pages()
@@ -44,12 +48,13 @@ def write_toy_corpus(out_dir: str | Path, *, seed: int = 0) -> dict[str, Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = {}
     for name in SOURCES:
+        # Ordered by a hash of the text: a document keeps its place relative to the others when some come or go.
         shuffled = sorted(set(documents[name]), key=lambda text: hashlib.sha256(f"{seed}{text}".encode()).digest())
         if name == "code":
             shuffled = _up_to(shuffled, MAX_CODE_CHARS)
         if not shuffled:
             raise ConfigError(
-                f"toy corpus: this Python's library ({sysconfig.get_path('stdlib')}) has no text for `{name}`.\n"
+                f"toy corpus: this Python's library ({sysconfig.get_path('stdlib')}) contains no text for `{name}`.\n"
                 "  Use a Python with its standard library as source files."
             )
         files[name] = out / f"{name}.jsonl"
@@ -60,10 +65,10 @@ def write_toy_corpus(out_dir: str | Path, *, seed: int = 0) -> dict[str, Path]:
 
 
 def modules() -> Iterator[tuple[str, str, ast.Module]]:
-    """Name, text and syntax tree of each module of the standard library, sorted by path."""
+    """Yield name, text and syntax tree of each module of the standard library, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - _LEFT_OUT)
+        subfolders[:] = sorted(set(subfolders) - _EXCLUDED)
         for name in sorted(names):
             path = Path(folder, name)
             if path.suffix != ".py":
@@ -78,7 +83,7 @@ def modules() -> Iterator[tuple[str, str, ast.Module]]:
 
 
 def documented(node: ast.Module | ast.stmt) -> Iterator[tuple[ast.stmt, str]]:
-    """Every class and function below a node that has a docstring, in the order of the file."""
+    """Yield every documented class and function within a node with its docstring, in file order."""
     for child in getattr(node, "body", ()):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             doc := ast.get_docstring(child)
@@ -88,9 +93,10 @@ def documented(node: ast.Module | ast.stmt) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def _reference_pages(module: str, tree: ast.Module) -> list[str]:
+    """Return pages of signatures with their docstrings, without doctests."""
     entries = []
     for node, docstring in documented(tree):
-        if _ASKS in docstring:
+        if _PROMPT in docstring:
             continue
         signature = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
         name = getattr(node, "name", "")
@@ -99,22 +105,22 @@ def _reference_pages(module: str, tree: ast.Module) -> list[str]:
 
 
 def _essays(text: str, tree: ast.Module) -> list[str]:
-    """A module's own explanation and the long comments of its authors."""
+    """Return pages of a module's docstring and its long comments."""
     blocks = [re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE) for block in _COMMENT_BLOCK.findall(text)]
     docstring = ast.get_docstring(tree) or ""
-    return _pages([*([] if _ASKS in docstring else [docstring]), *blocks])
+    return _pages([*([] if _PROMPT in docstring else [docstring]), *blocks])
 
 
 def _dialogues(tree: ast.Module) -> list[str]:
-    """Docstrings in which someone asks the interpreter and it answers, explanations included."""
+    """Return pages of docstrings with interpreter sessions, including the text around them."""
     docstrings = [ast.get_docstring(tree) or "", *(text for _, text in documented(tree))]
-    return _pages([text for text in docstrings if _ASKS in text], page_chars=2_000, shortest=100)
+    return _pages([text for text in docstrings if _PROMPT in text], page_chars=2_000, shortest=100)
 
 
 def _book_pages() -> list[str]:
-    """Python's own language reference, and the licences, histories and read-me files that lie beside the library."""
+    """Return pages of Python's language reference and of the text files that ship with the standard library."""
     pages = []
-    # `topics` is a generated module of no public interface: a dict of long strings.
+    # `pydoc_data.topics` is generated and undocumented: a dictionary of long strings.
     topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         pages += _pages(topics[name].split("\n\n"))
@@ -125,7 +131,7 @@ def _book_pages() -> list[str]:
 
 
 def _pages(paragraphs: list[str], *, page_chars: int = 6_000, shortest: int = 400) -> list[str]:
-    """Join paragraphs, in order, into documents of about `page_chars`; a rest below `shortest` joins the last one."""
+    """Join paragraphs in order into documents of about `page_chars`; a rest below `shortest` is added to the last."""
     pages: list[str] = []
     page = ""
     for paragraph in paragraphs:
@@ -141,6 +147,7 @@ def _pages(paragraphs: list[str], *, page_chars: int = 6_000, shortest: int = 40
 
 
 def _up_to(documents: list[str], max_chars: int) -> list[str]:
+    """Return the documents that fit into `max_chars`, in order."""
     kept, chars = [], 0
     for document in documents:
         if chars + len(document) <= max_chars:

@@ -1,5 +1,8 @@
-"""What fine-tuning at laptop scale learns, from text that every Python ships: to write a function from its docstring,
-to answer as the interpreter does, and to prefer Python that parses to Python that does not."""
+"""Write toy data for fine-tuning from texts that ship with every Python.
+
+Instructions: write a function from its docstring, and answer like the interpreter. Preferences: a function that parses
+over one that does not.
+"""
 
 import ast
 import doctest
@@ -13,42 +16,43 @@ from pathlib import Path
 from igla_mega.prepare.toy_corpus import documented, modules
 
 MAX_FUNCTION_CHARS, MAX_DOCSTRING_CHARS = 420, 240
-"""Of what fits, with its turns' headers, into a laptop's rows of 256 tokens, as a rule."""
+"""Maximum lengths in characters; with turn headers most samples then fit into rows of 256 tokens."""
 MAX_TURNS = 4
-"""Questions of a dialogue."""
+"""Maximum number of questions per dialogue."""
 
 
 def write_instructions(file: Path, num_conversations: int, *, seed: int = 0) -> int:
-    """Write conversations: docstring and signature -> function, and doctests as dialogues; returns how many.
+    """Write conversations (docstring and signature to function, and doctests as dialogues) and return their number.
 
-    The same Python and seed give the same bytes, in shuffled order.
+    The same Python and seed produce the same bytes, in shuffled order.
     """
-    conversations = [_turns(asked, code) for asked, code in _functions()]
+    conversations = [_turns(request, code) for request, code in _functions()]
     conversations += list(_dialogues())
     return _write(file, [{"messages": messages} for messages in conversations], seed, num_conversations)
 
 
 def write_preferences(file: Path, num_pairs: int, *, seed: int = 0) -> int:
-    """Write pairs: of two functions for a docstring the one that parses is chosen; returns how many.
+    """Write preference pairs and return their number.
 
-    What is rejected is the same function with one mistake, and `ast.parse` refuses it.
+    The chosen answer is a function; the rejected one is the same function with one mistake that `ast.parse` rejects.
     """
     pairs: list[dict] = []
-    for asked, code in sorted(_functions(), key=lambda pair: _order(seed, pair[1])):
+    for request, code in sorted(_functions(), key=lambda pair: _order(seed, pair[1])):
         if len(pairs) == num_pairs:
             break
         if (broken := _broken(code, seed)) is not None:
-            prompt, chosen = _turns(asked, code)
+            prompt, chosen = _turns(request, code)
             pairs.append({"prompt": [prompt], "chosen": [chosen], "rejected": [{**chosen, "content": broken}]})
     return _write(file, pairs, seed, num_pairs)
 
 
-def _turns(asked: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+def _turns(request: str, answer: str) -> list[dict[str, str]]:
+    """Return a user turn and an assistant turn."""
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
 
 
 def _functions() -> Iterator[tuple[str, str]]:
-    """What is asked for, and the function that does it, each once."""
+    """Yield each short documented function once, as (request, code)."""
     seen: set[str] = set()
     for _, _, tree in modules():
         for node, docstring in documented(tree):
@@ -64,7 +68,7 @@ def _functions() -> Iterator[tuple[str, str]]:
 
 
 def _dialogues() -> Iterator[list[dict[str, str]]]:
-    """Doctests: what is typed, and what the interpreter answers."""
+    """Yield doctests as dialogues: the input as the user's turn, the interpreter's output as the answer."""
     parser = doctest.DocTestParser()
     for _, _, tree in modules():
         for _, docstring in documented(tree):
@@ -79,7 +83,7 @@ def _dialogues() -> Iterator[list[dict[str, str]]]:
 
 
 def _broken(code: str, seed: int) -> str | None:
-    """The code with one mistake that keeps it from being parsed; None where none of the usual ones does."""
+    """Return the code with one mistake that prevents parsing, or None if none of the known mistakes does."""
     first = int.from_bytes(hashlib.sha256(f"{seed}{code}".encode()).digest()[:4], "big")
     for turn in range(len(_MISTAKES)):
         broken = _MISTAKES[(first + turn) % len(_MISTAKES)](code)
@@ -93,19 +97,21 @@ def _broken(code: str, seed: int) -> str | None:
 
 _MISTAKES: tuple[Callable[[str], str], ...] = (
     lambda code: re.sub(r":\n", "\n", code, count=1),  # no colon
-    lambda code: code[::-1].replace(")", "", 1)[::-1],  # the last bracket left open
-    lambda code: re.sub(r"\n    (\S)", r"\n\1", code, count=1),  # the body not indented
-    lambda code: code.replace("(", "[", 1),  # another bracket
-    lambda code: re.sub(r"\breturn (\S+)", r"\1 return", code, count=1),  # words the wrong way round
-    lambda code: re.sub(r" = ", " = = ", code, count=1),
+    lambda code: code[::-1].replace(")", "", 1)[::-1],  # last parenthesis not closed
+    lambda code: re.sub(r"\n    (\S)", r"\n\1", code, count=1),  # body not indented
+    lambda code: code.replace("(", "[", 1),  # wrong kind of bracket
+    lambda code: re.sub(r"\breturn (\S+)", r"\1 return", code, count=1),  # words swapped
+    lambda code: re.sub(r" = ", " = = ", code, count=1),  # operator twice
 )
 
 
 def _order(seed: int, text: str) -> bytes:
+    """Return a sort key that shuffles texts by the seed."""
     return hashlib.sha256(f"{seed}{text}".encode()).digest()
 
 
 def _write(file: Path, entries: list[dict], seed: int, at_most: int) -> int:
+    """Write entries as shuffled JSON lines without repetitions; return the number of lines."""
     lines = sorted({json.dumps(entry, ensure_ascii=False) for entry in entries}, key=lambda line: _order(seed, line))
     lines = lines[:at_most]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -271,12 +271,12 @@ class _Run:
         enough = len(self.history.metrics.steps) >= STEPS_TO_COMPARE
         if self._planned is not None or not enough or self.recipe is None or self.recipe.stages is not None:
             return self._planned
-        from igla_mega.plan.forecast import forecast
+        from igla_mega.plan.forecast import Given, forecast
 
         with suppress(ConfigError):
             run = self._finished
             hardware = run.hardware()
-            compared = run.compare(forecast(self.recipe, hardware, run.num_ranks, advise=False))
+            compared = run.compare(forecast(self.recipe, hardware, run.num_ranks, Given(advise=False)))
             rows = [[name, unit, measured, planned] for name, measured, planned, unit in compared.rows]
             note = f"medians of the last {len(run.steps)} steps; the plan is for {hardware.title}"
             self._planned = {"note": note, "rows": rows} if rows else None

@@ -6,11 +6,11 @@ from pathlib import Path
 from igla_mega.checkpoint.progress import Progress
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset
+from igla_mega.layout import attention
 from igla_mega.layout.layout import describe
 from igla_mega.layout.stages import Stage
 from igla_mega.model.spec import DTYPES
-from igla_mega.ops.ring_attention import choose_schedule, inner_group_size, ranks_of_a_node
-from igla_mega.plan import attention
+from igla_mega.ops.ring_schedule import choose_schedule, inner_group_size, ranks_of_a_node
 from igla_mega.train.state import Run
 
 

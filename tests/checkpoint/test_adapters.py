@@ -177,8 +177,8 @@ REFUSALS = {
     "rank_pattern: {'q_proj': 2} is not supported": ({"rank_pattern": {"q_proj": 2}}, dict),
     "bias: all is not supported": ({"bias": "all"}, dict),
     "has no base_model.model.model.layers": ({}, without_last),
-    "is [4, 32], this base takes [4, 64]": ({}, narrow),
-    "lm_head.lora_A.weight is no adapter": ({}, with_other),
+    "is [4, 32], this base needs [4, 64]": ({}, narrow),
+    "lm_head.lora_A.weight is not an adapter": ({}, with_other),
 }
 
 

@@ -262,7 +262,7 @@ def test_a_truncated_shard_is_named(tmp_path):
     folder = write_folder(tmp_path / "hf", max_shard_size="60KB")
     second = sorted(folder.glob("*.safetensors"))[1]
     os.truncate(second, 20_000)
-    assert f"{second.name}: not a whole safetensors file" in refusal(folder, tmp_path / "native")
+    assert f"{second.name}: not a complete safetensors file" in refusal(folder, tmp_path / "native")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named_together(tmp_path):
@@ -367,7 +367,7 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path):
     (tmp_path / "native" / ".metadata").unlink()
     assert ".metadata is missing" in told(tmp_path / "native")
     (tmp_path / "native" / store.MANIFEST).unlink()
-    assert "was never finished" in told(tmp_path / "native")
+    assert "contains only an unfinished checkpoint" in told(tmp_path / "native")
 
 
 def test_a_model_too_large_for_memory_is_known_beforehand(tmp_path, monkeypatch):

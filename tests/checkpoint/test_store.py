@@ -229,7 +229,7 @@ def save_on_a_full_disk(recipe, folder: str):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     writer.save(engine.optimizer.states(), Progress(step=2), "name: tiny\n")
     (outcome,) = writer.wait()
-    with pytest.raises(RuntimeError, match="What was trained after step 1 is lost"):
+    with pytest.raises(RuntimeError, match="Training after step 1 is lost"):
         writer.refuse_loss()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     tiny.steps(engine, 0, 1)  # the run goes on
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_every_rank_says_so(n
     messages = ranks.run(num_ranks, save_on_a_full_disk, tiny.recipe(tensor_parallel=num_ranks), str(tmp_path))
     assert time.monotonic() - started < 60
     for failed, after in messages:
-        assert "step 2 could not be written" in failed.error and "The checkpoint of step 1 is whole" in failed.error
+        assert "step 2 could not be written" in failed.error and "The checkpoint of step 1 is complete" in failed.error
         assert "File too large" in failed.error
         assert (failed.step, failed.bytes, failed.where) == (2, 0, "shared")
         assert after.error is None and after.bytes > 100_000 and "saves succeed again" in after.note
@@ -273,7 +273,7 @@ def save_without_its_mount(recipe, folder: str):
 def test_a_mount_that_is_lost_fails_saves_until_it_is_back_and_nothing_is_written_beside_it(tmp_path):
     for outcomes in ranks.run(2, save_without_its_mount, tiny.recipe(**TP), str(tmp_path)):
         assert [outcome.error is None for outcome in outcomes] == [True, False, True]
-        assert "the folder is gone" in outcomes[1].error
+        assert "the folder no longer exists" in outcomes[1].error
     assert store.steps_in(tmp_path / "checkpoints") == [1, 3] and not (tmp_path / "away").exists()
 
 
@@ -450,7 +450,7 @@ def test_a_resume_without_one_nodes_disk_takes_the_shared_checkpoint_and_says_so
     shutil.rmtree(tmp_path.with_name("lost") / "node1")
     for folder, layout, words in [
         (tmp_path, "same", "digest"),
-        (tmp_path.with_name("lost"), "same", "not whole on all nodes"),
+        (tmp_path.with_name("lost"), "same", "not complete on all nodes"),
         (tmp_path, "another", ""),
     ]:
         step, reports, said = ranks.run(2, resume_two_level, recipe, str(folder), [0, 1], layout)[0]

@@ -168,7 +168,7 @@ def test_all_breaches_are_told_together(prefixes, tmp_path):
     message = str(raised.value)
     assert "data.sources.code: no path" in message
     assert f"{tmp_path}/books.bin: no such file" in message
-    assert "data.sources.web: 1800 training tokens are too few for one window of 4000 + 1" in message
+    assert "data.sources.web: 1800 training tokens are fewer than one window of 4000 + 1" in message
 
 
 def test_a_source_of_weight_zero_needs_no_path(prefixes):
@@ -182,9 +182,7 @@ def test_holding_out_every_document_is_refused(prefixes):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"10 sequences do not divide into micro-batches of 2 on 3 .*\n.*multiple of 6"
-    ):
+    with pytest.raises(ConfigError, match=r"10 is not divisible by micro_batch_size 2 times 3 .*\n.*multiple of 6"):
         BatchShard(10, 2, 3, 0)
 
 

@@ -105,7 +105,7 @@ def test_the_built_helper_gives_the_same_schedule():
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_what_is_no_weight_is_refused_by_name(weight):
-    with pytest.raises(ConfigError, match=r"data\.mix\.b: .* is no weight"):
+    with pytest.raises(ConfigError, match=r"data\.mix\.b: .* is not a weight"):
         Blend({"a": 1.0, "b": weight})
 
 
@@ -165,7 +165,9 @@ def test_the_ledger_of_mixes_notes_a_change_once_and_forgets_what_lies_behind_th
 
 def test_weights_are_normalised_and_that_is_said():
     assert blend.normalised(CARD) is None
-    assert blend.normalised({"a": 2, "b": 6}) == ("data.mix: the weights add up to 8, not 1; taken as a 0.25, b 0.75")
+    assert blend.normalised({"a": 2, "b": 6}) == (
+        "data.mix: the weights add up to 8, not 1; normalized to a 0.25, b 0.75"
+    )
     assert "b with weight 0 is never drawn" in blend.normalised({"a": 1, "b": 0})
 
 

@@ -159,7 +159,7 @@ BROKEN = {
         {**ASSISTANT, "content": "c"},
     ],
     "turn 2: role 'bot'": [{**USER, "content": "a"}, {"role": "bot", "content": "b"}],
-    "a system text after the first turn": [{**USER, "content": "a"}, {**SYSTEM, "content": "b"}],
+    "system text after the first turn": [{**USER, "content": "a"}, {**SYSTEM, "content": "b"}],
     "turn 1: not a": [{"role": "user"}],
     "not a list of turns": [],
 }
@@ -180,7 +180,7 @@ def test_a_broken_conversation_names_file_line_and_turn(tmp_path, words):
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"text": "a"}', "its keys are text"),
-        ('{"prompt": 1, "completion": 2}', "neither"),
+        ('{"prompt": 1, "completion": 2}', "not both texts or both lists"),
     ],
 )
 def test_a_line_that_is_no_conversation_is_refused(tmp_path, line, words):
@@ -193,7 +193,7 @@ def test_a_long_conversation_is_refused_cut_or_left_out(folder):
     tokenizer, plain = load_tokenizer(folder), chat.load_template(folder, "plain")
     messages = CONVERSATIONS["several turns"]
     whole = chat.tokenize(messages, tokenizer, plain, "f:7")
-    with pytest.raises(ConfigError, match=rf"f:7: {len(whole.tokens)} tokens are more than the 40"):
+    with pytest.raises(ConfigError, match=rf"f:7: {len(whole.tokens)} tokens exceed data.max_length 40"):
         chat.tokenize(messages, tokenizer, plain, "f:7", max_length=40)
     cut = chat.tokenize(messages, tokenizer, plain, "f:7", max_length=40, too_long="cut")
     assert cut.tokens.tolist() == whole.tokens[:40].tolist() and cut.targets.tolist() == whole.targets[:40].tolist()
@@ -228,12 +228,12 @@ def test_a_template_that_takes_text_back_is_refused(folder, tmp_path):
     )
     (tmp_path / "chat_template.jinja").write_text(shortening)
     template = chat.load_template(folder, tmp_path / "chat_template.jinja")
-    with pytest.raises(ConfigError, match="f:9: turn 4: the chat template writes earlier turns otherwise"):
+    with pytest.raises(ConfigError, match="f:9: turn 4: the chat template renders earlier turns differently"):
         chat.tokenize(CONVERSATIONS["several turns"], load_tokenizer(folder), template, "f:9")
 
 
 def test_what_a_template_refuses_is_said_with_its_place(folder, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ raise_exception('only one turn') }}")
     template = chat.load_template(folder, tmp_path / "t.jinja")
-    with pytest.raises(ConfigError, match="f:2: the chat template refuses it: only one turn"):
+    with pytest.raises(ConfigError, match="f:2: the chat template fails: only one turn"):
         chat.tokenize(CONVERSATIONS["one turn"], load_tokenizer(folder), template, "f:2")

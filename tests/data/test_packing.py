@@ -62,7 +62,7 @@ def test_a_row_shifts_labels_within_documents():
 
 
 def test_what_cannot_be_packed_is_refused():
-    with pytest.raises(ConfigError, match="sample 1 has 9 tokens, a row 8"):
+    with pytest.raises(ConfigError, match="sample 1 has 9 tokens, more than the 8"):
         Packing(np.array([3, 9]), 8, 0)
     with pytest.raises(ConfigError, match="no samples"):
         Packing(np.array([], np.int64), 8, 0)

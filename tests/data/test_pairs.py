@@ -77,7 +77,7 @@ REFUSED = {
     "chosen equals rejected": {**TEXT, "rejected": TEXT["chosen"]},
     "`rejected` is missing": {"prompt": "a", "chosen": "b"},
     "neither three texts": {**TURNS, "prompt": "text"},
-    "chosen: does not begin with the assistant": {
+    "chosen: does not begin with an assistant turn": {
         **TURNS,
         "prompt": QUESTION[:1],
         "chosen": [*QUESTION[1:], *TURNS["chosen"]],

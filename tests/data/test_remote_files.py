@@ -44,7 +44,7 @@ def test_text_of_an_object_store_is_found_by_pattern(store, tmp_path):
 def test_what_is_not_there_is_named(store, tmp_path):
     with pytest.raises(ConfigError, match=r"memory://bucket/none\.bin: no such file"):
         local_dataset("memory://bucket/none", tmp_path / "cache")
-    with pytest.raises(ConfigError, match="no file of this pattern"):
+    with pytest.raises(ConfigError, match="no file matches this pattern"):
         local_files(["memory://bucket/*.zip"], tmp_path / "cache")
     with pytest.raises(ConfigError, match="cannot be read"):
         local_files(["nosuch://bucket/a"], tmp_path / "cache")

@@ -58,5 +58,5 @@ def test_an_offset_beyond_four_billion_tokens_is_exact():
 
 def test_too_few_tokens_for_one_window_are_refused_with_both_numbers():
     assert Windows("web", 0, 65, 64, seed=0).starts(np.arange(3)).tolist() == [0, 0, 0]
-    with pytest.raises(ConfigError, match="64 training tokens are too few for one window of 64"):
+    with pytest.raises(ConfigError, match="64 training tokens are fewer than one window of 64"):
         Windows("web", 0, 64, 64, seed=0)

@@ -37,7 +37,7 @@ def test_gpus_of_the_driver_that_torch_does_not_see_make_a_node_unfit(monkeypatc
 
 
 def test_a_node_without_megatron_core_is_unfit(monkeypatch):
-    monkeypatch.setattr(installed, "_is_there", lambda module: module != "megatron.core")
+    monkeypatch.setattr(installed, "_exists", lambda module: module != "megatron.core")
     assert "pip install megatron-core" in installed.unfit()[0]
 
 
@@ -65,7 +65,7 @@ def test_a_missing_build_says_how_to_get_one():
         ([], installed.MISSING),
         (["apex/__init__.py"], "another project"),
         (["apex/__init__.py", "apex/optimizers/__init__.py"], "without its CUDA ops"),
-        (["apex/__init__.py", "apex/optimizers/__init__.py", "amp_C.py"], "there"),
+        (["apex/__init__.py", "apex/optimizers/__init__.py", "amp_C.py"], "version unknown"),
     ],
     ids=["absent", "of another project", "without ops", "real"],
 )
@@ -80,7 +80,7 @@ def test_apex_is_told_from_the_project_of_its_name(tmp_path, monkeypatch, files,
 
 def test_packages_are_looked_up_and_not_imported():
     code = (
-        "import sys, igla_mega.doctor as d; before = set(sys.modules); d.rows(); "
+        "import sys, igla_mega.doctor.installed as d; before = set(sys.modules); d.rows(); "
         "sys.exit(bool({'transformers', 'wandb', 'bitsandbytes', 'megatron.core'} & (set(sys.modules) - before)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

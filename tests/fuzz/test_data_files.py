@@ -23,8 +23,8 @@ from igla_mega.data.tokenizer import load_tokenizer, train_bpe
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.manifest import damage, index_entry, modified_inputs
 from igla_mega.prepare.merge import merge
-from igla_mega.prepare.preprocess import _State
 from igla_mega.prepare.records import texts_of
+from igla_mega.prepare.state import State
 
 LINES = [
     {"text": "The ring passes keys."},
@@ -99,7 +99,7 @@ def test_offsets_that_no_sample_looks_at_are_refused_when_they_are_used(tmp_path
     index[at : at + 8] = (1 << 61).to_bytes(8, "little")
     (tmp_path / "set.idx").write_bytes(index)
     reader = IndexedReader(tmp_path / "set", 10)
-    with pytest.raises(ValueError, match=r"offsets of documents 770 to 779 do not rise: damaged"):
+    with pytest.raises(ValueError, match=r"offsets of documents 770 to 779 are not ascending"):
         reader.document_starts(770, 779)
 
 
@@ -145,8 +145,8 @@ def test_a_journal_of_anybody_is_read_as_far_as_it_can_be_trusted(entries):
     lines = [b'{"job":"mine"}', *(e if isinstance(e, bytes) else json.dumps(e).encode() for e in entries)]
     path = put("a.journal", b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
     for shard in journal.Journal(path, "mine").shards:
-        if _State.fits(shard, 1):
-            state = _State.restored(shard)
+        if State.fits(shard, 1):
+            state = State.restored(shard)
             assert formats.Position(*state.position) and state.documents + state.tokens >= 0
             assert bytes.fromhex(state.digests[0]) is not None
 
@@ -227,7 +227,7 @@ def test_a_giant_document_has_the_text_that_json_says(text, ascii_only, around):
     line = json.dumps({**around, "text": text}, ensure_ascii=ascii_only).encode() + b"\n"
     block = formats.Block(raw_files.LINES, "f", 1, bytearray(line), formats.BEGIN, len(line))
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("LEAST_BYTES", 1), ("_PIECE_BYTES", 24), ("_LET_GO_BYTES", 50)):
+        for name, size in (("LEAST_BYTES", 1), ("_PIECE_BYTES", 24), ("_RELEASE_BYTES", 50)):
             patch.setattr(giant, name, size)
         found = giant.long_text(block, "text")
         assert found is None or "".join(found.pieces()) == text
@@ -388,7 +388,7 @@ def test_templates_that_people_use_mean_what_they_meant():
 def test_an_index_that_claims_exabytes_allocates_nothing():
     put("huge.bin", dataset()[0])
     put("huge.idx", HEADER.pack(MAGIC, 1, 8, 1 << 58, 1 << 58) + b"\0" * 100)
-    assert "cut short or damaged" in hostile.within(50, lambda: IndexedReader(scratch() / "huge"))
+    assert "truncated or damaged" in hostile.within(50, lambda: IndexedReader(scratch() / "huge"))
 
 
 def _bomb(suffix: str, size: int) -> bytes:

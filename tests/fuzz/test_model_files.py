@@ -246,7 +246,7 @@ def test_a_recipe_beside_a_checkpoint_that_claims_more_than_is_there_is_refused_
     )
     seal(path)
     said = hostile.within(300, lambda: read_recipe(path), seconds=5)
-    assert said.startswith("ConfigError") and "its recipe.yaml makes it" in said
+    assert said.startswith("ConfigError") and "its recipe.yaml gives a model" in said
 
 
 @given(altered({"base_model": "x", "checkpoint": "y", "digest": "z"}).map(json.dumps))

@@ -13,14 +13,15 @@ import yaml
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe, packaged
 from igla_mega.plan.card import CLAIMS, claim_of
-from igla_mega.plan.question import Answer, ask
+from igla_mega.plan.question import Answer, Asked, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan(name: str, **given) -> Answer:
-    keys = ("scale", "overrides", "gpu", "gpus", "price", "hardware", "calibration", "models", "samples")
-    return ask(name, *(given.get(key) for key in keys))
+    if "hardware" in given:
+        given["hardware_file"] = given.pop("hardware")
+    return ask(Asked(name=name, **given))
 
 
 def values(name: str, **given) -> dict:
@@ -36,8 +37,8 @@ def refusal(name: str, **given) -> str:
 @pytest.mark.parametrize("name", list(packaged()))
 def test_each_recipe_has_a_plan_on_the_cards_hardware_within_a_second_and_without_torch(name):
     code = (
-        "import sys, time; t = time.process_time(); from igla_mega.plan.question import ask;"
-        f"ask({name!r}, *[None] * 9).text(); assert time.process_time() - t < 3.0; sys.exit('torch' in sys.modules)"
+        "import sys, time; t = time.process_time(); from igla_mega.plan.question import Asked, ask;"
+        f"ask(Asked(name={name!r})).text(); assert time.process_time() - t < 3.0; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -55,7 +55,7 @@ def recipe(tmp_path, jsonl, texts, tokenizer, write_jsonl) -> Path:
 
 def test_parts_made_apart_and_merged_are_what_prepare_makes_at_once(recipe, tmp_path):
     said = igla("prepare", recipe, "--report")
-    assert "the weights add up to 4, not 1; taken as code 0.25, web 0.75" in said
+    assert "the weights add up to 4, not 1; normalized to code 0.25, web 0.75" in said
     assert (tmp_path / "prepared" / "report.html").stat().st_size > 2000
     for i in range(2):
         igla("prepare", recipe, "--shard", f"{i}/2", "--set", f"data.prepared={tmp_path / 'parts'}")

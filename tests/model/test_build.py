@@ -1,4 +1,4 @@
-"""The model: its size, its initial weights in every layout, its rotary frequencies."""
+"""Tests of the model: its size, its initial weights in every layout, its rotary frequencies."""
 
 import resource
 
@@ -69,7 +69,7 @@ def initial_pieces(recipe):
 
 
 def initial_weights(num_ranks: int, recipe) -> dict[str, torch.Tensor]:
-    """The whole weights, put together from what the ranks hold; copies must agree and nothing may be missing."""
+    """Assemble the whole weights from the ranks' parts; copies must agree and no part may be missing."""
     whole: dict[str, torch.Tensor] = {}
     for pieces in ranks.run(num_ranks, initial_pieces, recipe):
         for name, shape, offset, values in pieces:
@@ -105,7 +105,7 @@ def test_tied_embeddings_start_equal_on_both_pipeline_ends():
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
 
 
-def test_initial_weights_have_the_spread_that_is_asked_for(of_one_process):
+def test_initial_weights_have_the_configured_spread(of_one_process):
     for name, weight in of_one_process.items():
         if weight.dim() == 1:
             assert (weight == 1).all(), name

@@ -1,4 +1,4 @@
-"""The whole tiny model with its sequences split over context-parallel ranks, against one process."""
+"""Tests of the whole tiny model with its sequences split over context-parallel ranks, against one process."""
 
 import pytest
 import ranks
@@ -11,7 +11,7 @@ from igla_mega.engine.step import train_step
 from igla_mega.ops import ring_attention as ring
 
 TOLERANCE = 1e-5
-"""Absolute, on losses of 5.6 nats and norms of 1 to 3, over twenty steps."""
+"""Absolute tolerance, for losses of 5.6 nats and norms of 1 to 3, over twenty steps."""
 # At a rate of 1e-2 this model is so unsteady that one process with another micro-batch size is 3e-5 off.
 STEADY = {"training": {"learning_rate": 1e-3}, "micro_batch_size": 4}
 CP2 = {"context_parallel": 2}
@@ -68,7 +68,7 @@ def test_a_split_sequence_trains_as_a_whole_one(case, one_process):
 
 
 def a_counted_step(recipe) -> tuple[list, int]:
-    """What a step reports, and how often it computes a block of attention forward."""
+    """Return the report of a step, and how often it computes the forward pass of an attention block."""
     built, calls, forward = tiny.engine(recipe)[0], [], ring.block_forward
     ring.block_forward = lambda *args, **options: calls.append(None) or forward(*args, **options)
     try:
@@ -89,11 +89,11 @@ def test_recomputing_a_layer_computes_its_attention_once(schedule, expected):
 
 
 LENGTHS = (9, 1, 17)
-"""Of the documents in a row; the rest of the row is padding."""
+"""Lengths of the documents in a row; the rest of the row is padding."""
 
 
 def one_to_a_row(layout):
-    """Every document in a row of its own, targets only within it."""
+    """Return every document in a separate row, with targets only inside it."""
     for tokens in documents():
         length = tokens.numel() - 1
         row = torch.zeros(1, tiny.SEQUENCE + 1, dtype=torch.int64)
@@ -107,7 +107,7 @@ def one_to_a_row(layout):
 
 
 def all_in_one_row(layout):
-    """The same documents behind one another, positions counted within each."""
+    """Return the same documents packed in one row, with positions counted within each."""
     rows = [torch.zeros(tiny.SEQUENCE, dtype=torch.int64) for _ in range(3)]
     mask, start, borders = torch.zeros(tiny.SEQUENCE), 0, [0]
     for tokens in documents():

@@ -1,4 +1,4 @@
-"""Adapters against PEFT on the same weights and batches, and every layout against one process."""
+"""Tests of adapters against PEFT on the same weights and batches, and every layout against one process."""
 
 import pytest
 import ranks
@@ -11,7 +11,7 @@ from igla_mega.model import lora
 
 NUM_STEPS = 10
 TOLERANCE = 1e-5
-"""Absolute, on losses of 5.6 nats and adapters of up to 0.3: the same sums in another order, in fp32."""
+"""Absolute tolerance, for losses of 5.6 nats and adapters of up to 0.3: the same sums in another order, in fp32."""
 
 VARIANTS = {
     "all projections": {},
@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def against_peft(tmp_path):
-    """For each variant the largest differences: loss, gradient norm, adapters; and how far the adapters moved."""
+    """Return the largest differences of loss, gradient norm and adapters per variant, and the adapters' movement."""
     recipe, differences = tiny.recipe(training={"learning_rate": 5e-4}), {}
     mesh = None
     for name, changes in VARIANTS.items():
@@ -84,7 +84,7 @@ def trained(recipe, section):
 
 
 def warm(recipe, section) -> dict[str, torch.Tensor]:
-    """Adapters whose lora_B is not zero."""
+    """Return adapters whose lora_B is not zero."""
     generator, start = torch.Generator().manual_seed(5), {}
     for name, shape in tuned.adapters.shapes_of(recipe.model, section).items():
         if not name.endswith("lora_magnitude"):
@@ -139,7 +139,7 @@ def test_a_model_with_its_adapters_off_is_its_base(tmp_path):
 
 
 def masks():
-    """The same samples in one micro-batch, and in two."""
+    """Return the same samples in one micro-batch and in two."""
     from types import SimpleNamespace
 
     group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)

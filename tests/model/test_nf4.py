@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes: codes, scales and values bit for bit, whole and of each shard."""
+"""Tests of NF4 against bitsandbytes: codes, scales and values bit for bit, whole and of each shard."""
 
 import pytest
 import ranks
@@ -20,7 +20,7 @@ def weight(shape, dtype=torch.float32):
 
 
 def reference(values, double=True):
-    """bitsandbytes' codes and what it makes of them."""
+    """Return bitsandbytes' codes and their dequantized values."""
     import bitsandbytes.functional as functional
 
     codes, state = functional.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=double)
@@ -65,7 +65,7 @@ def test_shards_are_those_of_the_whole(shape, num_ranks):
 
 
 def uneven():
-    with pytest.raises(ConfigError, match="2 leaves 96 weights of a row on a rank, no multiple of NF4's 64"):
+    with pytest.raises(ConfigError, match="2 leaves 96 weights of a row on a rank, not a multiple of NF4's 64"):
         Nf4(torch.randn(8, 96), dim=1, group=dist.group.WORLD)
 
 
@@ -82,7 +82,7 @@ MODEL = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "intermediate_si
 
 
 def against_bitsandbytes(tmp_path):
-    """Ten steps of LoRA on a base in 4 bits, PEFT's on bitsandbytes' layers beside ours."""
+    """Take ten steps of LoRA on a 4-bit base, and PEFT's on bitsandbytes' layers for comparison."""
     import bitsandbytes as bnb
 
     model = tuned.llama(
@@ -158,7 +158,7 @@ def test_a_layout_equals_one_process(case, one_process):
 
 
 def test_no_weight_outlives_its_product():
-    """The backward pass makes it again from the codes: nothing of the weight's size is kept between the passes."""
+    """The backward pass dequantizes again: nothing of the weight's size is kept between the passes."""
     codes = Nf4(weight((512, 256)), dim=0)
     stack = nf4.Stack(0, "mlp.linear_fc2", 1, {"down_proj": 512})
     kept: list[int] = []

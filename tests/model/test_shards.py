@@ -1,4 +1,4 @@
-"""The geometry of shards, against brute force: every element of the whole lies on exactly one rank, where it should."""
+"""Tests of the geometry of shards by brute force: every element of the whole is on exactly one rank, the right one."""
 
 import random
 
@@ -8,7 +8,7 @@ from igla_mega.model.shards import Shard, local_values
 
 
 def local_parts(whole: torch.Tensor, dim: int | None, tensor_size: int, halves: int) -> list[torch.Tensor]:
-    """What each tensor-parallel rank holds, by megatron-core's rule."""
+    """Return each tensor-parallel rank's part, split by megatron-core's rule."""
     if dim is None:
         return [whole.clone() for _ in range(tensor_size)]
     split = [half.chunk(tensor_size, dim) for half in whole.chunk(halves, 0)]
@@ -16,7 +16,7 @@ def local_parts(whole: torch.Tensor, dim: int | None, tensor_size: int, halves: 
 
 
 def random_cases(num_cases: int):
-    """Parameters of every kind: (whole with padding rows, rows of it that are real, dim, tensor_size, halves)."""
+    """Yield parameters of every kind: (whole with padding rows, number of real rows, dim, tensor_size, halves)."""
     draw = random.Random(7)
     for _ in range(num_cases):
         tensor_size = draw.choice([1, 2, 3, 4])
@@ -77,7 +77,7 @@ def test_rows_that_pad_the_vocabulary_are_dropped():
     assert list(Shard("output_layer.weight", (5, 2), (2, 2), 0, 3, 4, 1, False).rectangles(torch.zeros(4))) == []
 
 
-def test_a_run_costs_a_few_rectangles_whatever_its_length():
+def test_a_run_of_any_length_is_a_few_rectangles():
     shard = Shard("w", (2000, 64), (1000, 64), 0, 0, 2, 2, False)
     assert len(list(shard.rectangles(torch.zeros(63_990), 5))) <= 4
 

@@ -1,4 +1,4 @@
-"""The modules of a layer, each against a plain formula in float64."""
+"""Tests of the modules of a layer, each against a plain formula in float64."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from igla_mega.model.spec import CoreAttention, RMSNorm, fp8_settings, use_trans
 
 
 def dense_attention(query, key, value):
-    """Softmax over a full score matrix, in the type of the inputs; [S, B, H, D] in, [S, B, H * D] out."""
+    """Attend with a softmax over a full score matrix, in the type of the inputs; [S, B, H, D] in, [S, B, H * D] out."""
     groups = query.shape[2] // key.shape[2]
     key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query, key) / query.shape[3] ** 0.5
@@ -89,14 +89,14 @@ def test_the_norms_weight_starts_at_one_and_is_marked_under_sequence_parallelism
     assert not norm(torch.float32).weight.sequence_parallel
 
 
-def test_transformer_engine_asked_for_by_name_and_absent_is_an_error():
+def test_transformer_engine_requested_by_name_and_absent_is_an_error():
     with pytest.raises(ConfigError, match="kernels: te needs Transformer Engine") as raised:
         use_transformer_engine("te", torch.device("cpu"))
     assert "kernels=local" in str(raised.value)
     assert not any(use_transformer_engine(word, torch.device("cpu")) for word in ("auto", "local", "require"))
 
 
-def test_fp8_without_transformer_engine_says_the_way_out():
+def test_fp8_without_transformer_engine_is_an_error_with_a_remedy():
     with pytest.raises(ConfigError, match="FP8 needs Transformer Engine") as raised:
         fp8_settings("tensorwise", torch.device("cpu"), transformer_engine=False)
     assert "precision=BF16" in str(raised.value)
@@ -106,6 +106,6 @@ def test_an_fp8_recipe_that_the_gpu_lacks_names_those_it_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert fp8_settings("blockwise", torch.device("cuda"), True) == {"fp8": "hybrid", "fp8_recipe": "blockwise"}
-    with pytest.raises(ConfigError, match=r"needs compute capability 10\.0, and NVIDIA H200 has 9\.0") as raised:
+    with pytest.raises(ConfigError, match=r"needs compute capability 10\.0, but NVIDIA H200 has 9\.0") as raised:
         fp8_settings("mxfp8", torch.device("cuda"), True)
     assert "Use tensorwise or delayed or blockwise" in str(raised.value)

@@ -1,4 +1,4 @@
-"""Preference optimization against TRL on the same weights and pairs, and every layout against one process."""
+"""Tests of preference optimization against TRL on the same weights and pairs, and every layout against one process."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ from igla_mega.objective import dpo
 
 PAIRS = 8
 TOLERANCE = 1e-6
-"""On losses of 0.1 to 1 and rewards of 0.1: fp32 logits of a few units, summed over some ten tokens."""
+"""Absolute tolerance, for losses of 0.1 to 1 and rewards of 0.1: fp32 logits of a few units, summed over ten tokens."""
 
 
 def pairs() -> list[Pair]:
@@ -31,7 +31,7 @@ def pairs() -> list[Pair]:
 
 
 def batches(layout, data_rank: int, reference=None):
-    """The micro-batches of one data-parallel rank, `micro_batch_size` pairs each."""
+    """Return the micro-batches of one data-parallel rank, `micro_batch_size` pairs each."""
     rows, size = rows_of(pairs(), layout.sequence_length, 0), 2 * layout.micro_batch_size
     for m in range(PAIRS // (layout.micro_batch_size * layout.data)):
         at = (m * layout.data + data_rank) * size
@@ -41,7 +41,7 @@ def batches(layout, data_rank: int, reference=None):
 
 
 def passed(built, micro_batches, step, *, forward_only: bool, chunks=None):
-    """Run a forward step over micro-batches of pairs; what the last stage reports."""
+    """Run a forward step over micro-batches of pairs; return the report of the last stage."""
     layout, chunks = built.layout, chunks or built.chunks
     own = [_shard_for_context_parallel(batch, built.mesh.context) for batch in micro_batches]
     return get_forward_backward_func()(
@@ -65,7 +65,7 @@ def reference_of(built, micro_batches, chunks=None):
 
 
 def objective(built, section, reference=None, chunks=None):
-    """Sums of the report over the global batch, after a forward and a backward pass."""
+    """Return the sums of the report over the global batch, after a forward and a backward pass."""
     built.optimizer.zero_grad()
     micro_batches = list(batches(built.layout, built.mesh.data.rank, reference))
     if reference is None and not section.reference_free:
@@ -87,7 +87,7 @@ def engine(recipe, base=None, section=None, mesh=None):
 
 
 def gradients(built, shards, model) -> dict[str, torch.Tensor]:
-    """By Hugging Face's names."""
+    """Return the gradients by Hugging Face's names."""
     found = {shard.name: param.main_grad for shard, param in named_shards(built.chunks, shards)}
     return {name: part for w in weights_of(model) for name, part in zip(w.parts, w.split(found[w.native]), strict=True)}
 
@@ -205,7 +205,7 @@ def test_without_a_reference_the_loss_is_that_of_the_log_probabilities_by_hand()
 
 
 def three_references(tmp_path):
-    """The model with its adapters off, a second model, and sums made before."""
+    """Return results with the three references: adapters off, a second model, and precomputed sums."""
     tuned.llama(tmp_path / "hf")
     recipe, base, section = tiny.recipe(), tmp_path / "hf-native", tuned.section(dropout=0.3)
     built, shards, switch = engine(recipe, base, section)
@@ -235,7 +235,7 @@ def test_three_references_give_the_same_loss(tmp_path):
 
 
 def stepped(recipe):
-    """Five steps; the reference is the first model, made once."""
+    """Take five steps; the reference is the initial model, evaluated once."""
     built, _, _ = engine(recipe)
     made = reference_of(built, list(batches(built.layout, built.mesh.data.rank)))
     reports = []

@@ -1,4 +1,4 @@
-"""The Fisher's definition on models with a closed form, the penalty, and how phases are folded."""
+"""Tests of the Fisher's definition on models with a closed form, of the penalty, and of merging phases."""
 
 import pytest
 import ranks
@@ -20,7 +20,7 @@ def inputs(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def gradients(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of each sample's negative log-likelihood under softmax regression: [N, CLASSES, WIDTH]."""
+    """Return gradients of each sample's negative log-likelihood under softmax regression, [N, CLASSES, WIDTH]."""
     residual = (x @ WEIGHTS.t()).softmax(-1) - torch.nn.functional.one_hot(labels, CLASSES)
     return residual.unsqueeze(2) * x.unsqueeze(1)
 
@@ -30,13 +30,13 @@ def drawn(x: torch.Tensor, seed: int = 1) -> torch.Tensor:
 
 
 def closed_form(x: torch.Tensor) -> torch.Tensor:
-    """E over the labels: p_k (1 - p_k) x_i^2, summed over the samples."""
+    """Return the expectation over labels: p_k (1 - p_k) x_i^2, summed over the samples."""
     p = (x @ WEIGHTS.t()).softmax(-1)
     return ((p * (1 - p)).unsqueeze(2) * x.square().unsqueeze(1)).sum(0)
 
 
 def accumulated(samples: torch.Tensor, at_once: int = 20_000) -> torch.Tensor:
-    """The sum of squares by the op; `at_once` tensors, one a sample, lie in one buffer."""
+    """Return the sum of squares computed by the op; `at_once` tensors, one per sample, share one buffer."""
     running = torch.zeros(at_once, CLASSES, WIDTH, dtype=torch.float64)
     for part in samples.split(at_once):
         fisher_accumulate_([running[: len(part)]], [part.contiguous()], 1.0)

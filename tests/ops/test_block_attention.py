@@ -1,4 +1,4 @@
-"""Where no fused kernel takes a type (fp32 and fp64 on CUDA), plain torch answers: held to the fused one on CPU."""
+"""Tests of block attention in plain torch, used for fp32 and fp64 on CUDA, against the fused kernel on CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Labels are drawn from the softmax, the same wherever the columns lie."""
+"""Tests that labels are drawn from the softmax, and are the same for every split of the columns."""
 
 import pytest
 import ranks
@@ -13,7 +13,7 @@ def logits(rows: int, columns: int) -> torch.Tensor:
     return 3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def test_labels_come_as_often_as_the_softmax_says():
+def test_labels_are_drawn_with_the_frequencies_of_the_softmax():
     p = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.05, 0.049, 0.001])
     for keys in (
         token_keys(1, 3, torch.arange(200_000)),

@@ -19,7 +19,7 @@ GRADIENT = {"op": cross_entropy.softmax_gradient_, "reference": cross_entropy.so
 
 
 def case(columns: int, dtype: torch.dtype = torch.float32, device: str = "cpu", rows: int = 37, seed: int = 0):
-    """Logits, labels (in the shard, of other shards, masked) and the shard's vocab_limit."""
+    """Return logits, labels (in the shard, of other shards, masked) and the shard's vocab_limit."""
     generator = torch.Generator().manual_seed(seed)
     logits = (5 * torch.randn(rows, columns, generator=generator)).to(dtype)
     labels = START + torch.randint(-columns, 2 * columns, (rows,), generator=generator)
@@ -30,7 +30,7 @@ def case(columns: int, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 
 
 def in_float64(logits, labels, limit):
-    """The statistics and `column is the label` by their definition."""
+    """Return the statistics and `column is the label`, computed by definition."""
     ids = START + torch.arange(logits.shape[1], device=logits.device)
     values = logits.double().masked_fill(ids >= limit, -torch.inf)
     hit = (ids == labels.unsqueeze(1)) & (ids < limit)
@@ -75,7 +75,7 @@ def test_gradient_equals_its_definition_in_float64(which, columns, dtype, device
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("which", GRADIENT)
-def test_a_row_of_weight_zero_becomes_zero_whatever_it_holds(which, device):
+def test_a_row_of_weight_zero_becomes_zero_even_if_not_finite(which, device):
     logits, labels, limit = case(4097, device=device)
     logits[0], logits[1], logits[2] = torch.nan, torch.inf, -torch.inf
     lse = torch.zeros(len(labels), device=device)
@@ -203,7 +203,7 @@ def test_requiring_a_kernel_that_is_not_built_names_it_and_the_way_out():
 
 def test_a_library_that_does_not_load_is_said_and_the_reference_answers(tmp_path):
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
-    with pytest.warns(RuntimeWarning, match="built against another torch .* the torch reference answers"):
+    with pytest.warns(RuntimeWarning, match="built against another torch .* torch reference is used"):
         assert "Build again with" in ops._load_kernels(tmp_path)
     assert "is not built" in ops._load_kernels(tmp_path / "nowhere")
 

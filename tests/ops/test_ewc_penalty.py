@@ -12,7 +12,7 @@ Case = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def case(sizes, dtype=torch.float32, grad_type=None, device="cpu", offset=0) -> Case:
-    """Gradients, weights near their anchors, anchors and Fisher, each `offset` elements into its memory."""
+    """Return gradients, weights near their anchors, anchors and Fisher, each `offset` elements into its memory."""
     generator = torch.Generator().manual_seed(0)
 
     def tensors(scale: float, to: torch.dtype) -> list[Tensor]:
@@ -27,7 +27,7 @@ def case(sizes, dtype=torch.float32, grad_type=None, device="cpu", offset=0) -> 
 
 
 def by_autograd(grads: list[Tensor], weights: list[Tensor], anchors: list[Tensor], fisher: list[Tensor]):
-    """In fp64: the penalty, its gradient, and the three sums."""
+    """Return the penalty, its gradient and the three sums, computed in fp64."""
     leaves = [w.double().requires_grad_() for w in weights]
     terms = [f.double() * (w - a.double()) ** 2 for w, a, f in zip(leaves, anchors, fisher, strict=True)]
     penalty = LAMBDA / 2 * torch.stack([t.sum() for t in terms]).sum()

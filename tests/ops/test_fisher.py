@@ -13,7 +13,7 @@ WAYS = {
 
 
 def case(sizes, fisher_type=torch.float32, grad_type=torch.float32, device="cpu", offset=0):
-    """Fisher tensors that are not zero, and gradients, each starting `offset` elements into its memory."""
+    """Return nonzero Fisher tensors and gradients, each starting `offset` elements into its memory."""
     generator = torch.Generator().manual_seed(0)
     fisher = [torch.rand(size + offset, generator=generator).to(fisher_type).to(device)[offset:] for size in sizes]
     grads = [torch.randn(size + offset, generator=generator).to(grad_type).to(device)[offset:] for size in sizes]
@@ -39,7 +39,7 @@ def test_fisher_equals_the_weighted_sum_of_squares_in_float64(which, fisher_type
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("grad_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", WAYS)
-def test_gradients_are_zeroed_when_asked_and_their_neighbours_are_not(which, grad_type, offset, device):
+def test_gradients_are_zeroed_on_request_and_their_neighbours_are_not(which, grad_type, offset, device):
     fisher, grads = case([4097], grad_type=grad_type, device=device)
     want = fisher[0].clone()
     WAYS[which]([want[offset:-1]], [grads[0].clone()[offset:-1]], 0.5)

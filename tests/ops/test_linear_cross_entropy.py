@@ -1,4 +1,4 @@
-"""The projection and its loss in one pass, against torch's cross entropy over all logits in float64."""
+"""Tests of the projection and its loss in one pass, against torch's cross entropy over all logits in float64."""
 
 import pytest
 import ranks
@@ -13,7 +13,7 @@ TOKENS, HIDDEN, VOCAB = 70, 24, 93
 
 
 def inputs(vocab_rows: int = VOCAB):
-    """Hidden states, weight rows (those beyond VOCAB are padding), labels, and a mask with zeros and fractions."""
+    """Return hidden states, weight rows (beyond VOCAB: padding), labels, and a mask with zeros and fractions."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     weight = torch.randn(vocab_rows, HIDDEN, generator=generator) * 0.5
@@ -23,7 +23,7 @@ def inputs(vocab_rows: int = VOCAB):
 
 
 def by_torch(hidden, weight, labels, mask, upstream=1.0):
-    """Loss and gradients in the type of the inputs; padding rows are left out of the softmax."""
+    """Return loss and gradients in the type of the inputs, without padding rows in the softmax."""
     hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
     logits = hidden @ weight[:VOCAB].t()
     losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
@@ -70,7 +70,7 @@ def test_error_in_bf16_is_at_most_twice_torchs_own(chunk, monkeypatch):
         assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max()
 
 
-def test_padding_rows_take_no_part_whatever_they_hold():
+def test_padding_rows_change_nothing_even_if_not_finite():
     hidden, weight, labels, mask = inputs(VOCAB + 3)
     first = in_one_pass(hidden, weight, labels, mask)
     weight[VOCAB:] = 1e4
@@ -127,7 +127,7 @@ def test_the_other_input_may_be_frozen(frozen):
 
 
 def of_this_rank(vocab_rows: int):
-    """This rank's part of the vocabulary; the gradient of the hidden states is summed as the model does it."""
+    """Run on this rank's part of the vocabulary, and sum the gradient of the hidden states as the model does."""
     hidden, weight, labels, mask = inputs(vocab_rows)
     own = weight.chunk(dist.get_world_size())[dist.get_rank()]
     loss, grad_hidden, grad_weight = in_one_pass(hidden, own, labels, mask, 0.5, group=dist.group.WORLD)

@@ -19,12 +19,12 @@ MERGES = {"op": merge_partials, "reference": by_reference}
 
 
 def attention(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """In one softmax, fp64: out [B, H, S, D] and lse [B, H, S]."""
+    """Attend with one softmax in fp64; return out [B, H, S, D] and lse [B, H, S]."""
     return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
 def case(num_partials: int, head_size: int = 64, rows: int = 13, spread: float = 1.0, seed: int = 0, device="cpu"):
-    """Partials over disjoint keys, fp64, and attention over all of them; the keys of a partial differ in scale."""
+    """Return fp64 partials over disjoint keys of different scales, and attention over all of them."""
     generator = torch.Generator().manual_seed(seed)
     keys = 5 * num_partials
     scores = torch.randn(2, 3, rows, keys, generator=generator, dtype=torch.float64)
@@ -40,7 +40,7 @@ def narrowed(outs: list[Tensor], lses: list[Tensor], *types: torch.dtype) -> tup
 
 
 def exact_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The formula in fp64, on what the partials hold after rounding."""
+    """Apply the formula in fp64 to the rounded partials."""
     scores = torch.stack(lses).double()
     lse = scores.logsumexp(0)
     return ((scores - lse).exp().unsqueeze(-1) * torch.stack([o.double() for o in outs])).sum(0), lse
@@ -193,7 +193,7 @@ def test_strides_other_than_the_last_are_free(head_size, device):
     want_out, want_lse = merge_partials(outs, lses)
 
     def interleaved(tensor: Tensor) -> Tensor:
-        """[B, H, S, ..] that lies in memory as [B, S, H, ..], inside a wider buffer."""
+        """Return [B, H, S, ..] stored as [B, S, H, ..] inside a wider buffer."""
         buffer = torch.empty(tensor.transpose(1, 2).shape, dtype=tensor.dtype, device=device).repeat(
             1, 2, 2, *[1] * (tensor.dim() - 3)
         )

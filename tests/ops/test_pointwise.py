@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and rotary positions: csrc's kernels and their references against plain formulas in float64."""
+"""Tests of norms, SwiGLU and rotary positions: csrc's kernels and references against plain formulas in float64."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def assert_same(ours, exact, dtype):
 
 
 def compare(ours, exact, dtype, *inputs):
-    """Outputs and gradients of two functions of the same inputs."""
+    """Return outputs and gradients of two functions of the same inputs."""
     given = [x.to(dtype).requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in given]
     out, expected = ours(*given), exact(*wide)

@@ -1,4 +1,4 @@
-"""Ring attention on gloo ranks, against one softmax over all scores in float64."""
+"""Tests of ring attention on gloo ranks, against one softmax over all scores in float64."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from igla_mega.ops.ring_attention import SCHEDULES, Kept, choose_schedule, ring_
 from igla_mega.ops.zigzag import zigzag_join, zigzag_shard, zigzag_unshard
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
-"""Relative, in the Frobenius norm: some tens of roundings."""
+"""Tolerances relative to the Frobenius norm: some tens of roundings."""
 HEADS = [(8, 8), (8, 2), (8, 1)]
 
 
@@ -33,10 +33,10 @@ class Case:
     dtype: torch.dtype = torch.float64
     documents: tuple | None = None
     peak: float = 1.0
-    """Queries are that much longer: a softmax over peaked scores."""
+    """Factor of the queries, for a softmax over peaked scores."""
 
     def inputs(self) -> list[Tensor]:
-        """q, k, v and the gradient of the output, of the whole sequence: [S, B, H, D] fp64, of values of `dtype`."""
+        """Return q, k, v and the output gradient of the whole sequence: [S, B, H, D] fp64, rounded to `dtype`."""
         generator = torch.Generator().manual_seed(self.length + 100 * self.batch + 1000 * self.heads[1])
         num_heads = [self.heads[0], self.heads[1], self.heads[1], self.heads[0]]
         shapes = [(self.length, self.batch, heads, self.head_size) for heads in num_heads]
@@ -45,13 +45,13 @@ class Case:
 
     @property
     def padded_documents(self):
-        """Tokens that fill up the sequence are no part of it, whatever it holds."""
+        """Documents of the sequence; padding tokens at its end belong to none of them."""
         return self.documents or (0, self.length)
 
 
 @functools.lru_cache(maxsize=32)
 def dense(case: Case) -> list[Tensor]:
-    """out, dq, dk, dv, and lse [B, H, S], of the whole sequence in fp64."""
+    """Return out, dq, dk, dv and lse [B, H, S] of the whole sequence in fp64."""
     *qkv, grad_out = case.inputs()
     q, k, v = (t.requires_grad_() for t in qkv)
     wide_k, wide_v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
@@ -66,7 +66,7 @@ def dense(case: Case) -> list[Tensor]:
 
 
 def visible(case: Case) -> Tensor:
-    """[B or 1, query, key]"""
+    """Return the mask of visible pairs, [B or 1, query, key]."""
     documents = case.padded_documents
     masks = []
     for offsets in documents if isinstance(documents[0], tuple) else [documents]:
@@ -83,7 +83,7 @@ def shard(whole: Tensor, dtype: torch.dtype, fill: float = 0) -> Tensor:
 
 
 def parts_of_this_rank(case: Case, *, inputs: list[Tensor] | None = None, **options) -> list[Tensor]:
-    """This rank's out, dq, dk, dv and lse."""
+    """Return this rank's out, dq, dk, dv and lse."""
     *qkv, grad_out = (shard(t, case.dtype) for t in inputs or case.inputs())
     q, k, v = (t.requires_grad_() for t in qkv)
     out, lse = ring_attention(
@@ -104,12 +104,12 @@ def parts_of_this_rank(case: Case, *, inputs: list[Tensor] | None = None, **opti
 
 
 def whole(parts: list[Tensor]) -> list[Tensor]:
-    """Of all ranks' parts of out, dq, dk and dv, on every rank; what fills up the sequence included."""
+    """Gather out, dq, dk and dv of all ranks on every rank, padding included."""
     return [zigzag_unshard(part, dist.group.WORLD, 0) for part in parts[:4]]
 
 
 def squares(case: Case) -> list[tuple[float, float]]:
-    """Of this rank's out, dq, dk, dv and lse: squared norm of the error, and of what is right.
+    """Return squared norms of the error and of the reference for this rank's out, dq, dk, dv and lse.
 
     The error is infinite where what fills up the sequence is not empty.
     """
@@ -132,7 +132,7 @@ def squares_of(cases: list[Case]) -> list[list[tuple[float, float]]]:
 
 
 def errors(num_ranks: int, cases: list[Case], limit_seconds: float = 120.0) -> list[list[float]]:
-    """Of each case's out, dq, dk, dv and lse, over all ranks: relative in the Frobenius norm."""
+    """Return each case's relative errors of out, dq, dk, dv and lse over all ranks, in the Frobenius norm."""
     per_rank = ranks.run(num_ranks, squares_of, cases, limit_seconds=limit_seconds)
     sums = torch.tensor(per_rank, dtype=torch.float64).sum(0)
     return (sums[..., 0] / sums[..., 1].clamp(min=1e-300)).sqrt().tolist()
@@ -148,7 +148,7 @@ def check(num_ranks: int, cases: list[Case], limit_seconds: float = 120.0) -> No
 
 
 def matrix(shapes: list[tuple[int, int]], heads=HEADS) -> list[Case]:
-    """All schedules and types, causal and full, of these lengths and batches."""
+    """Return cases of all schedules and types, causal and full, for these lengths and batches."""
     return [
         Case(length, batch, pair, causal=causal, schedule=schedule, dtype=dtype)
         for (length, batch), pair, schedule in itertools.product(shapes, heads, SCHEDULES)
@@ -208,7 +208,7 @@ def test_documents_of_each_row_equal_dense_attention_in_a_padded_sequence():
 
 
 def by_torch(case: Case) -> list[Tensor]:
-    """out, dq, dk, dv of torch's attention on one device."""
+    """Return out, dq, dk and dv of torch's attention on one device."""
     *qkv, grad_out = (t.to(case.dtype) for t in case.inputs())
     q, k, v = (t.requires_grad_() for t in qkv)
     out = F.scaled_dot_product_attention(
@@ -231,7 +231,7 @@ def test_one_rank_is_torchs_attention_bit_for_bit(schedule, causal, dtype):
 
 
 class _Spread(torch.autograd.Function):
-    """Every rank's whole tensor to its part; the gradient is of the whole, on every rank."""
+    """Take this rank's part of a tensor that every rank holds; the gradient is that of the whole, on every rank."""
 
     @staticmethod
     def forward(ctx, x):
@@ -278,7 +278,7 @@ def in_bf16(cases: list[Case]) -> list[list]:
 
 
 def errors_in_bf16(num_ranks: int, cases: list[Case]) -> list[list[float]]:
-    """Of out, dq, dk, dv of each case."""
+    """Return the errors of out, dq, dk and dv for each case."""
     per_rank = ranks.run(num_ranks, in_bf16, cases, limit_seconds=300)
     found = []
     for index, case in enumerate(cases):
@@ -318,7 +318,7 @@ def test_the_bf16_error_hardly_grows_from_two_ranks_to_sixteen():
 
 @contextmanager
 def replaced(name: str, value):
-    """Something of the module under test, on this rank."""
+    """Replace an attribute of the module under test on this rank."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -328,7 +328,7 @@ def replaced(name: str, value):
 
 
 def stale_keys(*args):
-    """A backward pass that sees the same keys at every step."""
+    """Run a backward pass that sees the same keys at every step."""
     pass_on = module._pass_on
 
     def stale(message, ring, tag, free):
@@ -343,7 +343,7 @@ def stale_keys(*args):
 
 
 def home_missed(*args):
-    """A backward pass that ends one hop before the gradients of keys and values are home."""
+    """Run a backward pass that ends one hop before the gradients of keys and values return to their rank."""
     pass_on, hops = module._pass_on, []
 
     def short(message, ring, tag, free):
@@ -356,7 +356,7 @@ def home_missed(*args):
 
 
 def local_lse(*args):
-    """A backward pass that takes each block's softmax for that of the whole row."""
+    """Run a backward pass that uses each block's softmax in place of that of the whole row."""
     whole_row = module.block_backward
 
     def of_block(grad_out, q, k, v, out, lse, **options):
@@ -400,7 +400,7 @@ def moved(t: Tensor, tokens: slice) -> Tensor:
 
 
 def causality_probe(case: Case, tokens: list[int]) -> list[bool]:
-    """Whether outputs before a token stay, bit for bit, when it and all behind it move; and those from it on do not."""
+    """Return whether, when a token and all later ones change, exactly the outputs from it on change."""
     before = whole(parts_of_this_rank(case))[0]
     answers = []
     for token in tokens:
@@ -413,7 +413,7 @@ def causality_probe(case: Case, tokens: list[int]) -> list[bool]:
 
 
 def document_probe(case: Case) -> list[bool]:
-    """Whether outputs and gradients of all other documents stay, bit for bit, when one moves."""
+    """Return whether outputs and gradients of all other documents stay bit for bit when one changes."""
     before = whole(parts_of_this_rank(case))
     answers = []
     for document in itertools.starmap(slice, itertools.pairwise(case.documents)):
@@ -434,7 +434,7 @@ def probes() -> list[bool]:
     return [answer for found in (*answers, *map(document_probe, packed)) for answer in found]
 
 
-def test_no_output_knows_of_a_later_token_or_of_another_document():
+def test_no_output_depends_on_a_later_token_or_on_another_document():
     for answers in ranks.run(4, probes):
         assert len(answers) == 4 * (5 + 4 * 4) and all(answers)
 
@@ -497,7 +497,7 @@ def test_runs_repeat_bit_for_bit_and_do_as_well_when_nothing_overlaps():
 
 
 def second_pass(case: Case) -> tuple[bool, int, int]:
-    """A forward pass without gradients, then one that finds what it kept: whether all is equal, and calls of blocks."""
+    """Run a forward pass without gradients, then one that reuses its result; return equality and calls of blocks."""
     expected = parts_of_this_rank(case)
     kept = Kept()
     with torch.no_grad():
@@ -531,7 +531,7 @@ def test_what_a_first_pass_kept_is_not_computed_again():
 
 
 def peak_bytes(case: Case) -> int:
-    """Most that forward and backward pass hold at once above what was there before."""
+    """Return the peak memory of forward and backward pass, above the memory in use before."""
     parts_of_this_rank(case)
     *qkv, grad_out = (shard(t, case.dtype) for t in case.inputs())
     q, k, v = (t.requires_grad_() for t in qkv)
@@ -552,7 +552,7 @@ def test_memory_of_a_rank_does_not_grow_with_the_number_of_ranks():
 
 
 def message_of(**changes) -> str:
-    """What one call raises on this rank; "" when nothing."""
+    """Return the message that one call raises on this rank, or ""."""
     case = Case(32)
     *qkv, _ = (shard(t, case.dtype) for t in case.inputs())
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -630,7 +630,7 @@ def test_types_that_differ_are_refused():
 
 
 def poisoned(value: float) -> list[tuple[bool, bool]]:
-    """For each schedule, whether the outputs that see token 9, and gradients, are not finite."""
+    """Return for each schedule whether the outputs that see token 9, and gradients, are not finite."""
     case = Case(32, 1, (4, 4), dtype=torch.float32)
     answers = []
     for schedule in SCHEDULES:

@@ -1,4 +1,4 @@
-"""The blocks of two ranks against a mask over all pairs of tokens."""
+"""Tests of the blocks of two ranks against a mask over all pairs of tokens."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ SIZES = [1, 2, 3, 4, 8]
 
 
 def mask_of(offsets, length: int, causal: bool) -> torch.Tensor:
-    """[query, key]: which pairs see each other."""
+    """Return the mask [query, key] of pairs that see each other."""
     document = torch.full((length,), -1)
     for index, (start, stop) in enumerate(itertools.pairwise(offsets)):
         document[start:stop] = index
@@ -22,7 +22,7 @@ def mask_of(offsets, length: int, causal: bool) -> torch.Tensor:
 
 
 def counted(blocks: list[Block], num_queries: int, num_keys: int) -> torch.Tensor:
-    """How often the blocks cover each pair."""
+    """Return how often the blocks cover each pair."""
     times = torch.zeros(num_queries, num_keys, dtype=torch.int)
     for block in blocks:
         area = times[block.q_start : block.q_stop, block.k_start : block.k_stop]
@@ -38,7 +38,7 @@ def tokens(intervals) -> torch.Tensor:
 
 
 def check(length: int, size: int, offsets: tuple[int, ...], causal: bool) -> None:
-    """All pairs of ranks, and a rank that sees the keys of all."""
+    """Return all pairs of ranks, and each rank with the keys of all ranks."""
     mask = mask_of(offsets, length, causal)
     held = [zigzag_intervals(length, rank, size) for rank in range(size)]
     for queries, keys in itertools.product(held, [*held, ((0, length),)]):

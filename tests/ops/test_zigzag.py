@@ -1,4 +1,4 @@
-"""Which rank holds which tokens: every token once, in equal shares of causal work, and back again."""
+"""Tests of the zig-zag split: every token once, equal shares of causal work, and the inverse."""
 
 import re
 
@@ -25,7 +25,7 @@ def held(length: int, rank: int, size: int) -> list[int]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_token_lies_on_one_rank_and_in_rising_order_there(size):
+def test_every_token_is_on_one_rank_and_in_increasing_order_there(size):
     length = 2 * size * 5
     parts = [held(length, rank, size) for rank in range(size)]
     assert sorted(token for part in parts for token in part) == list(range(length))
@@ -91,7 +91,7 @@ def test_one_rank_holds_all_and_copies_nothing():
 
 
 def there_and_back(length: int):
-    """A rank's part, its positions, the gradient of the part's sum, the whole again, and how it refuses to split."""
+    """Return a rank's part, its positions, the gradient of the part's sum, the whole, and the error of a bad split."""
     group = dist.group.WORLD
     x = torch.arange(2.0 * length).view(2, length).requires_grad_()
     part = zigzag_shard(x, group, 1, pad=True, fill=-1)

@@ -9,7 +9,7 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.prepare import formats
 from igla_mega.prepare.filters import Filters, symbol_ratio
 from igla_mega.prepare.manifest import read_manifest
-from igla_mega.prepare.preprocess import Options, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
 
 NEAR = {"ngram": 5, "num_buckets": 14, "hashes_per_bucket": 8, "seed": 1}
 
@@ -26,9 +26,7 @@ def cleaned(inputs, tmp_path, tokenizer, workers=2, **options):
         tmp_path / "set",
         tokenizer,
         options=Options(**options),
-        progress=False,
-        fast_path=False,
-        workers=workers,
+        settings=Settings(progress=False, fast_path=False, workers=workers),
     )
     return documents(tmp_path / "set", tokenizer), read_manifest(tmp_path / "set")
 
@@ -85,14 +83,16 @@ def test_a_dry_run_counts_and_writes_nothing(write_jsonl, tokenizer, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one", ""])
     before = set(tmp_path.iterdir())
     options = Options(exact_duplicates=True)
-    counts = preprocess([file], tmp_path / "out" / "set", tokenizer, options=options, progress=False, dry_run=True)
+    counts = preprocess(
+        [file], tmp_path / "out" / "set", tokenizer, options=options, settings=Settings(progress=False, dry_run=True)
+    )
     assert (counts.documents, counts.empty, counts.dropped) == (2, 1, {"duplicate": 1})
     assert set(tmp_path.iterdir()) == before
 
 
 def test_filters_that_leave_nothing_say_so(write_jsonl, tokenizer, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    with pytest.raises(ConfigError, match=r"no document is left \(2 too_short\)"):
+    with pytest.raises(ConfigError, match=r"the filters drop every document \(2 too_short\)"):
         cleaned([file], tmp_path, tokenizer, filters=Filters(min_characters=10))
 
 

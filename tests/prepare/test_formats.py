@@ -12,7 +12,7 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.raw_files import LINES
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, input_files, line_start, share, whole
-from igla_mega.prepare.preprocess import Options, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.records import texts_of
 
 zstandard = pytest.importorskip("zstandard")
@@ -33,7 +33,13 @@ def documents(prefix, tokenizer) -> list[str]:
 
 
 def prepared(inputs, tmp_path, tokenizer, name="set", **options):
-    counts = preprocess(inputs, tmp_path / name, tokenizer, options=Options(**options), progress=False, fast_path=False)
+    counts = preprocess(
+        inputs,
+        tmp_path / name,
+        tokenizer,
+        options=Options(**options),
+        settings=Settings(progress=False, fast_path=False),
+    )
     return counts, documents(tmp_path / name, tokenizer)
 
 
@@ -53,13 +59,13 @@ def test_a_packed_file_cut_short_is_named_and_what_was_whole_is_kept_when_asked(
     cut, sound = tmp_path / f"a.jsonl{packing}", tmp_path / "b.jsonl"
     cut.write_bytes(packed[: len(packed) * 2 // 3])
     sound.write_bytes(jsonl(["sound"]))
-    with pytest.raises(ConfigError, match=r"a\.jsonl.*: cut short: the .* data ends before its end mark"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl.*: truncated: the .* data ends before its end mark"):
         prepared([cut, sound], tmp_path, tokenizer)
     counts, found = prepared([cut, sound], tmp_path, tokenizer, on_error="quarantine")
     assert found[-1] == "sound"
     assert found[:-1] == [f"{i} {text}" for i, text in enumerate(texts * 8)][: len(found) - 1]
     assert counts.broken == 1
-    assert "cut short" in (tmp_path / "set.quarantine.jsonl").read_text()
+    assert "truncated" in (tmp_path / "set.quarantine.jsonl").read_text()
 
 
 def test_a_file_that_is_not_packed_as_its_name_says_is_named(tokenizer, tmp_path):
@@ -85,9 +91,9 @@ def test_parquet_is_read_by_its_column_and_empty_rows_are_left_out(texts, tokeni
 
 def test_a_parquet_without_the_column_or_of_no_strings_is_refused(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "a.parquet", {"body": ["a"], "n": [1]})
-    with pytest.raises(ConfigError, match=r"a\.parquet: no column `text` \(there are: body, n\)"):
+    with pytest.raises(ConfigError, match=r"a\.parquet: no column `text` \(its columns: body, n\)"):
         prepared([file], tmp_path, tokenizer)
-    with pytest.raises(ConfigError, match="column `n` holds int64, not strings"):
+    with pytest.raises(ConfigError, match="column `n` contains int64, not strings"):
         prepared([file], tmp_path, tokenizer, text_key="n")
 
 
@@ -145,7 +151,7 @@ def test_quarantined_records_are_kept_with_their_place_and_reason(tokenizer, tmp
     file.write_bytes(b'{"text": "one"}\n{"txt": "two"}\n')
     prepared([file], tmp_path, tokenizer, on_error="quarantine")
     (line,) = (tmp_path / "set.quarantine.jsonl").read_text().splitlines()
-    reason = "no key `text` (there are: 'txt')"
+    reason = "no key `text` (its keys: 'txt')"
     assert json.loads(line) == {"place": f"{file}:2", "reason": reason, "record": '{"txt": "two"}'}
 
 
@@ -221,7 +227,9 @@ def test_a_giant_document_gives_the_tokens_of_the_whole(fast_path, texts, tokeni
     text = " ".join(texts)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["before", text, "behind"]))
     monkeypatch.setattr(formats, "BLOCK_BYTES", 1000)
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "set", tokenizer, fast_path=fast_path, progress=False)
+    preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "set", tokenizer, settings=Settings(fast_path=fast_path, progress=False)
+    )
     reader = IndexedReader(tmp_path / "set")
     expected = np.array([*tokenizer.encode(text), tokenizer.eod_id])
     assert reader.num_documents == 3

@@ -9,14 +9,16 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.tokenizer import train_bpe
 from igla_mega.prepare.manifest import damage, read_manifest
 from igla_mega.prepare.merge import complete_parts, merge
-from igla_mega.prepare.preprocess import part_prefix, preprocess
+from igla_mega.prepare.preprocess import Settings, part_prefix, preprocess
 
 
 def test_parts_joined_by_copy_are_the_bytes_of_the_whole(jsonl, tokenizer, tmp_path):
-    preprocess([jsonl], tmp_path / "whole", tokenizer, progress=False)
+    preprocess([jsonl], tmp_path / "whole", tokenizer, settings=Settings(progress=False))
     for i in range(3):
         assert complete_parts(tmp_path / "set", 3) == []
-        preprocess([jsonl], part_prefix(tmp_path / "set", (i, 3)), tokenizer, part=(i, 3), progress=False)
+        preprocess(
+            [jsonl], part_prefix(tmp_path / "set", (i, 3)), tokenizer, settings=Settings(part=(i, 3), progress=False)
+        )
     parts = complete_parts(tmp_path / "set", 3)
     assert [part[-14:] for part in parts] == ["00000-of-00003", "00001-of-00003", "00002-of-00003"]
     merge(tmp_path / "set", parts, progress=False)
@@ -46,9 +48,11 @@ def test_a_dataset_that_refers_to_its_parts_reads_like_one_copied(tmp_path, writ
 def test_a_part_that_holds_nothing_is_left_out(jsonl, tokenizer, tmp_path):
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(jsonl.read_bytes()))
-    preprocess([packed], tmp_path / "whole", tokenizer, progress=False)
+    preprocess([packed], tmp_path / "whole", tokenizer, settings=Settings(progress=False))
     counts = [
-        preprocess([packed], part_prefix(tmp_path / "set", (i, 3)), tokenizer, part=(i, 3), progress=False).documents
+        preprocess(
+            [packed], part_prefix(tmp_path / "set", (i, 3)), tokenizer, settings=Settings(part=(i, 3), progress=False)
+        ).documents
         for i in range(3)
     ]
     assert counts == [300, 0, 0]
@@ -58,11 +62,11 @@ def test_a_part_that_holds_nothing_is_left_out(jsonl, tokenizer, tmp_path):
 
 def test_what_does_not_belong_together_is_not_joined(jsonl, tokenizer, tmp_path, write_dataset):
     small, large = write_dataset(tmp_path / "s", [[1]]), write_dataset(tmp_path / "l", [[1]], np.int32)
-    with pytest.raises(ConfigError, match=r"ids of int32, those of .* are of uint16"):
+    with pytest.raises(ConfigError, match=r"ids of type int32, but .* has uint16"):
         merge(tmp_path / "set", [small, large])
-    preprocess([jsonl], tmp_path / "a", tokenizer, progress=False)
-    preprocess([jsonl], tmp_path / "b", train_bpe([jsonl], 280, tmp_path / "other"), progress=False)
-    with pytest.raises(ConfigError, match="made with another tokenizer"):
+    preprocess([jsonl], tmp_path / "a", tokenizer, settings=Settings(progress=False))
+    preprocess([jsonl], tmp_path / "b", train_bpe([jsonl], 280, tmp_path / "other"), settings=Settings(progress=False))
+    with pytest.raises(ConfigError, match="prepared with another tokenizer"):
         merge(tmp_path / "set", [tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ConfigError, match="joined into itself"):
         merge(tmp_path / "a", [tmp_path / "a"])

@@ -14,7 +14,7 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import train_bpe
 from igla_mega.prepare import formats
-from igla_mega.prepare.preprocess import input_files, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, input_files, preprocess
 from igla_mega.prepare.sources import prepare_sources, unigram_entropy
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -25,15 +25,15 @@ def section(tmp_path, tokenizer, sources, **changes) -> SimpleNamespace:
     return SimpleNamespace(sources=sources, skip_broken_lines=False, workers=1, **(values | changes))
 
 
-def refusal(inputs, tmp_path, tokenizer, **options) -> str:
+def refusal(inputs, tmp_path, tokenizer, **settings) -> str:
     with pytest.raises(ConfigError) as raised:
-        preprocess(inputs, tmp_path / "out" / "set", tokenizer, progress=False, **options)
+        preprocess(inputs, tmp_path / "out" / "set", tokenizer, settings=Settings(progress=False, **settings))
     assert list((tmp_path / "out").glob("*")) == [], "something was left half-written"
     return str(raised.value)
 
 
 def test_each_line_is_a_document_that_ends_with_the_end_of_document(jsonl, texts, tokenizer, tmp_path):
-    counts = preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+    counts = preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     reader = IndexedReader(tmp_path / "set", tokenizer.vocab_size)
     assert (counts.documents, counts.tokens) == (reader.num_documents, reader.num_tokens)
     assert reader.dtype == np.uint16
@@ -43,17 +43,19 @@ def test_each_line_is_a_document_that_ends_with_the_end_of_document(jsonl, texts
 
 
 def test_without_append_eod_documents_are_the_texts_alone(jsonl, texts, tokenizer, tmp_path):
-    preprocess([jsonl], tmp_path / "set", tokenizer, append_eod=False, progress=False)
+    preprocess(
+        [jsonl], tmp_path / "set", tokenizer, options=Options(append_eod=False), settings=Settings(progress=False)
+    )
     reader = IndexedReader(tmp_path / "set")
     assert reader.num_tokens == sum(map(len, tokenizer.encode_batch(texts)))
 
 
 def test_the_output_does_not_depend_on_workers_or_blocks(jsonl, tokenizer, tmp_path, monkeypatch):
-    preprocess([jsonl], tmp_path / "one", tokenizer, workers=1, progress=False)
+    preprocess([jsonl], tmp_path / "one", tokenizer, settings=Settings(workers=1, progress=False))
     monkeypatch.setattr(formats, "BLOCK_BYTES", 3000)
-    preprocess([jsonl], tmp_path / "three", tokenizer, workers=3, progress=False)
-    preprocess([jsonl], tmp_path / "small", tokenizer, workers=1, fast_path=False, progress=False)
-    preprocess([jsonl], tmp_path / "processes", tokenizer, workers=5, progress=False)
+    preprocess([jsonl], tmp_path / "three", tokenizer, settings=Settings(workers=3, progress=False))
+    preprocess([jsonl], tmp_path / "small", tokenizer, settings=Settings(workers=1, fast_path=False, progress=False))
+    preprocess([jsonl], tmp_path / "processes", tokenizer, settings=Settings(workers=5, progress=False))
     for suffix in (".bin", ".idx"):
         expected = (tmp_path / f"one{suffix}").read_bytes()
         for name in ("three", "small", "processes"):
@@ -71,7 +73,7 @@ def test_files_folders_and_patterns_are_read_in_order(tmp_path, write_jsonl):
 BROKEN_LINES = [
     (b'{"text": "a', r"not JSON \(Unterminated string"),
     (b'{"text": "\xff"}', r"not UTF-8 \(byte 0xff at column 11\)"),
-    (b'{"body": "a"}', r"no key `text` \(there are: 'body'\)"),
+    (b'{"body": "a"}', r"no key `text` \(its keys: 'body'\)"),
     (b'{"text": 5}', "`text` is a JSON number, not a string"),
     (b'{"text": null}', "`text` is a JSON null, not a string"),
     (b'["a"]', "a JSON array, not an object"),
@@ -88,8 +90,10 @@ def test_a_broken_line_is_named_and_skipped_only_when_asked_for(line, words, tok
     assert message.startswith(f"{file}:3: ")
     assert "--skip-broken-lines" in message
     with pytest.raises(ConfigError, match=words):
-        preprocess([file], tmp_path / "set", tokenizer, progress=False)
-    counts = preprocess([file], tmp_path / "set", tokenizer, skip_broken_lines=True, progress=False)
+        preprocess([file], tmp_path / "set", tokenizer, settings=Settings(progress=False))
+    counts = preprocess(
+        [file], tmp_path / "set", tokenizer, options=Options(on_error="skip"), settings=Settings(progress=False)
+    )
     assert (counts.documents, counts.broken) == (2, 1)
 
 
@@ -109,7 +113,10 @@ def test_empty_texts_are_left_out_and_counted(write_jsonl, tokenizer, tmp_path, 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tokenizer, tmp_path):
     (tmp_path / "text.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
-    assert preprocess([tmp_path / "text.jsonl"], tmp_path / "set", tokenizer, progress=False).documents == 1
+    assert (
+        preprocess([tmp_path / "text.jsonl"], tmp_path / "set", tokenizer, settings=Settings(progress=False)).documents
+        == 1
+    )
 
 
 def test_a_text_of_nothing_but_empty_lines_is_refused(write_jsonl, tokenizer, tmp_path):
@@ -131,8 +138,8 @@ def test_missing_and_empty_inputs_are_told_together(jsonl, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told_in_words(jsonl, tokenizer, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file.*while set was prepared"):
-        preprocess([jsonl], tmp_path / "file" / "set", tokenizer, progress=False)
+    with pytest.raises(ConfigError, match=r"file.*while preparing set"):
+        preprocess([jsonl], tmp_path / "file" / "set", tokenizer, settings=Settings(progress=False))
 
 
 def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokenizer, tmp_path, monkeypatch):
@@ -141,11 +148,11 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokeni
 
     with monkeypatch.context() as patched:
         patched.setattr("igla_mega.data.indexed.os.fsync", full)
-        with pytest.raises(ConfigError, match="No space left on device, while set was prepared") as raised:
-            preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+        with pytest.raises(ConfigError, match="No space left on device, while preparing set") as raised:
+            preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     assert "run the same command again" in str(raised.value)
     assert not (tmp_path / "set.idx").exists()
-    assert preprocess([jsonl], tmp_path / "set", tokenizer, progress=False).documents == 300
+    assert preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False)).documents == 300
 
 
 def test_prepare_writes_every_source_and_a_manifest(jsonl, tokenizer, tmp_path, capsys):
@@ -189,12 +196,12 @@ def test_another_tokenizer_makes_prepare_do_all_again(jsonl, tokenizer, tmp_path
 def test_prepare_without_a_needed_key_names_it(missing, jsonl, tokenizer, tmp_path):
     data = section(tmp_path, tokenizer, {"web": str(jsonl)})
     setattr(data, missing, None)
-    with pytest.raises(ConfigError, match=rf"data\.{missing}: none given"):
+    with pytest.raises(ConfigError, match=rf"data\.{missing}: not set"):
         prepare_sources(data)
 
 
 def test_a_source_whose_name_is_no_file_name_is_refused(jsonl, tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.sources\.\.\./web: cannot name a file"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.\.\./web: not usable as a file name"):
         prepare_sources(section(tmp_path, tokenizer, {"../web": str(jsonl)}))
 
 
@@ -215,7 +222,7 @@ def test_the_tool_writes_under_megatron_s_names(jsonl, tokenizer, tmp_path):
     run = subprocess.run([*command, "--append-eod"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "300 documents" in run.stderr
-    preprocess([jsonl], tmp_path / "same", tokenizer, progress=False)
+    preprocess([jsonl], tmp_path / "same", tokenizer, settings=Settings(progress=False))
     assert (tmp_path / "out_text_document.bin").read_bytes() == (tmp_path / "same.bin").read_bytes()
     assert (tmp_path / "out_text_document.idx").read_bytes() == (tmp_path / "same.idx").read_bytes()
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.prepare.preprocess import Options, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
 
 ray = pytest.importorskip("ray")
 
@@ -40,7 +40,7 @@ def kill_a_busy_worker(prefix: Path, killed: list[int]) -> None:
 
 @pytest.mark.slow
 def test_two_workers_one_of_them_killed_make_the_bytes_of_one(cluster, texts, tokenizer, tmp_path):
-    from igla_mega.prepare.ray import preprocess_on_ray
+    from igla_mega.prepare.ray import Cluster, preprocess_on_ray
 
     files = []
     for i in range(4):
@@ -48,11 +48,13 @@ def test_two_workers_one_of_them_killed_make_the_bytes_of_one(cluster, texts, to
         files[-1].write_text(
             "".join(json.dumps({"text": f"{i} {n} {text}"}) + "\n" for n, text in enumerate(texts * 20))
         )
-    preprocess(files, tmp_path / "whole", tokenizer, progress=False)
+    preprocess(files, tmp_path / "whole", tokenizer, settings=Settings(progress=False))
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_busy_worker, args=(tmp_path / "set", killed))
     killer.start()
-    preprocess_on_ray(files, tmp_path / "set", tokenizer.path, Options(), parts=4, shard_bytes=1, progress=False)
+    preprocess_on_ray(
+        files, tmp_path / "set", tokenizer.path, Options(), Settings(shard_bytes=1, progress=False), Cluster(parts=4)
+    )
     killer.join()
     assert killed, "no worker was killed in mid-run"
     for suffix in (".bin", ".idx"):
@@ -62,8 +64,15 @@ def test_two_workers_one_of_them_killed_make_the_bytes_of_one(cluster, texts, to
 
 @pytest.mark.slow
 def test_what_a_part_refuses_is_told_without_a_traceback(cluster, tokenizer, tmp_path):
-    from igla_mega.prepare.ray import preprocess_on_ray
+    from igla_mega.prepare.ray import Cluster, preprocess_on_ray
 
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 5}\n{"text": "two"}\n')
     with pytest.raises(ConfigError, match="`text` is a JSON number, not a string"):
-        preprocess_on_ray([tmp_path / "a.jsonl"], tmp_path / "set", tokenizer.path, Options(), parts=2, progress=False)
+        preprocess_on_ray(
+            [tmp_path / "a.jsonl"],
+            tmp_path / "set",
+            tokenizer.path,
+            Options(),
+            Settings(progress=False),
+            Cluster(parts=2),
+        )

@@ -12,7 +12,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.journal import Journal, Lock
 from igla_mega.prepare.manifest import damage, read_manifest
-from igla_mega.prepare.preprocess import Options, preprocess
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".manifest.json", ".quarantine.jsonl")
@@ -62,7 +62,7 @@ def test_twenty_random_kills_leave_the_bytes_of_an_unbroken_run(corpus, tokenize
             run.kill()
             kills += 1
         said = run.communicate()[1]
-        went_on += "going on behind" in said
+        went_on += "resuming after" in said
         if run.returncode == 0:
             # It came to its end: checked, and begun anew.
             assert contents(tmp_path / "killed_text_document") == expected
@@ -87,7 +87,8 @@ def test_what_is_finished_is_not_encoded_again(corpus, tokenizer, tmp_path, monk
         return encode(self, block, unwanted)
 
     monkeypatch.setattr("igla_mega.prepare.formats.BLOCK_BYTES", 1 << 16)
-    options = {"options": Options(on_error="skip"), "workers": 1, "shard_bytes": 1, "progress": False}
+    settings = Settings(workers=1, shard_bytes=1, progress=False)
+    options = {"options": Options(on_error="skip"), "settings": settings}
     preprocess(corpus, tmp_path / "whole", tokenizer, **options)
     monkeypatch.setattr(encoding.Encoder, "encode", counting)
     with pytest.raises(ConfigError, match="No space left"):
@@ -120,7 +121,7 @@ def test_a_shard_damaged_between_the_runs_is_made_again(corpus, tokenizer, tmp_p
 
 
 def test_a_run_killed_between_two_names_is_finished_by_the_next(jsonl, tokenizer, tmp_path, monkeypatch):
-    preprocess([jsonl], tmp_path / "whole", tokenizer, progress=False)
+    preprocess([jsonl], tmp_path / "whole", tokenizer, settings=Settings(progress=False))
 
     class Killed(BaseException):
         pass
@@ -138,9 +139,9 @@ def test_a_run_killed_between_two_names_is_finished_by_the_next(jsonl, tokenizer
     with monkeypatch.context() as patched:
         patched.setattr("igla_mega.data.indexed.os.replace", killing)
         with pytest.raises(Killed):
-            preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+            preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     assert not (tmp_path / "set.idx").exists()
-    preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+    preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"set{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
     assert not (tmp_path / "set.journal").exists()
@@ -150,13 +151,13 @@ def test_a_run_stopped_by_a_broken_record_goes_on_when_it_may_be_skipped(
     corpus, tokenizer, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("igla_mega.prepare.formats.BLOCK_BYTES", 1 << 12)
-    settings = {"workers": 1, "shard_bytes": 1 << 13, "fast_path": False}
-    preprocess(corpus, tmp_path / "whole", tokenizer, options=Options(on_error="quarantine"), **settings)
+    settings = Settings(workers=1, shard_bytes=1 << 13, fast_path=False)
+    preprocess(corpus, tmp_path / "whole", tokenizer, options=Options(on_error="quarantine"), settings=settings)
     with pytest.raises(ConfigError, match="a JSON number"):
-        preprocess(corpus, tmp_path / "set", tokenizer, options=Options(), **settings)
-    assert "going on" not in capsys.readouterr().err
-    preprocess(corpus, tmp_path / "set", tokenizer, options=Options(on_error="quarantine"), **settings)
-    assert "going on behind" in capsys.readouterr().err
+        preprocess(corpus, tmp_path / "set", tokenizer, options=Options(), settings=settings)
+    assert "resuming" not in capsys.readouterr().err
+    preprocess(corpus, tmp_path / "set", tokenizer, options=Options(on_error="quarantine"), settings=settings)
+    assert "resuming after" in capsys.readouterr().err
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
@@ -164,7 +165,7 @@ def test_other_options_or_inputs_begin_anew(jsonl, tokenizer, tmp_path, write_js
     file = write_jsonl(tmp_path / "text.jsonl", ["one", "two"])
     journal = Journal(tmp_path / "set.journal", "another job")
     journal.add({"documents": 5, "tokens": 7, "bytes": 14})
-    assert preprocess([file], tmp_path / "set", tokenizer, progress=False).documents == 2
+    assert preprocess([file], tmp_path / "set", tokenizer, settings=Settings(progress=False)).documents == 2
 
 
 def test_a_torn_line_of_the_journal_is_not_there(tmp_path):
@@ -181,13 +182,13 @@ def test_a_torn_line_of_the_journal_is_not_there(tmp_path):
 
 def test_the_lock_says_who_writes(jsonl, tokenizer, tmp_path):
     with Lock(tmp_path / "set"), pytest.raises(ConfigError, match=f"process {os.getpid()} of .* on .*, since"):
-        preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
-    assert preprocess([jsonl], tmp_path / "set", tokenizer, progress=False).documents == 300
+        preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
+    assert preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False)).documents == 300
     assert not (tmp_path / "set.lock").exists()
 
 
 def test_the_manifest_tells_what_the_dataset_was_made_from(jsonl, tokenizer, tmp_path):
-    counts = preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+    counts = preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     manifest = read_manifest(tmp_path / "set")
     assert manifest["inputs"][0]["bytes"] == jsonl.stat().st_size
     assert len(manifest["inputs"][0]["digest"]) == 64
@@ -199,7 +200,7 @@ def test_the_manifest_tells_what_the_dataset_was_made_from(jsonl, tokenizer, tmp
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_byte_changed_afterwards_is_found(jsonl, tokenizer, tmp_path, suffix):
-    preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+    preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     with open(tmp_path / f"set{suffix}", "r+b") as stream:
         stream.seek(500)
         byte = stream.read(1)
@@ -211,7 +212,7 @@ def test_a_byte_changed_afterwards_is_found(jsonl, tokenizer, tmp_path, suffix):
 
 
 def test_another_tokenizer_than_the_recipe_s_is_found(jsonl, tokenizer, tmp_path):
-    preprocess([jsonl], tmp_path / "set", tokenizer, progress=False)
+    preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
     (breach,) = damage(tmp_path / "set", tokenizer_digest="0" * 64)
     assert "prepared with another tokenizer" in breach
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from igla_mega.config.load import load_recipe
-from igla_mega.plan.attention import describe, ring_cost
+from igla_mega.layout.attention import describe, ring_cost
 from igla_mega.plan.choose import choose_layout
 
 MIB = 2**20

@@ -1,0 +1,128 @@
+import base64
+import os
+import pickle
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousStateError
+
+from igla_mega.config.errors import ConfigError
+from igla_mega.distributed import rendezvous
+from igla_mega.distributed.rendezvous import LoopbackRendezvous, loopback_store, open_rendezvous, shared_key
+
+
+def listening_addresses(port: int) -> set[str]:
+    """Local addresses, in hexadecimal, of this machine's listening sockets of a port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table) as lines:
+            for line in list(lines)[1:]:
+                address, number = line.split()[1].split(":")
+                if int(number, 16) == port and line.split()[3] == "0A":
+                    found.add(address)
+    return found
+
+
+def test_the_store_of_one_machine_listens_on_the_loopback_interface_only():
+    store, port = loopback_store()
+    store.set("key", "value")
+    assert listening_addresses(port) == {"0100007F"}  # 127.0.0.1
+    assert store.get("key") == b"value"
+
+
+def test_a_machine_meets_itself_and_its_ranks_share_the_store():
+    handler = LoopbackRendezvous("run")
+    first, second = handler.next_rendezvous(), handler.next_rendezvous()
+    assert (first.rank, first.world_size) == (0, 1)
+    assert first.bootstrap_store_info.master_addr == "127.0.0.1"
+    first.store.set("a", "b")
+    assert second.store.get("a") == b"b" and handler.num_nodes_waiting() == 0 and handler.shutdown()
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="makes a network namespace: needs root and iproute2"
+)
+def test_another_machine_cannot_reach_a_run_of_one_machine(tmp_path):
+    """A network namespace stands for the other machine: it connects to every port that the run has opened."""
+    name, here, there = f"igla{os.getpid()}", "10.213.7.1", "10.213.7.2"
+    link = [f"ig{os.getpid()}a"[:15], f"ig{os.getpid()}b"[:15]]
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    try:
+        for words in (
+            ["link", "add", link[0], "type", "veth", "peer", "name", link[1], "netns", name],
+            ["addr", "add", f"{here}/24", "dev", link[0]],
+            ["link", "set", link[0], "up"],
+            ["-n", name, "addr", "add", f"{there}/24", "dev", link[1]],
+            ["-n", name, "link", "set", link[1], "up"],
+        ):
+            subprocess.run(["ip", *words], check=True)
+        store, port = loopback_store()
+        store.set("key", "value")
+        probe = (
+            "import socket; s = socket.socket(); s.settimeout(5)\n"
+            f"try:\n s.connect(({here!r}, {port})); print('open')\n"
+            "except OSError as error:\n print(type(error).__name__)"
+        )
+        seen = subprocess.run(
+            ["ip", "netns", "exec", name, sys.executable, "-c", probe], capture_output=True, text=True
+        )
+        assert seen.stdout.strip() in ("ConnectionRefusedError", "TimeoutError"), seen
+        # The probe itself works: a port on the shared interface is reached.
+        with socket.create_server((here, 0)) as server:
+            probe = probe.replace(str(port), str(server.getsockname()[1]))
+            assert subprocess.run([*words, probe], capture_output=True, text=True).stdout.strip() == "open"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+        subprocess.run(["ip", "link", "del", link[0]], check=False, capture_output=True)
+
+
+class Attack:
+    """What an attacker stores in place of the state: unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_state_that_somebody_else_has_written_is_never_unpickled(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    handler = open_rendezvous(RendezvousParameters("c10d", f"127.0.0.1:{port}", "run", 1, 2), tmp_path)
+    store = rendezvous.dist.TCPStore("127.0.0.1", port, is_master=False)
+    (name,) = [f"torch.rendezvous.{handler.get_run_id()}"]
+    for state in (pickle.dumps(Attack(tmp_path / "owned")), bytes(32) + pickle.dumps(Attack(tmp_path / "owned"))):
+        store.set(name, base64.b64encode(state).decode())
+        with pytest.raises(RendezvousStateError, match="not signed"):
+            handler.num_nodes_waiting()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_two_machines_of_one_folder_have_one_key_that_others_cannot_read(tmp_path):
+    key = shared_key(tmp_path / "run")
+    assert shared_key(tmp_path / "run") == key and len(key) == 32 and shared_key(tmp_path / "other") != key
+    file = tmp_path / "run" / rendezvous.SECRET_FILE
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [one.name for one in (tmp_path / "run").iterdir()] == [rendezvous.SECRET_FILE], "nothing temporary is left"
+
+
+def test_machines_without_a_shared_folder_may_be_given_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv(rendezvous.SECRET_VARIABLE, "of the cluster")
+    assert shared_key(tmp_path / "run") == b"of the cluster" and not (tmp_path / "run").exists()
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("of somebody else")
+    (tmp_path / rendezvous.SECRET_FILE).symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=rendezvous.SECRET_VARIABLE):
+        shared_key(tmp_path)
+    assert (tmp_path / "victim").read_text() == "of somebody else"
