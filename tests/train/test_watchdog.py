@@ -81,7 +81,11 @@ def stuck(way: str, layout: dict, rank: int, tmp_path) -> tuple[str, str]:
         ("sleeps_for_ever", 1, ["All wait for rank 1", "time.sleep(1000)", "in all_reduce", AT]),
         ("loops_for_ever", 1, ["All wait for rank 1", "loops_for_ever", "while True:", AT]),
         ("is_stopped", 1, ["Rank 1 (process", "its process is stopped (SIGSTOP", "rank 1: last seen: "]),
-        ("holds_the_interpreter", 0, ["Rank 0 (process", "native code holds its interpreter lock", "holds_the_interpreter"]),
+        (
+            "holds_the_interpreter",
+            0,
+            ["Rank 0 (process", "native code holds its interpreter lock", "holds_the_interpreter"],
+        ),
     ],
 )
 def test_a_rank_that_stands_still_is_named_with_its_place_and_stack_and_every_rank_ends(way, rank, words, tmp_path):
