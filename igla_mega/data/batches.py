@@ -46,8 +46,8 @@ class BatchShard:
     def __post_init__(self) -> None:
         if self.global_batch % (self.micro_batch_size * self.data_parallel):
             raise ConfigError(
-                f"training.batch_size: {self.global_batch} sequences do not divide into micro-batches of"
-                f" {self.micro_batch_size} on {self.data_parallel} data-parallel ranks.\n"
+                f"training.batch_size: {self.global_batch} is not divisible by micro_batch_size "
+                f"{self.micro_batch_size} times {self.data_parallel} data-parallel ranks.\n"
                 f"  Use a multiple of {self.micro_batch_size * self.data_parallel}."
             )
 
@@ -418,7 +418,7 @@ def split_point(name: str, reader: IndexedReader, validation_fraction: float) ->
     if held_out >= reader.num_documents:
         raise ConfigError(
             f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {reader.num_documents}"
-            f" documents of {name}: none is left to train on.\n"
+            f" documents of {name}, which leaves none for training.\n"
             "  Give the source more documents, or set data.validation_fraction to 0."
         )
     return reader.document_start(reader.num_documents - held_out)

@@ -72,7 +72,7 @@ class _Samples:
         if held_out >= count:
             raise ConfigError(
                 f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {count} {self.noun} of "
-                f"{name}: none is left to train on.\n  Add {self.noun}, or set data.validation_fraction to 0."
+                f"{name}, which leaves none for training.\n  Add {self.noun}, or set data.validation_fraction to 0."
             )
         self._train += [(name, i) for i in range(count - held_out)]
         self._held_out[name] = [(name, i) for i in range(count - held_out, count)]
