@@ -23,12 +23,44 @@ SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
 }
 
-MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS, MOST_FOLDER_LINES, MOST_CORE_LINES = 550, 60, 6, 3_500, 14_000
-LONG_FILES: dict[str, str] = {}
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 550, 60, 6
+"""Of a file all lines count, as a reader scrolls over them."""
+MOST_FOLDER_CODE, MOST_CORE_CODE = 2_700, 11_500
+"""Of a folder only code counts, without docstrings, comments and blank lines: words are to be added where they help.
+With them these bounds correspond to about 3,500 and 14,000 to 17,500 lines."""
+LONG_FILES: dict[str, str] = {
+    "cli": "one verb after the other, each the declaration of its options; what verbs do is in other rooms",
+}
 """File without ending -> why it may exceed the bound."""
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "cli:train": "half of it declares options",
+    "ops/ring_attention:ring_attention": "the documented entry of a kernel: half of it is its docstring",
+}
 """file:function -> why it may exceed the bound."""
-MANY_PARAMETERS: dict[str, str] = {}
+MANY_PARAMETERS: dict[str, str] = {
+    "cli:plan": "options of the command line",
+    "cli:prepare": "options of the command line",
+    "cli:train": "options of the command line",
+    "cli:eval_": "options of the command line",
+    "cli:generate": "options of the command line",
+    "cli:report": "options of the command line",
+    "model/spec:CoreAttention.__init__": "megatron-core's signature",
+    "ops/block_attention:block_backward": "a kernel: tensors in, tensors out",
+    "ops/block_attention:_dense_backward": "a kernel: tensors in, tensors out",
+    "ops/linear_cross_entropy:_LinearCrossEntropy.forward": "an autograd function's inputs",
+    "ops/linear_cross_entropy:linear_cross_entropy": "a kernel: tensors in, tensors out",
+    "ops/ring_attention:ring_attention": "a kernel with flash-attn's options",
+    "ops/ring_attention:_ring_backward": "a kernel: tensors in, tensors out",
+    "ops/ring_attention:_gathered_backward": "a kernel: tensors in, tensors out",
+    "ops/ring_attention:_gradients": "a kernel: tensors in, tensors out",
+    "evaluate/scoring:_score_head": "the signature of `model.output.Output` and one of its own",
+    "evaluate/scoring:_draw_head": "the signature of `model.output.Output` and one of its own",
+    "evaluate/generate:generate": "the options of the verb, as transformers names them",
+    "evaluate/generate:sample": "the options of sampling, as transformers names them",
+    "checkpoint/adapters:merge": "two models, two sections and where to write; called in one place",
+    "checkpoint/frozen_base:attach": "what a frozen base is made of; called in two places",
+    "checkpoint/store:CheckpointWriter.__init__": "the folders and limits of a run's checkpoints",
+}
 """file:function -> why it may take more."""
 
 TESTED_ELSEWHERE: dict[str, str] = {
@@ -261,14 +293,29 @@ def test_a_module_tested_elsewhere_is_named_there(name):
         assert (ROOT / "tests" / place).is_file(), place
 
 
-def test_files_functions_and_folders_keep_their_bounds():
+def code_lines(name: str) -> int:
+    """Lines of a file that are neither docstring nor comment nor blank."""
+    prose: set[int] = set()
+    for node in ast.walk(SOURCES[name]):
+        for one in node.body if isinstance(getattr(node, "body", None), list) else ():
+            if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant) and isinstance(one.value.value, str):
+                prose |= set(range(one.lineno, one.end_lineno + 1))
+    lines = enumerate((PACKAGE / f"{name}.py").read_text().splitlines(), 1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and number not in prose for number, line in lines)
+
+
+def test_files_and_folders_keep_their_bounds():
     lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in SOURCES}
-    folders: dict[str, int] = {}
-    for name, count in lines.items():
-        folders[name.rpartition("/")[0]] = folders.get(name.rpartition("/")[0], 0) + count
     assert {n: c for n, c in lines.items() if c > MOST_FILE_LINES and n not in LONG_FILES} == {}
-    assert {n: c for n, c in folders.items() if c > MOST_FOLDER_LINES} == {}
-    assert sum(folders[part] for part in CORE) <= MOST_CORE_LINES
+    assert LONG_FILES.keys() <= {n for n, c in lines.items() if c > MOST_FILE_LINES}, "no longer needed"
+    folders: dict[str, int] = {}
+    for name in SOURCES:
+        folders[name.rpartition("/")[0]] = folders.get(name.rpartition("/")[0], 0) + code_lines(name)
+    assert {n: c for n, c in folders.items() if c > MOST_FOLDER_CODE} == {}
+    assert sum(folders[part] for part in CORE) <= MOST_CORE_CODE
+
+
+def test_functions_keep_their_bounds():
     long, wide = {}, {}
     for name, tree in SOURCES.items():
         for place, node in functions(name, tree):
@@ -279,6 +326,16 @@ def test_files_functions_and_folders_keep_their_bounds():
                 wide[place] = count
     assert {place: n for place, n in long.items() if place not in LONG_FUNCTIONS} == {}
     assert {place: n for place, n in wide.items() if place not in MANY_PARAMETERS} == {}
-    # An exception that is no longer needed is removed.
-    assert LONG_FILES.keys() <= {n for n, c in lines.items() if c > MOST_FILE_LINES}
-    assert LONG_FUNCTIONS.keys() <= long.keys() and MANY_PARAMETERS.keys() <= wide.keys()
+    assert LONG_FUNCTIONS.keys() <= long.keys() and MANY_PARAMETERS.keys() <= wide.keys(), "no longer needed"
+
+
+def test_a_recipe_is_remade_in_few_places():
+    """Elsewhere `Section.with_keys` derives it, and `plan.resolve` is where a run's recipe comes from."""
+    places = [
+        f"{name}:{node.lineno}"
+        for name, tree in SOURCES.items()
+        if not name.startswith(("config/", "layout/"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("model_copy")
+    ]
+    assert len(places) <= 12, places

@@ -336,7 +336,7 @@ def import_adapters(folder: Path, base: Path, checkpoint: Path) -> None:
     own = {key: None for key in ("continual", "koshey", "curriculum", "dpo", "sft", "stages")}
     texts = {
         "progress.json": json.dumps(asdict(Progress()), indent=1) + "\n",
-        "recipe.yaml": dump(recipe.model_copy(update={**own, **changes})),
+        "recipe.yaml": dump(recipe.with_keys({**own, **changes})),
         BASE: base_note(base, digest_of_checkpoint(base), str(base)),
     }
     with appearing(checkpoint) as temporary:

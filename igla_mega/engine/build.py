@@ -144,7 +144,7 @@ def frozen_chunks(
     Args:
         base: checkpoint of the weights; None for the recipe's initial ones.
     """
-    plain = recipe.model_copy(update={"lora": None, "quantization": None})
+    plain = recipe.with_keys({"lora": None, "quantization": None})
     chunks, shards, _, _ = _chunks(plain, layout, mesh, device, None)
     for chunk in chunks:
         chunk.requires_grad_(False).eval()

@@ -155,10 +155,8 @@ def _forward_engine(checkpoint: Path, recipe: Recipe, device: torch.device, choo
         )
     # The layout rules also check the batch and the schedule, which a forward pass does not use: any values that pass on
     # this number of ranks will do.
-    training = recipe.training.model_copy(
-        update={"batch_size": ranks, "gradient_accumulation": None, "total_steps": 1, "epochs": None}
-    )
-    recipe = recipe.model_copy(update={"training": training, "curriculum": None})
+    training = {"batch_size": ranks, "gradient_accumulation": None, "total_steps": 1, "epochs": None}
+    recipe = recipe.with_keys({f"training.{key}": value for key, value in training.items()} | {"curriculum": None})
     layout = choose_layout(recipe, ranks, device.type)
     layout = replace(layout, micro_batch_size=max(1, BATCH_TOKENS[device.type] // length))
     mesh = build_mesh(layout, recipe.training.seed)

@@ -92,8 +92,7 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
     rules.check(recipe, world_size, device)
     if recipe.stages is not None:
         raise ConfigError("stages: each stage has its own layout. Choose the layout of one stage.")
-    length = recipe.sequence_length
-    if length is None:
+    if (length := recipe.sequence_length) is None:
         raise ConfigError(
             f"training.sequence_length: not given, and base_model {recipe.base_model} is not loaded to set it. Give it."
         )
@@ -104,22 +103,13 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
     tensor = _number(where.tensor_parallel, otherwise=0) or _choose_tensor(recipe, free, length // context, device)
     data = free // tensor
     if recipe.koshey is not None and recipe.koshey.ring_attention and context == 1:
-        notes.append(
-            f"koshey.ring_attention: sequences are not split: only one context-parallel rank of {world_size} in all."
-        )
-
-    sequence_parallel = where.sequence_parallel
-    if sequence_parallel == "auto":
-        # With experts on a CPU too: tensor ranks that hold the same tokens would each send them to the experts.
-        useful = device == "cuda" or recipe.moe is not None
-        sequence_parallel = useful and tensor > 1 and length // context % tensor == 0
-    elif sequence_parallel and tensor == 1:
-        sequence_parallel = False
+        notes.append(f"koshey.ring_attention: one context-parallel rank of {world_size} in all; nothing is split.")
+    sequence_parallel = _choose_sequence_parallel(recipe, length // context, tensor, device)
+    if where.sequence_parallel is True and not sequence_parallel:
         notes.append("sequence_parallel: disabled, since there is only one tensor-parallel rank.")
     # The rules skip sizes that are `auto`, so check again with the chosen ones.
     chosen = {"tensor_parallel": tensor, "context_parallel": context, "sequence_parallel": sequence_parallel}
-    rules.check(recipe.model_copy(update={"distributed": where.model_copy(update=chosen)}), world_size, device)
-
+    rules.check(recipe.with_keys({f"distributed.{key}": one for key, one in chosen.items()}), world_size, device)
     strategy = where.strategy
     if strategy == "FSDP" and data * context == 1:
         strategy = "DDP"
@@ -127,7 +117,6 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
             f"strategy: FSDP has only one data-parallel rank to shard over ({world_size} in all, tensor_parallel "
             f"{tensor}, pipeline_parallel {pipeline}); DDP is used, which is equivalent there."
         )
-
     global_batch, micro_batch_size = _batch(recipe, length, data, pipeline, context, device)
     return Layout(
         tensor=tensor,
@@ -149,6 +138,16 @@ def lay_out(recipe: Recipe, world_size: int, device: str) -> Layout:
         recompute=where.gradient_checkpointing or "none",
         notes=(*notes, *rules.warnings(recipe)),
     )
+
+
+def _choose_sequence_parallel(recipe: Recipe, tokens: int, tensor: int, device: str) -> bool:
+    """Return True if tensor-parallel ranks split the `tokens` of a context-parallel rank's sequence among them."""
+    given = recipe.distributed.sequence_parallel
+    if given != "auto":
+        return given and tensor > 1
+    # With experts on a CPU too: tensor ranks that hold the same tokens would each send them to the experts.
+    useful = device == "cuda" or recipe.moe is not None
+    return useful and tensor > 1 and tokens % tensor == 0
 
 
 def _rows_per_sample(recipe: Recipe) -> int:

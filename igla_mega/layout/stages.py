@@ -88,7 +88,7 @@ def _own_data(part: Recipe, shared: Data) -> Data:
     return data
 
 
-def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stage]:
+def segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stage]:
     """Yield one stage, or one per `koshey.consolidate_every` tokens; one learning rate schedule spans them all."""
     every = recipe.koshey.consolidate_every if recipe.koshey is not None and recipe.memory is recipe.koshey else None
     steps = -(-every // (layout.global_batch * layout.sequence_length)) if every else total_steps
@@ -106,14 +106,14 @@ def _segments(recipe: Recipe, layout: Layout, total_steps: int) -> Iterator[Stag
         )
 
 
-def _phase_recipe(recipe: Recipe, phase: Phase) -> Recipe:
+def phase_recipe(recipe: Recipe, phase: Phase) -> Recipe:
     """Return the recipe with the name, sequence length and learning rate of a phase."""
     length = phase.sequence_length or recipe.training.sequence_length
     training = recipe.training.model_copy(update={"learning_rate": phase.lr, "sequence_length": length})
     return recipe.model_copy(update={"name": phase.name, "training": training})
 
 
-def _mix(recipe: Recipe, index: int) -> dict[str, float]:
+def phase_mix(recipe: Recipe, index: int) -> dict[str, float]:
     """Return the weights of the sources of a phase: its own, and replay from earlier domains."""
     assert recipe.curriculum is not None
     phases, continual = recipe.curriculum.phases, recipe.continual

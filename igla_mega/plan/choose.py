@@ -7,7 +7,7 @@ from igla_mega.config import rules
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.layout.layout import Layout, lay_out
-from igla_mega.layout.stages import Stage, _mix, _phase_recipe, _segments, parts_of, weights_of
+from igla_mega.layout.stages import Stage, parts_of, phase_mix, phase_recipe, segments, weights_of
 
 
 def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layout:
@@ -52,16 +52,22 @@ def stages_of(
         return found
     if recipe.curriculum is None:
         layout = choose_layout(recipe, world_size, device)
-        return list(_segments(recipe, layout, total_steps(recipe, layout)))
+        return list(segments(recipe, layout, total_steps(recipe, layout)))
+    return _phase_stages(recipe, world_size, device)
+
+
+def _phase_stages(recipe: Recipe, world_size: int, device: str) -> list[Stage]:
+    """Return a stage for each phase of a recipe's curriculum, all on the same mesh of ranks."""
+    assert recipe.curriculum is not None, "the caller asks for phases"
     phases = recipe.curriculum.phases
-    recipes = _on_one_layout([_phase_recipe(recipe, phase) for phase in phases], world_size, device)
+    recipes = _on_one_layout([phase_recipe(recipe, phase) for phase in phases], world_size, device)
     stages: list[Stage] = []
     breaches = []
     for i, (phase, own) in enumerate(zip(phases, recipes, strict=True)):
         layout = choose_layout(own, world_size, device)
         tokens_per_step = layout.global_batch * layout.sequence_length
         num_steps = -(-phase.tokens // tokens_per_step)
-        first, mix = stages[-1].last_step if stages else 0, _mix(recipe, i)
+        first, mix = stages[-1].last_step if stages else 0, phase_mix(recipe, i)
         # A phase with the same data and batches as an earlier one must continue after its samples, not repeat them.
         same = [s for s in stages if (s.mix, s.layout) == (mix, layout)]
         notes = []

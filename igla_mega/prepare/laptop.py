@@ -42,8 +42,8 @@ def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
     mix = recipe.data.mix or load.load_recipe("pretrain_7b").data.mix
     root = cache_dir() / f"toy_corpus_python{sys.version_info.major}.{sys.version_info.minor}"
     tokenizer = root / f"tokenizer_{vocab_size}"
-    data = recipe.data.model_copy(
-        update={
+    data = recipe.data.with_keys(
+        {
             "mix": mix,
             "sources": {name: str(root / f"{name}.jsonl") for name in mix},
             "tokenizer": str(tokenizer),
@@ -64,7 +64,7 @@ def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
         ready = Path(data.prepared or "") / "manifest.json"
         if not ready.is_file():
             prepare_sources(data)
-    return _with_domains(recipe.model_copy(update={"data": data}), say=make)
+    return _with_domains(recipe.with_keys({"data": data}), say=make)
 
 
 def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool = True) -> Recipe:
@@ -85,7 +85,7 @@ def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool
         others = [
             _with_tasks(stage, make=make) if _needs_tasks(stage) and _is_ours(first) else stage for stage in others
         ]
-        return recipe.model_copy(update={"stages": (first, *others)})
+        return recipe.with_keys({"stages": (first, *others)})
     if recipe.base_model is None:
         return recipe
     try:
@@ -103,16 +103,16 @@ def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool
         _train_base(folder, num_ranks)
     elif make:
         _say(f"base_model: {recipe.base_model} does not exist; using recipe 1's at laptop scale instead: {folder}")
-    recipe = recipe.model_copy(update={"base_model": str(folder)})
+    recipe = recipe.with_keys({"base_model": str(folder)})
     if recipe.data.sources:
         return recipe
     if _needs_tasks(recipe):
         return _with_tasks(recipe, make=make)
     data = with_data(load.load_recipe("pretrain_7b", scale="laptop"), make=make).data
     update = {key: getattr(data, key) for key in ("mix", "sources", "tokenizer", "prepared")}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    recipe = recipe.with_keys({"data": recipe.data.with_keys(update)})
     if recipe.continual is not None and recipe.continual.base_data is None:
-        recipe = recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"base_data": "mix"})})
+        recipe = recipe.with_keys({"continual.base_data": "mix"})
     return _with_domains(recipe, say=make)
 
 
@@ -147,7 +147,7 @@ def _with_tasks(recipe: Recipe, *, make: bool) -> Recipe:
         "chat_template": recipe.data.chat_template or "plain",
         "too_long": "skip",
     }
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    recipe = recipe.with_keys({"data": recipe.data.with_keys(update)})
     if make:
         if not file.is_file():
             _say(f"data.sources is empty: writing {form.replace('_', ' ')} from Python's library to {file} (once)")
@@ -186,10 +186,10 @@ def _with_domains(recipe: Recipe, *, say: bool) -> Recipe:
     if domains and say:
         _say("data.sources is empty: " + ", ".join(f"{name} is {source}" for name, source in domains.items()))
     phases = tuple(
-        phase.model_copy(update={"data": domains[phase.name]}) if phase.name in domains else phase
+        phase.with_keys({"data": domains[phase.name]}) if phase.name in domains else phase
         for phase in recipe.curriculum.phases
     )
-    return recipe.model_copy(update={"curriculum": recipe.curriculum.model_copy(update={"phases": phases})})
+    return recipe.with_keys({"curriculum.phases": phases})
 
 
 def _say(text: str) -> None:

@@ -326,6 +326,10 @@ def test_a_sound_recipe_has_no_breach():
             {"distributed": {"cuda_graphs": True, "strategy": "FSDP"}},
             "distributed.cuda_graphs: true with strategy FSDP: layers cannot be recorded. Set cuda_graphs=false.",
         ),
+        (
+            {"name": "../x"},
+            "name: '../x' cannot name a file. Use letters, digits, and `_ . + -` or spaces behind the first character.",
+        ),
     ],
 )
 def test_a_breach_is_one_line_with_both_numbers_and_the_way_out(change, says):
