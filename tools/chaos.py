@@ -501,6 +501,7 @@ def marked(token: str) -> dict[int, str]:
 
 
 def _kill(pids: Mapping[int, str]) -> None:
+    """Send SIGKILL to processes, some of which may have ended."""
     for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)

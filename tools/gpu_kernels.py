@@ -108,6 +108,7 @@ def benchmark() -> list[dict]:
 
 
 def merge_eager(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge attention partials by their log-sum-exp, with torch's operations."""
     lse = torch.stack(lses).logsumexp(0)
     out = torch.exp(lses[0] - lse).unsqueeze(-1) * outs[0]
     for part, part_lse in zip(outs[1:], lses[1:], strict=True):
@@ -116,21 +117,25 @@ def merge_eager(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def add_terms(sums: list[Tensor], terms: list[Tensor]) -> None:
+    """Add bf16 terms to fp32 sums in place."""
     for total, term in zip(sums, terms, strict=True):
         total += term
 
 
 def fisher_foreach(fisher: list[Tensor], grads: list[Tensor]) -> None:
+    """Accumulate squared gradients with torch's foreach operations."""
     wide = [g.float() for g in grads]  # no copy of fp32 gradients
     torch._foreach_addcmul_(fisher, wide, wide, value=WEIGHT)
 
 
 def fisher_eager(fisher: list[Tensor], grads: list[Tensor]) -> None:
+    """Accumulate squared gradients tensor by tensor, the form that torch.compile fuses."""
     for total, grad in zip(fisher, grads, strict=True):
         total += WEIGHT * grad.float() ** 2
 
 
 def pull_foreach(grads: list[Tensor], weights: list[Tensor], anchors: list[Tensor], fisher: list[Tensor]) -> Tensor:
+    """Add the EWC gradient with torch's foreach operations; return the penalty."""
     drifts = torch._foreach_sub(weights, anchors)
     pulls = torch._foreach_mul(drifts, fisher)
     torch._foreach_add_(grads, pulls, alpha=EWC_LAMBDA)
@@ -139,6 +144,7 @@ def pull_foreach(grads: list[Tensor], weights: list[Tensor], anchors: list[Tenso
 
 
 def pull_eager(grads: list[Tensor], weights: list[Tensor], anchors: list[Tensor], fisher: list[Tensor]) -> Tensor:
+    """Add the EWC gradient tensor by tensor, the form that torch.compile fuses; return the penalty."""
     penalty = torch.zeros((), device=weights[0].device)
     for grad, weight, anchor, stiffness in zip(grads, weights, anchors, fisher, strict=True):
         drift = weight - anchor
@@ -149,6 +155,7 @@ def pull_eager(grads: list[Tensor], weights: list[Tensor], anchors: list[Tensor]
 
 
 def pull_autograd(grads: list[Tensor], weights: list[Tensor], anchors: list[Tensor], fisher: list[Tensor]) -> Tensor:
+    """Add the EWC gradient by autograd; return the penalty."""
     leaves = [w.detach().requires_grad_() for w in weights]
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad

@@ -83,6 +83,8 @@ class PageServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Handler of the requests for the page."""
+
     server: PageServer
     server_version, sys_version = "igla-mega", ""
     timeout = REQUEST_SECONDS

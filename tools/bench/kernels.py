@@ -42,6 +42,7 @@ def partials(num_partials: int, type_name: str) -> tuple:
 
 
 def merge_fused(num_partials: int, type_name: str) -> Step:
+    """Build the merge of attention partials by igla_mega's op."""
     import torch
 
     from igla_mega.ops.merge_partials import merge_partials
@@ -57,6 +58,7 @@ def merge_fused(num_partials: int, type_name: str) -> Step:
 
 
 def merge_eager(num_partials: int, type_name: str) -> Step:
+    """Build the merge of attention partials by torch's operations."""
     import torch
 
     outs, lses = partials(num_partials, type_name)
@@ -72,6 +74,7 @@ def merge_eager(num_partials: int, type_name: str) -> Step:
 
 
 def accumulate_fused() -> Step:
+    """Build the sum of bf16 terms into fp32 by igla_mega's op."""
     import torch
 
     from igla_mega.ops.accumulate import accumulate_
@@ -86,6 +89,7 @@ def accumulate_fused() -> Step:
 
 
 def accumulate_torch() -> Step:
+    """Build the sum of bf16 terms into fp32 by `add_`."""
     import torch
 
     (terms,), total = partials(1, "bfloat16")[:1], torch.zeros(ATTENTION)
@@ -105,6 +109,7 @@ def ewc_tensors() -> tuple:
 
 
 def pull_fused() -> Step:
+    """Build the EWC gradient and penalty by igla_mega's op."""
     from igla_mega.ops.ewc_penalty import ewc_pull_
 
     grads, weights, anchors, fisher = ewc_tensors()
@@ -128,6 +133,7 @@ def pull_foreach() -> Step:
 
 
 def pull_autograd() -> Step:
+    """Build the EWC gradient and penalty by autograd."""
     import torch
 
     grads, weights, anchors, fisher = ewc_tensors()
@@ -144,6 +150,7 @@ def pull_autograd() -> Step:
 
 
 def fisher_fused(type_name: str) -> Step:
+    """Build the accumulation of squared gradients by igla_mega's op."""
     import torch
 
     from igla_mega.ops.fisher import fisher_accumulate_
@@ -159,6 +166,7 @@ def fisher_fused(type_name: str) -> Step:
 
 
 def fisher_foreach(type_name: str) -> Step:
+    """Build the accumulation of squared gradients by torch's foreach operations."""
     import torch
 
     fisher, grads = seeded("fisher", "grads")
