@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow
 
 MANIFEST = "manifest.json"
 """File that lists size and digest of every other file; written last, so a folder without it is no checkpoint."""
@@ -231,7 +232,7 @@ def words(size: float) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file and flush it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", opener=no_follow) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

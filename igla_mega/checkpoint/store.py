@@ -456,7 +456,7 @@ def write_manifest(path: Path, digests: dict[str, str]) -> None:
 def _point_latest_to(checkpoint: Path) -> None:
     """Write the checkpoint's name into the file `latest` of its folder, atomically."""
     temporary = checkpoint.parent / ".latest"
-    temporary.write_text(checkpoint.name + "\n")
+    write_text(temporary, checkpoint.name + "\n")
     os.replace(temporary, checkpoint.parent / "latest")
     fsync(checkpoint.parent)
 

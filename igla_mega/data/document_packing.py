@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.journal import Lock
 from igla_mega.data.windows import feistel_permutation, round_keys
@@ -168,6 +169,6 @@ def _make_plan(path: Path, reader: IndexedReader, num_documents: int, sequence_l
     order = np.lexsort((starts, rows))
     # Written under another name and renamed: a reader on another node never sees half a plan.
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as stream:
+    with open(partial, "wb", opener=no_follow) as stream:
         np.save(stream, np.stack([starts[order], lengths[order], rows[order]]))
     partial.replace(path)

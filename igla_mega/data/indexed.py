@@ -19,6 +19,7 @@ import numpy as np
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow
 from igla_mega.data.journal import Lock
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -482,7 +483,7 @@ def publish(prefix: str, suffixes: list[str]) -> None:
 
 def _open_at(path: str, size: int) -> BinaryIO:
     """Open a file for writing after its first `size` bytes, which are kept."""
-    stream = open(path, "r+b" if size and os.path.exists(path) else "w+b")  # noqa: SIM115 (closed with the writer)
+    stream = open(path, "r+b" if size and os.path.exists(path) else "w+b", opener=no_follow)  # noqa: SIM115 (closed with the writer)
     stream.truncate(size)
     stream.seek(size)
     return stream

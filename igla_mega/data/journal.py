@@ -12,6 +12,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow
 
 
 class Lock:
@@ -30,7 +31,7 @@ class Lock:
         self.path = Path(f"{prefix}.lock")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._stream = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 (closed when released)
+            self._stream = open(self.path, "a+", encoding="utf-8", opener=no_follow)  # noqa: SIM115 (closed when released)
             try:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -138,7 +139,7 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         """Write one line and flush it to the disk."""
-        with open(self.path, "ab") as stream:
+        with open(self.path, "ab", opener=no_follow) as stream:
             stream.write(_line(entry))
             stream.flush()
             os.fsync(stream.fileno())
@@ -158,7 +159,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically: after a crash it has either its old or its new content."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as stream:
+    with open(partial, "wb", opener=no_follow) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

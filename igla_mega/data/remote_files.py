@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow, write_text
 from igla_mega.data.journal import Lock
 
 _PIECE = 1 << 24
@@ -80,7 +81,7 @@ def _copy(address: str, target: Path, *, needed: bool = True) -> Path:
             if target.is_file() and noted.is_file() and noted.read_text() == mark:
                 return target
             partial = target.with_name(target.name + ".partial")
-            with system.open(path, "rb") as source, open(partial, "wb") as copy:
+            with system.open(path, "rb") as source, open(partial, "wb", opener=no_follow) as copy:
                 while piece := source.read(_PIECE):
                     copy.write(piece)
                 copy.flush()
@@ -89,7 +90,7 @@ def _copy(address: str, target: Path, *, needed: bool = True) -> Path:
             if partial.stat().st_size != system.size(path):
                 raise ConfigError(f"{address}: the connection ended before the end of the file.\n  Run again.")
             os.replace(partial, target)
-            noted.write_text(mark)
+            write_text(noted, mark)
         return target
     except OSError as error:
         raise ConfigError(

@@ -16,6 +16,7 @@ import numpy as np
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow
 from igla_mega.data.journal import replace_file
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.formats import Block
@@ -169,7 +170,7 @@ class _HashPartitions:
         borders = np.searchsorted(partitions[order], np.arange(_PARTITIONS + 1))
         for partition, (begin, end) in enumerate(itertools.pairwise(borders.tolist())):
             if begin < end:
-                with open(self._folder / f"{partition:03d}", "ab") as stream:
+                with open(self._folder / f"{partition:03d}", "ab", opener=no_follow) as stream:
                     stream.write(records[order[begin:end]].tobytes())
         self._buffered, self._size = [], 0
 

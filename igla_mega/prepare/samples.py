@@ -15,6 +15,7 @@ import numpy as np
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import write_text
 from igla_mega.config.schema import Recipe
 from igla_mega.data import chat, pairs
 from igla_mega.data.indexed import IndexedWriter, token_dtype
@@ -151,5 +152,5 @@ def _is_done(prefix: str, stamp: str) -> bool:
 def _seal(prefix: str, content: dict) -> None:
     """Write `<prefix>.json`, after the datasets, as the mark that they are complete."""
     partial = Path(f"{prefix}.json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(partial, json.dumps(content, indent=1) + "\n")
     os.replace(partial, f"{prefix}.json")

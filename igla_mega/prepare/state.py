@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from igla_mega.config.files import no_follow
 from igla_mega.prepare.encoding import Encoded
 from igla_mega.prepare.formats import Broken
 
@@ -99,7 +100,7 @@ class Quarantine:
     def __init__(self, prefix: str, size: int):
         """Open the file after the first `size` bytes, which an earlier run has flushed."""
         path = f"{prefix}.quarantine.jsonl.partial"
-        self._stream = open(path, "r+b" if size and Path(path).exists() else "w+b")  # noqa: SIM115
+        self._stream = open(path, "r+b" if size and Path(path).exists() else "w+b", opener=no_follow)  # noqa: SIM115
         self._stream.truncate(size)
         self._stream.seek(size)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import write_text
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.report.history import FILES, Heat, History, events_of, thin
@@ -325,7 +326,7 @@ def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
+        write_text(temporary, page)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

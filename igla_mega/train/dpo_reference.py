@@ -18,6 +18,7 @@ from torch import nn
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
+from igla_mega.config.files import no_follow
 from igla_mega.data.batches import BatchShard, on_device
 from igla_mega.data.conversations import Pairs
 from igla_mega.data.micro_batch import MicroBatch
@@ -111,7 +112,7 @@ def cache(engine: Engine, pairs: Pairs, share: BatchShard, base: str, session: S
     if engine.mesh.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         partial_file = folder / f".{file.name}"
-        with open(partial_file, "wb") as stream:
+        with open(partial_file, "wb", opener=no_follow) as stream:
             np.savez(stream, **found)  # type: ignore[arg-type]
         partial_file.rename(file)
     dist.barrier(group=group)

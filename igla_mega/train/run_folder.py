@@ -12,6 +12,7 @@ from typing import IO
 from igla_mega.checkpoint import store
 from igla_mega.config import json_text, load, yaml_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow
 from igla_mega.config.schema import Recipe
 
 LOCK_SECONDS = 30.0
@@ -29,7 +30,7 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (held while the run lasts)
+        lock = open(run_dir / ".lock", "a+", opener=no_follow)  # noqa: SIM115 (held while the run lasts)
     except OSError as error:
         raise ConfigError(
             f"{run_dir}: cannot be created or written ({error.strerror}).\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import no_follow, write_text
 from igla_mega.config.schema import Logging
 
 OF_STEPS = ("metrics", "ledger", "samples")
@@ -167,7 +168,7 @@ def rewind(path: Path, step: int) -> None:
             kept.append(line + "\n")
     # Renamed over the file, so that a kill in between loses nothing.
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(kept))
+    write_text(temporary, "".join(kept))
     os.replace(temporary, path)
 
 
@@ -196,7 +197,7 @@ class Lines:
     def _opened(self) -> int:
         """Return the descriptor of the file, opening it first; terminate an incomplete last line."""
         if self._descriptor is None:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._descriptor = no_follow(str(self._path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
             size = os.fstat(self._descriptor).st_size
             if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # a killed run's half-written line
                 self._waiting = b"\n" + self._waiting

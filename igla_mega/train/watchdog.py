@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from igla_mega.config import json_text
+from igla_mega.config.files import write_text
 from igla_mega.distributed.mesh import own_store
 from igla_mega.engine.heartbeat import Heartbeat, followed
 from igla_mega.train.trackers import write_event
@@ -350,7 +351,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             name = datetime.datetime.now().strftime("report_%Y%m%d_%H%M%S_%f.txt")
-            (self.folder / name).write_text(text + "\n")
+            write_text(self.folder / name, text + "\n")
             step = self.heartbeat.step if step is None else step
             write_event(self.run_dir, "hang", step, text.splitlines()[0], report=f"{HANG}/{name}")
 
