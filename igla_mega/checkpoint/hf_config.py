@@ -110,7 +110,11 @@ def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
     try:
         moe = None
         if kind == "mixtral":
-            moe = Moe.model_validate({ours: given[theirs] for theirs, ours in _EXPERTS.items()})
+            experts = {ours: given[theirs] for theirs, ours in _EXPERTS.items()}
+            experts["router_aux_loss_coef"] = coefficient_per_layer(
+                given["router_aux_loss_coef"], given["num_experts_per_tok"], given["num_hidden_layers"]
+            )
+            moe = Moe.model_validate(experts)
         return Model.model_validate(section), moe
     except ValidationError as error:
         # The user knows the keys of config.json, not those of a recipe.
@@ -120,6 +124,24 @@ def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
             *(f"{path}: {theirs.get(key, key)}: {section.get(key)!r}: {text}." for key, text in details),
             "  Download the folder again.",
         ) from None
+
+
+def coefficient_per_layer(pooled: Any, experts_per_token: Any, num_layers: Any) -> Any:
+    """Return the coefficient of our balancing loss that presses as hard as transformers' on balanced experts.
+
+    transformers pools all layers and counts a token once for each of its experts (`load_balancing_loss_func` of
+    modeling_mixtral.py): experts_per_token times the mean over layers. Ours is the sum over layers, of shares that add
+    up to 1. Without conversion Mixtral 8x7B would be balanced 16 times as hard. Values of a wrong type are passed
+    through: the schema refuses them.
+    """
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in (pooled, experts_per_token)):
+        return pooled
+    return pooled * experts_per_token / num_layers
+
+
+def pooled_coefficient(per_layer: float, experts_per_token: int, num_layers: int) -> float:
+    """Return the inverse of `coefficient_per_layer`, without its rounding: 0.02 comes back as 0.02."""
+    return float(f"{per_layer * num_layers / experts_per_token:.12g}")
 
 
 def _scaling_type(rope: dict[str, Any]) -> str:
@@ -165,6 +187,9 @@ def config_of(model: Model, moe: Moe | None, dtype: str) -> dict[str, Any]:
     if moe is not None:
         own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
         own |= {theirs: getattr(moe, ours) for theirs, ours in _EXPERTS.items()}
+        own["router_aux_loss_coef"] = pooled_coefficient(
+            moe.router_aux_loss_coef, moe.num_experts_per_tok, model.num_layers
+        )
     return {
         **own,
         **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},

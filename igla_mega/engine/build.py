@@ -219,11 +219,20 @@ def num_steps(recipe: Recipe, layout: Layout) -> int:
     """Return the number of optimizer steps of a run without phases: as given, or that of `epochs` passes over the data.
 
     Raises:
-        ConfigError: neither is given.
+        ConfigError: neither is given, or the warm-up is longer than the run.
     """
     if recipe.training.total_steps is not None:
         return recipe.training.total_steps
     if recipe.training.epochs is None:
         raise ConfigError("training.total_steps: neither it nor training.epochs is given. Set one.")
     windows = sum(open_dataset(recipe, layout.sequence_length).windows_per_epoch().values())
-    return max(1, recipe.training.epochs * windows // layout.global_batch)
+    steps = max(1, recipe.training.epochs * windows // layout.global_batch)
+    # With `total_steps` a rule holds this; here the number of steps is known only once the data is open.
+    if (warmup := recipe.num_warmup_steps(steps)) > steps:
+        raise ConfigError(
+            f"training.warmup_steps: {warmup} is more than the {steps} steps of the run, so the learning rate would not "
+            f"reach its peak: training.epochs {recipe.training.epochs} over {windows} rows in batches of "
+            f"{layout.global_batch}.\n"
+            "  Use fewer, or training.warmup_ratio."
+        )
+    return steps

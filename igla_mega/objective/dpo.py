@@ -18,6 +18,9 @@ from igla_mega.data.micro_batch import MicroBatch
 from igla_mega.distributed.mesh import Axis
 from igla_mega.objective import language
 
+TIE_NATS, TIE_RELATIVE = 1e-6, 1e-6
+"""Two rewards are equal if their log-ratios differ by at most `TIE_NATS` nats plus `TIE_RELATIVE` of the pair's
+log-probabilities, which are sums of fp32 numbers."""
 METRICS = (
     "dpo_reward_chosen",
     "dpo_reward_rejected",
@@ -131,7 +134,10 @@ def pair_losses(log_probs: Tensor, reference: Tensor, lengths: Tensor, dpo: Dpo)
         losses = _smoothed(lambda m: (m - 1 / (2 * dpo.beta)) ** 2, means[:, 0] - means[:, 1], dpo.label_smoothing)
     with torch.no_grad():
         chosen, rejected = dpo.beta * ratios.t()
-        accuracy = (chosen > rejected).double()
+        # At step 0 the policy is its reference: the sign of their difference is rounding, which layouts differ in.
+        difference = ratios[:, 0] - ratios[:, 1]
+        tied = difference.abs() <= TIE_NATS + TIE_RELATIVE * log_probs.abs().view(-1, 2).sum(1)
+        accuracy = torch.where(tied, 0.5, (difference > 0).double())
         policy = log_probs.view(-1, 2)
         metrics = [chosen, rejected, chosen - rejected, accuracy, ratios.mean(1), policy[:, 0], policy[:, 1]]
         metrics.append((policy[:, 0] > policy[:, 1]).double())

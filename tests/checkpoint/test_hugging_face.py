@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from igla_mega.checkpoint import hugging_face, load_model, store
 from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+from igla_mega.checkpoint.hf_config import coefficient_per_layer, pooled_coefficient
 from igla_mega.checkpoint.hf_names import Weight, weights_of
 from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.config.errors import ConfigError
@@ -401,9 +402,12 @@ def test_a_mixtral_folder_goes_there_and_back_bit_for_bit(changes, tmp_path):
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     recipe = read_recipe(tmp_path / "native")
-    assert recipe.moe.num_experts == 4 and recipe.moe.router_aux_loss_coef == 0.001
+    layers, experts = recipe.model.num_layers, recipe.moe.num_experts_per_tok
+    assert recipe.moe.num_experts == 4
+    assert recipe.moe.router_aux_loss_coef == pytest.approx(0.001 * experts / layers, rel=1e-9)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)
+    assert config["router_aux_loss_coef"] == 0.001, "converted back to what it was"
 
 
 def test_a_mixtral_with_what_we_do_not_have_is_refused(tmp_path):
@@ -467,3 +471,21 @@ def test_a_scaled_sum_of_experts_is_exported_in_their_last_matrices(tmp_path):
     checkpoint = store.step_dir(tmp_path, 1)
     hugging_face.export_folder(checkpoint, tmp_path / "hf", say=print)
     assert ranks.run(1, hugging_face.logit_difference, checkpoint, tmp_path / "hf")[0] < TOLERANCE
+
+
+@pytest.mark.parametrize(("layers", "experts_per_token"), [(1, 1), (1, 2), (3, 2), (32, 2)])
+def test_balanced_as_hard_as_by_transformers(layers, experts_per_token):
+    """transformers pools the layers; ours is summed over them. On layers alike both give one loss after conversion."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    experts, theirs = 8, 0.02
+    logits = torch.randn(64, experts, generator=torch.Generator().manual_seed(1))
+    pooled = theirs * load_balancing_loss_func((logits,) * layers, experts, experts_per_token)
+    chosen = torch.zeros_like(logits).scatter(1, logits.topk(experts_per_token, dim=1).indices, 1.0)
+    share, mean = chosen.sum(0) / chosen.sum(), logits.softmax(1).mean(0)
+    ours = coefficient_per_layer(theirs, experts_per_token, layers) * layers * experts * (share * mean).sum()
+    assert float(ours) == pytest.approx(float(pooled), rel=1e-5)
+    assert (
+        pooled_coefficient(coefficient_per_layer(theirs, experts_per_token, layers), experts_per_token, layers)
+        == theirs
+    )

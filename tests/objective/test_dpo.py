@@ -271,9 +271,27 @@ def one_process():
 def test_a_layout_equals_one_process(case, one_process):
     reports = ranks.run(case[0], stepped, tiny.recipe(**case[1]))[0]
     differences = np.abs(np.array(reports) - np.array(one_process))
-    # At first the model is its reference, and which of two equal rewards is higher is a matter of rounding.
-    differences[0, 2 + dpo.METRICS.index("dpo_accuracy")] = 0
+    # At first the model is its reference: every pair is a tie, in every layout.
+    accuracy = 2 + dpo.METRICS.index("dpo_accuracy")
+    assert reports[0][accuracy] == one_process[0][accuracy] == 0.5
     loss, norm, metrics = differences[:, 0].max(), differences[:, 1].max(), differences[:, 2:].max()
     print(f"{case}: loss {loss:.1e}, gradient norm {norm:.1e}, metrics {metrics:.1e}")
     assert loss < 1e-5 and norm < 2e-5 and metrics < 1e-4
     assert reports[-1][0] < reports[0][0], "it learns to prefer"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "accuracy"),
+    [
+        (-20.0, -20.0, 0.5),
+        (-20.0, -20.0 + 1e-6, 0.5),
+        (-20.0, -20.0 - 1e-6, 0.5),
+        (-20.0, -20.1, 1.0),
+        (-20.1, -20.0, 0.0),
+    ],
+)
+def test_a_tie_of_rewards_counts_half(chosen, rejected, accuracy):
+    policy = torch.tensor([chosen, rejected], dtype=torch.float64)
+    reference = torch.full((2,), -20.0, dtype=torch.float64)
+    _, metrics = dpo.pair_losses(policy, reference, torch.full((2,), 5.0, dtype=torch.float64), Dpo())
+    assert metrics[dpo.METRICS.index("dpo_accuracy")].tolist() == [accuracy]
