@@ -230,8 +230,8 @@ def num_steps(recipe: Recipe, layout: Layout) -> int:
     # With `total_steps` a rule holds this; here the number of steps is known only once the data is open.
     if (warmup := recipe.num_warmup_steps(steps)) > steps:
         raise ConfigError(
-            f"training.warmup_steps: {warmup} is more than the {steps} steps of the run, so the learning rate would not "
-            f"reach its peak: training.epochs {recipe.training.epochs} over {windows} rows in batches of "
+            f"training.warmup_steps: {warmup} is more than the {steps} steps of the run, so the learning rate would "
+            f"not reach its peak: training.epochs {recipe.training.epochs} over {windows} rows in batches of "
             f"{layout.global_batch}.\n"
             "  Use fewer, or training.warmup_ratio."
         )

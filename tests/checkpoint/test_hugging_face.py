@@ -485,7 +485,5 @@ def test_balanced_as_hard_as_by_transformers(layers, experts_per_token):
     share, mean = chosen.sum(0) / chosen.sum(), logits.softmax(1).mean(0)
     ours = coefficient_per_layer(theirs, experts_per_token, layers) * layers * experts * (share * mean).sum()
     assert float(ours) == pytest.approx(float(pooled), rel=1e-5)
-    assert (
-        pooled_coefficient(coefficient_per_layer(theirs, experts_per_token, layers), experts_per_token, layers)
-        == theirs
-    )
+    converted = coefficient_per_layer(theirs, experts_per_token, layers)
+    assert pooled_coefficient(converted, experts_per_token, layers) == theirs
