@@ -34,9 +34,9 @@ METRICS = (
 """Logged metrics, means over pairs.
 
 Rewards and margin are beta times nats. Accuracy is the fraction of pairs whose chosen answer has the higher reward; a
-tie counts half. KL is the model's log-probability of an answer minus the reference's, in nats, averaged over both answers; it estimates the
-divergence on the answers of the data, not on answers of the model. Preferred is the fraction of pairs whose chosen
-answer has the higher log-probability under the model, regardless of the reference."""
+tie counts half. KL is the model's log-probability of an answer minus the reference's, in nats, averaged over both
+answers; it estimates the divergence on the answers of the data, not on answers of the model. Preferred is the fraction
+of pairs whose chosen answer has the higher log-probability under the model, regardless of the reference."""
 
 
 def forward_step(batches: Iterator[MicroBatch], model: nn.Module, *, dpo: Dpo, context: Axis) -> tuple[Tensor, partial]:
