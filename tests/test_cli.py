@@ -161,9 +161,9 @@ def test_a_broken_line_stops_prepare_with_its_number_and_is_skipped_when_asked(t
 def test_a_feature_that_is_not_built_yet_is_refused_by_train_in_one_sentence(section, recipe, tmp_path):
     recipe.write_text(recipe.read_text() + section + "\n")
     said = refused("train", recipe, cwd=tmp_path)
-    assert section.split(":")[0] in said and "not built yet" in said and len(said.splitlines()) == 1
+    assert section.split(":")[0] in said and "not supported yet" in said and len(said.splitlines()) == 1
     checked = igla("check", recipe)
-    assert checked.returncode == 0 and "not built yet" in checked.stdout
+    assert checked.returncode == 0 and "not supported yet" in checked.stdout
 
 
 def test_a_hugging_face_folder_with_a_missing_shard_is_refused(tmp_path):

@@ -73,7 +73,7 @@ def test_a_signal_to_the_command_saves_the_step_and_ends_with_the_code_that_requ
     assert process.returncode == code, said
     step = max(losses(run))
     assert (run / "checkpoints/latest").read_text().strip() == f"step_{step:08d}", said
-    assert f"stopping after step {step}, as {number.name} asked" in said and "Traceback" not in said
+    assert f"stopping after step {step}, as {number.name} requested" in said and "Traceback" not in said
     assert "stopping" in events(run) and events(run)[-1] == "saved"
 
 
@@ -201,7 +201,7 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_a_schedulers_signal_before_a_run_listens_asks_to_be_requeued():
-    assert run_python("cli._end_when_asked(); os.kill(os.getpid(), signal.SIGUSR1); signal.pause()").returncode == 75
+    assert run_python("cli._exit_on_signals(); os.kill(os.getpid(), signal.SIGUSR1); signal.pause()").returncode == 75
 
 
 def test_a_mistake_that_every_rank_meets_is_said_once():

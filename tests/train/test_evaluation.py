@@ -246,7 +246,7 @@ def searched(corpus: Path, trained_steps: int):
         mask[:, -needle.VALUE_TOKENS :] = 1
         positions = torch.arange(ids.size(1) - 1).expand(16, -1)
         batch = MicroBatch(tokens=ids[:, :-1], labels=ids[:, 1:], loss_mask=mask, position_ids=positions)
-        batch = {name: values.contiguous() for name, values in batch.items()}
+        batch = batch.map_tensors(torch.Tensor.contiguous)
         train_step(engine, iter([batch]), step=step, seed=1, learning_rate=4e-3)
     return needle.measure(engine, haystack(corpus))
 
@@ -341,8 +341,8 @@ def both_ways(checkpoint: Path, hf_dir: Path, task_files: Path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from igla_mega.checkpoint.load_model import alone as alone_layout
     from igla_mega.checkpoint.load_model import load_model
+    from igla_mega.checkpoint.load_model import single_process_layout as alone_layout
     from igla_mega.engine.step import Engine
     from igla_mega.evaluate.harness import Asker, EngineLM
 
