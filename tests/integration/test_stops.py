@@ -73,7 +73,7 @@ def test_a_signal_to_the_command_saves_the_step_and_ends_with_the_code_that_requ
     assert process.returncode == code, said
     step = max(losses(run))
     assert (run / "checkpoints/latest").read_text().strip() == f"step_{step:08d}", said
-    assert f"stopping after step {step}, as {number.name} asked" in said and "Traceback" not in said
+    assert f"stopping after step {step}, as {number.name} requested" in said and "Traceback" not in said
     assert "stopping" in events(run) and events(run)[-1] == "saved"
 
 
