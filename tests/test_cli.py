@@ -249,7 +249,7 @@ def test_the_fisher_of_a_finished_model_is_written_once_and_overwrites_nothing(f
     assert (origin["normalization"], origin["samples"], origin["labels"]) == ("per token", 4, "model")
     assert "every file has the size and digest" in igla("check", out).stdout
     before = sorted(path.stat().st_mtime_ns for path in out.iterdir())
-    assert "would be lost" in refused("fisher", run, recipe, "--out", out, *sizes)
+    assert "would be overwritten" in refused("fisher", run, recipe, "--out", out, *sizes)
     assert sorted(path.stat().st_mtime_ns for path in out.iterdir()) == before
 
 

@@ -203,7 +203,7 @@ def test_experts_must_be_those_of_the_base_model():
     assert experts_of(sparse, dense, Path("base")) == experts_of(sparse, sparse, Path("base")) == sparse.moe
     with pytest.raises(ConfigError, match=r"base is a dense model, but the recipe has 4 experts(.|\n)*--upcycle 4"):
         experts_of(dense, sparse, Path("base"))
-    with pytest.raises(ConfigError, match=r"moe\.num_experts: 8, and base has 4"):
+    with pytest.raises(ConfigError, match=r"moe\.num_experts: is 8, but base has 4"):
         experts_of(sparse, recipe({"num_experts": 8}), Path("base"))
 
 
