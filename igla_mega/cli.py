@@ -287,6 +287,9 @@ def train(
         ),
     ] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often ranks are restarted after a failure.")] = 0,
+    accept_changes: Annotated[
+        str, typer.Option(metavar="KEY,...", help="Resume although these keys, or the data, make it another run.")
+    ] = "",
 ) -> None:
     """Train a recipe: as one rank under torchrun or Slurm, else starting the ranks of this machine.
 
@@ -327,7 +330,10 @@ def train(
     _quiet_libraries()
     from igla_mega import run as engine
 
-    raise typer.Exit(engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose))
+    accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
+    raise typer.Exit(
+        engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose, accepted=accepted)
+    )
 
 
 @app.command()

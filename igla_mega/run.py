@@ -1,6 +1,6 @@
 """Composition root: from a recipe to a run, part by part and stage by stage."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ def train(
     stop_after: int | None = None,
     models: Path | None = None,
     verbose: bool = False,
+    accepted: Collection[str] = (),
 ) -> int:
     """Run a recipe on this rank, from where its run folder left off.
 
@@ -53,6 +54,7 @@ def train(
         stop_after: step at which this call saves and stops, if that is before the last.
         models: folder below which `base_model` is looked up.
         verbose: print the cost of context parallelism at the start.
+        accepted: keys whose change does not make it another run because the user insists.
 
     Returns:
         The exit code: 0, or the one that tells a scheduler to requeue (`StopRequest.exit_code`).
@@ -76,7 +78,7 @@ def train(
             ops.require_kernels(device.type)
         mesh = build_mesh(resolved.layouts[0], resolved.recipe.training.seed)
         session = Session(run_dir, mesh, device, stop, heartbeat)
-        finished = _train_stages(resolved, session, stop_after, verbose=verbose)
+        finished = _train_stages(resolved, session, stop_after, verbose=verbose, accepted=accepted)
         dist.barrier(group=mesh.host_group)  # a launcher ends the other ranks when the first one has ended
     destroy_process_groups()
     if lock:
@@ -84,10 +86,12 @@ def train(
     return 0 if finished else stop.exit_code
 
 
-def _train_stages(resolved: Resolved, session: Session, stop_after: int | None, *, verbose: bool) -> bool:
+def _train_stages(
+    resolved: Resolved, session: Session, stop_after: int | None, *, verbose: bool, accepted: Collection[str]
+) -> bool:
     """Open the data, find the start, and train part after part; return True if nothing is left to do."""
     data = _open_data(resolved, session)
-    start = find_start(resolved, session, data.corpora)
+    start = find_start(resolved, session, data.corpora, accepted)
     last_step = min(resolved.total_steps, stop_after or resolved.total_steps)
     session, progress = _with_display(resolved, session, start, last_step), start.progress
     base = resolved.base.checkpoint if resolved.base else None
@@ -140,6 +144,9 @@ def _with_display(resolved: Resolved, session: Session, start: Start, last_step:
         print(line)
     replace_file(run_dir / "recipe.yaml", recipe_yaml.encode())
     trackers = Trackers(run_dir, recipe.logging, resume_step=step, recipe=recipe.model_dump(mode="json"))
+    for line in start.changes:
+        print(f"--accept-changes: {line}")
+        trackers.event("change_accepted", step, line)
     return replace(session, display=Display(last_step, step), trackers=trackers)
 
 

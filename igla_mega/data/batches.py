@@ -66,6 +66,7 @@ class Dataset(Protocol):
     """Data that a run draws its batches from: text (`Corpus`), conversations or pairs (`conversations`)."""
 
     sequence_length: int
+    readers: dict[str, IndexedReader]
 
     @property
     def notes(self) -> list[str]:
@@ -384,6 +385,11 @@ def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
                 stream.seek(max(0, size - (1 << 16)))
                 digest.update(stream.read(1 << 16))
     return digest.hexdigest()
+
+
+def source_fingerprints(dataset: Dataset) -> dict[str, str]:
+    """Return a digest for each source of a dataset: of its files' sizes and ends, wherever they are stored."""
+    return {name: fingerprint_of(name, {name: reader}) for name, reader in sorted(dataset.readers.items())}
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:

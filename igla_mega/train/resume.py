@@ -1,26 +1,31 @@
 """Where a run starts: its newest complete checkpoint, or the beginning."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from igla_mega.checkpoint import store
+from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.checkpoint.load import find_checkpoint
 from igla_mega.checkpoint.local import Local, folder_of
 from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.checkpoint.remote import Remote
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import Corpus, Dataset
+from igla_mega.data.batches import Corpus, Dataset, source_fingerprints
 from igla_mega.data.blend import recorded_mixes
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.layout.stages import Stage
 from igla_mega.plan.resolve import Resolved
+from igla_mega.train.continuity import refuse_another_run
 from igla_mega.train.phases import next_stage
 from igla_mega.train.session import Session
 
+DATA = "data.json"
+"""File of a checkpoint: source -> fingerprint of the prepared data that it was trained on."""
 Found = tuple[Path, Progress]
 """A checkpoint, and how far the run was that wrote it."""
 
@@ -37,13 +42,20 @@ class Start:
     find: Callable[[], Found | None]
     """Finds the newest complete checkpoint; every rank calls it."""
     writer: store.CheckpointWriter
+    changes: Sequence[str] = ()
+    """Changes of the recipe or its data that `--accept-changes` allowed, as lines."""
 
 
-def find_start(resolved: Resolved, session: Session, corpora: Sequence[Dataset]) -> Start:
+def find_start(
+    resolved: Resolved, session: Session, corpora: Sequence[Dataset], accepted: Collection[str] = ()
+) -> Start:
     """Find where the run starts, and open the writer of its checkpoints. Every rank calls it.
 
+    Args:
+        accepted: keys whose change does not make it another run because the user insists.
+
     Raises:
-        ConfigError: every checkpoint is damaged, or the batch size or the phases differ from those of the run.
+        ConfigError: every checkpoint is damaged, or the recipe or its data are those of another run.
     """
     recipe, stages, ends = resolved.recipe, resolved.stages, resolved.part_ends
     checkpoints, mesh = session.run_dir / "checkpoints", session.mesh
@@ -53,6 +65,7 @@ def find_start(resolved: Resolved, session: Session, corpora: Sequence[Dataset])
     find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
     progress = found[1] if found else Progress()
+    changes = _refuse_another_run(resolved, found, corpora, accepted) if found else []
     _refuse_other_batches(progress, stages)
     if isinstance(corpora[0], Corpus) and recipe.stages is None and recipe.curriculum is None and recipe.data.mix:
         corpora[0].follow(_mixes(recipe, session.run_dir, progress, mesh, say))
@@ -72,7 +85,28 @@ def find_start(resolved: Resolved, session: Session, corpora: Sequence[Dataset])
     )
     if found and found[0].parent == checkpoints:
         writer.copy_found(progress.step)
-    return Start(found, progress, part, find, writer)
+    return Start(found, progress, part, find, writer, changes)
+
+
+def _refuse_another_run(
+    resolved: Resolved, found: Found, corpora: Sequence[Dataset], accepted: Collection[str]
+) -> list[str]:
+    """Compare the recipe and the data with those that the checkpoint was written with; return accepted changes.
+
+    Raises:
+        ConfigError: a change would make it another run.
+    """
+    checkpoint, progress = found
+    # A checkpoint has the recipe of the part that wrote it: the one whose steps it is within, or has just completed.
+    part = next((i for i, end in enumerate(resolved.part_ends) if progress.step <= end), len(resolved.parts) - 1)
+    stage = min(progress.stage, len(resolved.stages) - 1)
+    if resolved.stages[stage].part != part:
+        stage = resolved.first_stage(part)
+    file = checkpoint / DATA
+    before = json_text.loads(file.read_bytes()) if file.is_file() else {}  # absent before version 0.2
+    now = source_fingerprints(corpora[stage])
+    data = {name: (before[name], now[name]) for name in before.keys() & now.keys()}
+    return refuse_another_run(read_recipe(checkpoint), resolved.parts[part], data, str(checkpoint), accepted)
 
 
 def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local | None, Remote | None]:
