@@ -84,7 +84,7 @@ def _default(field) -> str:
 
 
 def _values(schema: dict) -> str:
-    """Return the possible values of a key in words."""
+    """Describe the possible values of a key."""
     if "enum" in schema:
         return ", ".join(f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in schema["enum"])
     if "const" in schema:
