@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from igla_mega.engine import ddp
+from igla_mega.engine import build, ddp
 from igla_mega.engine.step import scheduled, train_step
 
 STEADY = {"training": {"learning_rate": 1e-3}}
@@ -56,7 +56,7 @@ def overlapped(recipe, num_steps: int = 6):
     wrap, buckets, started = ddp.wrap, [], []
 
     def wrap_overlapped(chunks, config, **how):
-        wrapped = wrap(chunks, config, **{**how, "overlap": True})
+        wrapped = wrap(chunks, config, **how)
         for chunk in wrapped:
             buckets.extend(chunk.bucket_groups)
             for group in chunk.bucket_groups:
@@ -65,6 +65,7 @@ def overlapped(recipe, num_steps: int = 6):
         return wrapped
 
     ddp.wrap = wrap_overlapped
+    build._overlaps = lambda *_: True
     ddp.DistributedDataParallelConfig = partial(ddp.DistributedDataParallelConfig, bucket_size=20_000)
     built = tiny.engine(recipe)[0]
     assert built.chunks[0].ddp_config.overlap_param_gather == built.chunks[0].ddp_config.use_distributed_optimizer
