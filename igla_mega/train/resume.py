@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from igla_mega.checkpoint import store
-from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.checkpoint.load import find_checkpoint
 from igla_mega.checkpoint.local import Local, folder_of
 from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.checkpoint.remote import Remote
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, source_fingerprints
 from igla_mega.data.blend import recorded_mixes
@@ -106,7 +106,9 @@ def _refuse_another_run(
     before = json_text.loads(file.read_bytes()) if file.is_file() else {}  # absent before version 0.2
     now = source_fingerprints(corpora[stage])
     data = {name: (before[name], now[name]) for name in before.keys() & now.keys()}
-    return refuse_another_run(read_recipe(checkpoint), resolved.parts[part], data, str(checkpoint), accepted)
+    # `folder.read_recipe` would compare it with the tensors next to it: a node's own folder holds those of one rank.
+    written = load_recipe(checkpoint / "recipe.yaml")
+    return refuse_another_run(written, resolved.parts[part], data, str(checkpoint), accepted)
 
 
 def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local | None, Remote | None]:
