@@ -58,8 +58,10 @@ def learn(built, task: int, seed: int, replay: int = 0) -> None:
     for step in range(STEPS):
         batch = rows(task, seed, step)
         if replay and step % replay == 0:  # one row of the earlier task now and then
-            for name, values in rows(1 - task, seed, 5000 + step, 1).items():
-                batch[name] = torch.cat([batch[name][1:], values])
+            earlier = rows(1 - task, seed, 5000 + step, 1)
+            tensors = ("tokens", "labels", "loss_mask", "position_ids")
+            both = {name: torch.cat([getattr(batch, name)[1:], getattr(earlier, name)]) for name in tensors}
+            batch = batch._replace(**both)
         rate = 3e-3 * min(1.0, (STEPS - step) / (STEPS / 2))
         tiny.train_step(built, iter([batch]), step=step, seed=seed, learning_rate=rate)
 

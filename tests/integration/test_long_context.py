@@ -29,6 +29,7 @@ def long_recipe(num_ranks: int, length: int = LENGTH):
         context_parallel=num_ranks,
         context_schedule="p2p",
         gradient_checkpointing="full",
+        micro_batch_size=1,
     )
 
 

@@ -101,7 +101,7 @@ def test_a_weight_changed_in_mid_run_takes_effect_at_the_next_step_and_loses_not
     said = igla("train", recipe, "--run", run, "--stop-after", 4)
     assert "75.00%" in said and "epochs" in said
     said = igla("train", recipe, "--run", run, "--set", "data.mix={web: 0, code: 1}")
-    assert "another one from sample 32 on" in said
+    assert "changed from sample 32 on" in said
     entries = [json.loads(line)["sources"] for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert len(entries) == 6
     for name in ("web", "code"):

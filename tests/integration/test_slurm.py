@@ -134,7 +134,7 @@ def test_a_bad_node_is_named_before_the_run_and_ends_the_job(cluster, recipe, tm
     found, said = ended(cluster, job, run), log_of(run)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), said
     assert "2 nodes, 2 ranks, CPU" in said and "bad: node1 (rank 0): disk:" in said, said
-    assert "bad: node2 (rank 1): disk:" in said and "--exclude those that are bad" in said and not run.exists(), said
+    assert "bad: node2 (rank 1): disk:" in said and "--exclude the failed nodes" in said and not run.exists(), said
 
 
 def test_a_job_that_loses_a_node_goes_on_from_the_last_checkpoint(cluster, recipe, unbroken, tmp_path):

@@ -176,7 +176,7 @@ def test_a_run_of_adapters_goes_on_in_the_middle_of_an_epoch_bit_for_bit(adapted
 def test_a_fault_that_does_not_come_again_leaves_tuning_as_if_it_had_not_been(fixture, request, tmp_path):
     run_dir, text, _ = request.getfixturevalue(fixture)
     said = ranks.run(1, as_rank, train_hurt, text, str(tmp_path), Fault(0, 4, "final_layernorm", times=1))[0]
-    assert "a fault of a machine" in said and steps(tmp_path) == steps(run_dir)
+    assert "a hardware fault" in said and steps(tmp_path) == steps(run_dir)
     assert lines(tmp_path, "bad_steps.jsonl")[0]["verdict"] == "transient"
 
 

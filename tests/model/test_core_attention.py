@@ -111,8 +111,8 @@ def trained_on(batches, recipe) -> list[tuple[float, float]]:
 )
 def test_documents_packed_into_a_row_train_as_each_alone(case):
     num_ranks, changes = case
-    alone = tiny.recipe(training={"batch_size": len(LENGTHS)})
-    packed = tiny.recipe(training={"batch_size": 1}, **changes)
+    alone = tiny.recipe(training={"batch_size": len(LENGTHS)}, micro_batch_size=1)
+    packed = tiny.recipe(training={"batch_size": 1}, micro_batch_size=1, **changes)
     expected = ranks.run(1, trained_on, one_to_a_row, alone)[0]
     for found in ranks.run(num_ranks, trained_on, all_in_one_row, packed):
         loss, grad_norm = largest_differences(found, expected)

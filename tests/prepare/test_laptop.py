@@ -39,5 +39,5 @@ def test_a_base_and_data_of_the_users_own_stay_as_they_are(tmp_path):
 
 def test_a_base_given_by_a_path_that_is_not_there_is_not_replaced():
     recipe = load_recipe("continual_7b", scale="laptop", overrides=["base_model=./absent"])
-    with pytest.raises(ConfigError, match="absent is not"):
+    with pytest.raises(ConfigError, match="absent not found here"):
         laptop.with_base(recipe, None, num_ranks=1)

@@ -54,7 +54,8 @@ def test_twenty_random_kills_leave_the_bytes_of_an_unbroken_run(corpus, tokenize
     chance = random.Random(7)
     kills = went_on = 0
     again = command(corpus, tmp_path / "killed", tokenizer, *quarantine)
-    while kills < 20:
+    # A kill before the first complete block leaves nothing to resume: on a busy machine most are so early.
+    while kills < 20 or (went_on < 3 and kills < 60):
         run = subprocess.Popen(again, stderr=subprocess.PIPE, text=True)
         try:
             run.wait(chance.uniform(0.2, 1.0) * seconds)

@@ -37,14 +37,17 @@ def before(tmp_path) -> Path:
 def test_folders_with_the_same_numbers_are_equal(before, tmp_path, capsys):
     assert compare_trees.compare(before, write_recorded(tmp_path / "after"), [NAME])
     out = capsys.readouterr().out
-    assert f"{NAME}: plans equal" in out and "3 checkpoint and data files compared: all equal" in out
+    assert (
+        f"{NAME}: the numbers of the plans are equal" in out
+        and "3 checkpoint and data files compared: all equal" in out
+    )
 
 
 @pytest.mark.parametrize(
     ("changed", "reported"),
     [
         ({"loss": 2.5000000000000004}, f"{NAME}: 2 common steps, 1 to 2; loss: differs at 1 steps, first at 2"),
-        ({"days": 3.5}, f"{NAME}: plans DIFFER"),
+        ({"days": 3.5}, f"{NAME}: the numbers of the plans are DIFFERENT"),
         ({"tensor": b"Weights"}, f"{NAME}/checkpoints/step_2/a.distcp: differs"),
     ],
 )
