@@ -38,6 +38,21 @@ _PATHS = {name: path for path, names in STACKS.items() for name in names}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MODULES = {"self_attention": "self_attn", "mlp": "mlp"}
 _MATRICES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+_USED = frozenset({"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"})
+_NEUTRAL = frozenset({
+    # Of the file, the loader or the training task.
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "megatron_core", "eva_config",
+    # Which modules have adapters: the names of the tensors say so.
+    "target_modules", "exclude_modules", "layers_pattern",
+    # Details of a feature that another key switches on, which is refused then.
+    "qalora_group_size",
+})  # fmt: skip
+"""Settings of PEFT that change nothing in the result of stored matrices."""
+_OFF: tuple[Any, ...] = (None, False, {}, [], "none")
+"""Values of any other setting that mean that it is not in use; anything else is refused, known or not."""
+_INITIALIZATIONS: tuple[Any, ...] = (True, False, "gaussian", "orthogonal", "eva")
+"""Initializations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
 _PEFT_NAME = re.compile(
     rf"{re.escape(_PREFIX)}(\d+)\.(?:self_attn|mlp)\.(\w+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?"
 )
@@ -128,6 +143,9 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(f"{folder / CONFIG}: {error}.\n  Save the adapter again.") from None
     shapes = shapes_of(model, lora)
+    layers = {int(name.split(".")[2]) for name in adapters}
+    if missing := sorted(set(range(model.num_layers)) - layers):
+        breaches.append(f"{folder / WEIGHTS}: has adapters on {len(layers)} layers, none on layer {missing[0]}.")
     for name, shape in shapes.items():
         if name not in adapters:
             breaches.append(f"{folder / WEIGHTS}: has no {peft_name(name)} {list(shape)}.")
@@ -136,7 +154,11 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
             breaches.append(f"{folder / WEIGHTS}: {peft_name(name)} is {found}, this base needs {list(shape)}.")
     breaches += [f"{folder / WEIGHTS}: {peft_name(n)} is beyond the base's layers." for n in adapters.keys() - shapes]
     if breaches:
-        raise ConfigError("The adapter is of another base:", *breaches[:4], "  Use the base it was trained on.")
+        raise ConfigError(
+            "The adapter does not fit this base:",
+            *breaches[:4],
+            "  Use the base it was trained on, and an adapter on every layer.",
+        )
     return lora, adapters
 
 
@@ -153,14 +175,20 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Give a folder that PEFT saved.") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: not a LoRA adapter.\n  Use an adapter of type LORA.")
-    patterns = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "trainable_token_indices")
     breaches = [
-        f"{path}: {key}: {settings[key]} is not supported." for key in (*patterns, "lora_bias") if settings.get(key)
+        f"{path}: {key}: {value} is not supported."
+        for key, value in settings.items()
+        if key not in _USED | _NEUTRAL and value not in _OFF
     ]
-    if settings.get("bias", "none") != "none":
-        breaches.append(f"{path}: bias: {settings['bias']} is not supported; none is.")
+    initialization = settings.get("init_lora_weights", True)
+    if initialization not in _INITIALIZATIONS:
+        breaches.append(f"{path}: init_lora_weights: {initialization} is not supported: it may change the base.")
     if breaches:
-        raise ConfigError(*breaches, "  Use an adapter with the same rank on every projection, and no other weights.")
+        raise ConfigError(
+            *breaches,
+            "  Use a plain LoRA or DoRA adapter: one rank on every layer, no other weights, an unchanged base. "
+            "PEFT converts PiSSA, OLoRA and CorDA: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+        )
     return settings
 
 

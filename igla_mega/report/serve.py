@@ -1,5 +1,6 @@
 """Serve the page of a run live: the page and its new data, and nothing else."""
 
+import contextlib
 import errno
 import ipaddress
 import json
@@ -17,8 +18,8 @@ from igla_mega.report.page import Page, policy
 DEFAULT_PORT = 8400
 PORTS_TRIED = 50
 """Number of ports tried after one that is in use."""
-REQUEST_SECONDS = 30
-"""Time after which an idle connection is closed."""
+REQUEST_SECONDS = 30.0
+"""Time after which a connection is closed that is idle, or has not sent its whole request."""
 MAX_CONNECTIONS = 64
 
 
@@ -88,6 +89,28 @@ class _Handler(BaseHTTPRequestHandler):
     server: PageServer
     server_version, sys_version = "igla-mega", ""
     timeout = REQUEST_SECONDS
+
+    def setup(self) -> None:
+        super().setup()
+        # `timeout` bounds each read and the whole answer, but not the sum of the reads: a client that sends a byte now
+        # and then would keep its place, and 64 of them all places.
+        self._deadline = threading.Timer(REQUEST_SECONDS, self._disconnect)
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def parse_request(self) -> bool:
+        """Read the request; False if it is malformed."""
+        parsed = super().parse_request()
+        self._deadline.cancel()
+        return parsed
+
+    def finish(self) -> None:
+        self._deadline.cancel()
+        super().finish()
+
+    def _disconnect(self) -> None:
+        with contextlib.suppress(OSError):  # the client has closed it meanwhile
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
         """Answer a request for the page or its new data."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -115,13 +116,24 @@ class Trackers:
             mode="online" if logging.wandb == "online" else "offline",
             dir=str(run_dir),
             name=run_dir.name,
-            # The folder identifies the run: a resume continues its charts.
-            id=run_dir.resolve().name,
+            id=_wandb_id(run_dir),
             resume="allow",
             config=recipe,
         )
         self._scalars.append(lambda scalars, step: run.log(scalars, step=step))
         self._closers.append(run.finish)
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Return the id under which a resume continues the charts of a run; it is stored in the run folder.
+
+    The name of the folder does not do: `a/run` and `b/run` of one project would be drawn as one run.
+    """
+    path = run_dir / "wandb_id"
+    if not path.is_file():
+        # Version 0.1 used the folder's name: a run that it began keeps its charts.
+        write_text(path, run_dir.resolve().name if (run_dir / "wandb").is_dir() else secrets.token_hex(8))
+    return path.read_text(encoding="utf-8").strip()
 
 
 class Untracked:

@@ -1,5 +1,6 @@
 """Adapters to PEFT and back, merged, and named by their base."""
 
+import dataclasses
 import json
 
 import pytest
@@ -172,11 +173,16 @@ def with_other(state):
     return {**state, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}
 
 
+def first_layer(state):
+    return {name: tensor for name, tensor in state.items() if ".layers.0." in name}
+
+
 REFUSALS = {
     "not a LoRA adapter": ({"peft_type": "IA3"}, dict),
     "rank_pattern: {'q_proj': 2} is not supported": ({"rank_pattern": {"q_proj": 2}}, dict),
     "bias: all is not supported": ({"bias": "all"}, dict),
     "has no base_model.model.model.layers": ({}, without_last),
+    "has adapters on 1 layers, none on layer 1": ({}, first_layer),
     "is [4, 32], this base needs [4, 64]": ({}, narrow),
     "lm_head.lora_A.weight is not an adapter": ({}, with_other),
 }
@@ -185,6 +191,39 @@ REFUSALS = {
 @pytest.mark.parametrize("words", REFUSALS)
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, words):
     assert words in refused(tmp_path, *REFUSALS[words])
+
+
+CHANGES_THE_RESULT = [
+    *(
+        {"init_lora_weights": name}
+        for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica")
+    ),
+    {"alora_invocation_tokens": [1, 2]},
+    {"use_bdlora": {"nblocks": 2}},
+    {"kasa_config": {"beta": 1e-4}},
+    {"layer_replication": [[0, 2], [1, 2]]},
+    {"use_qalora": True},
+    {"fan_in_fan_out": True},
+    {"lora_bias": True},
+    {"target_parameters": ["mlp.experts.gate_up_proj"]},
+    {"layers_to_transform": [0]},
+    {"a_key_of_next_year": "on"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES_THE_RESULT, ids=str)
+def test_a_setting_that_may_change_the_result_is_refused_by_name(tmp_path, changes):
+    [(key, value)] = changes.items()
+    assert f"{key}: {value} is not supported" in refused(tmp_path, changes, dict)
+
+
+def test_every_setting_of_peft_is_accepted_at_its_default(tmp_path):
+    """A new version of PEFT adds a key: unless its default is off, this fails until somebody has classified it."""
+    peft = pytest.importorskip("peft")
+    defaults = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
+    plain = {key: value for key, value in peft.LoraConfig().to_dict().items() if key in defaults}
+    (tmp_path / adapters.CONFIG).write_text(json.dumps({**plain, "peft_type": "LORA"}, default=list))
+    assert adapters._settings(tmp_path)["r"] == 8
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):

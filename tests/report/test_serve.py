@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import json
 import os
@@ -6,11 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from report_runs import append, small_run, train_entry
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.report import serve
 from igla_mega.report.serve import open_server
 
 
@@ -100,6 +103,34 @@ def test_a_server_outlives_browsers_that_go_away_in_the_middle(served):
             one.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert ask(server, "/data")[0].status == 200
+
+
+def test_clients_that_send_a_byte_now_and_then_do_not_hold_all_places(served, monkeypatch):
+    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.5)
+    server, _ = served
+    slow = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(serve.MAX_CONNECTIONS + 10)]
+    stop = threading.Event()
+
+    def drip():
+        while not stop.wait(0.1):
+            for one in slow:
+                with contextlib.suppress(OSError):
+                    one.sendall(b"G")
+
+    dripping = threading.Thread(target=drip, daemon=True)
+    dripping.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if ask(server, "/data")[0].status == 200:
+                break
+        time.sleep(0.1)
+    else:
+        pytest.fail("no place became free")
+    stop.set()
+    dripping.join()
+    for one in slow:
+        one.close()
 
 
 def command(*words):

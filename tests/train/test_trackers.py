@@ -7,7 +7,7 @@ import torch
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
-from igla_mega.train import metrics
+from igla_mega.train import metrics, trackers
 from igla_mega.train.trackers import Lines, Trackers, rewind, write_event
 
 QUIET = Logging(tensorboard=False)
@@ -97,6 +97,14 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
     trackers.close()
     [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert record.stat().st_size > 0
+
+
+def test_runs_of_one_name_have_ids_of_their_own_and_keep_them(tmp_path):
+    first, second, earlier = (tmp_path / name / "run" for name in ("a", "b", "c"))
+    for folder in (first, second, earlier / "wandb"):
+        folder.mkdir(parents=True)
+    ids = [trackers._wandb_id(folder) for folder in (first, second, first, earlier)]
+    assert ids[0] == ids[2] != ids[1] and ids[3] == "run"
 
 
 def test_peaks_are_positive_and_of_a_sane_size():
