@@ -1,9 +1,9 @@
 """Every change this package makes to megatron-core's own functions, in one file; written for megatron-core 0.16.1.
 
-`use_rotary_kernel` applies on every device. The functions in `HOST_PATCHES` apply on a machine without CUDA alone:
-`host.prepare` calls them there, and on CUDA megatron-core's own lines run unchanged. Each docstring names the lines
-that it replaces, relative to `megatron/core`. megatron-core is imported inside the functions, because `host.prepare`
-must map `torch.cuda` to the CPU before megatron-core binds any of it.
+`use_rotary_kernel` and `define_te_general_gemm` apply on every device. The other functions in `HOST_PATCHES` apply on a
+machine without CUDA alone: `host.prepare` calls them there, and on CUDA megatron-core's own lines run unchanged. Each
+docstring names the lines that it replaces, relative to `megatron/core`. megatron-core is imported inside the functions,
+because `host.prepare` must map `torch.cuda` to the CPU before megatron-core binds any of it.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ def use_rotary_kernel(kernel: Callable[..., Tensor]) -> None:
     rope_utils.fused_apply_rotary_pos_emb = kernel
 
 
-def _define_te_general_gemm() -> None:
+def define_te_general_gemm() -> None:
     """Define the name `te_general_gemm` that the router's product compares with None.
 
     transformer/moe/moe_utils.py:34 imports it from Transformer Engine in a `try`; its `except` leaves it undefined, so
-    line 1192 raises NameError. None selects the plain `torch.mm` of line 1196.
+    line 1192 raises NameError. None selects the plain `torch.mm` of line 1196. May be called more than once.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
@@ -101,7 +101,7 @@ def _set_cuda_rng_state_on_host() -> None:
 
 
 HOST_PATCHES = (
-    _define_te_general_gemm,
+    define_te_general_gemm,
     _make_split_sizes_numpy,
     _gather_unevenly_on_host,
     _set_cuda_rng_state_on_host,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
+from igla_mega.distributed import megatron_patches
 from igla_mega.model.router import Router, RouterContext, routers_of
 
 
@@ -58,6 +59,8 @@ def use_experts(layer: Any, moe: Moe, *, grouped: bool) -> None:
             "moe.dispatcher: flex needs DeepEP (the package deep_ep), which is not installed.\n"
             "  Install it, or use alltoall."
         )
+    # On a GPU without Transformer Engine too, where no patch of the host applies: the router would raise NameError.
+    megatron_patches.define_te_general_gemm()
     layer.submodules.mlp.submodules.router = partial(Router, moe=moe)
     if grouped:
         layer.submodules.mlp.submodules.experts.module = GroupedExperts

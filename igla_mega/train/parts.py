@@ -1,4 +1,4 @@
-"""A part of a run, which is a model with its optimizer and objective: built, trained stage by stage, handed on."""
+"""A part of a run: one model with its optimizer and objective, built and trained stage by stage."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

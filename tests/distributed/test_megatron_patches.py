@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
+from igla_mega.config.features import Moe
 from igla_mega.distributed import host, megatron_patches
 
 
@@ -82,7 +84,7 @@ def uneven_parts_are_gathered() -> bool:
 
 WORKS = {
     "_gather_unevenly_on_host": uneven_parts_are_gathered,
-    "_define_te_general_gemm": router_gates_without_transformer_engine,
+    "define_te_general_gemm": router_gates_without_transformer_engine,
     "_make_split_sizes_numpy": split_sizes_become_numpy,
     "_set_cuda_rng_state_on_host": random_state_is_set,
 }
@@ -103,6 +105,20 @@ def test_the_pinned_megatron_core_still_needs_this_patch(patch_name):
     without, with_patch = in_fresh_process(without_and_with, patch_name)
     assert with_patch, "the patch does not repair it"
     assert not without, f"megatron-core does it by itself: remove {patch_name}"
+
+
+def router_of_a_spec_gates() -> bool:
+    from igla_mega.model.experts import use_experts
+
+    host._map_cuda_to_host()
+    layer = SimpleNamespace(submodules=SimpleNamespace(mlp=SimpleNamespace(submodules=SimpleNamespace())))
+    use_experts(layer, Moe(num_experts=2, num_experts_per_tok=1), grouped=False)
+    return router_gates_without_transformer_engine()
+
+
+def test_a_mixture_of_experts_needs_no_patch_of_the_host_for_its_router():
+    """As on a GPU without Transformer Engine, where `HOST_PATCHES` do not apply."""
+    assert in_fresh_process(router_of_a_spec_gates)
 
 
 def fused_rotary_kernel():
