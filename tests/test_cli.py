@@ -228,7 +228,10 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(finished):
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(finished, tmp_path):
     recipe, run = finished
-    said = refused("train", recipe, "--set", "model.intermediate_size=80", "--run", copy_of(run, tmp_path))
+    train = ("train", recipe, "--set", "model.intermediate_size=80", "--run", copy_of(run, tmp_path))
+    said = refused(*train)
+    assert "model.intermediate_size: " in said and "96" in said and "80" in said and "new run folder" in said
+    said = refused(*train, "--accept-changes", "model.intermediate_size")
     assert "[192, 64]" in said and "[160, 64]" in said and "new run folder" in said
 
 
