@@ -95,6 +95,9 @@ def compare(before: Path, after: Path, recipes: list[str]) -> bool:
         if digests[0].get(path) != digests[1].get(path):
             print(f"{path}: {'differs' if path in digests[0] and path in digests[1] else 'is in one tree only'}")
             equal = False
+    if not digests[0]:
+        print("no checkpoint and no data file was written, so nothing was compared")
+        return False
     print(f"{len(digests[0])} checkpoint and data files compared: {'all equal' if equal else 'see above'}")
     return equal
 

@@ -107,7 +107,8 @@ def test_a_run_that_survives_every_kill_is_passed(tmp_path):
     ],
 )
 def test_a_run_that_does_not_survive_is_failed_and_the_fault_named(fault, words, tmp_path):
-    subject = tormented(tmp_path, fault, 4)
+    # Of four kills none may fall within a save on a busy machine, and a fault that needs one is not seen.
+    subject = tormented(tmp_path, fault, 8)
     assert any(words in one for one in subject.faults), subject.faults
     assert not chaos.summary([subject], 60.0)["sound"] and "wrong" in chaos.table([subject], 60.0)
 

@@ -64,6 +64,16 @@ def test_a_file_that_only_one_tree_wrote_is_reported(before, tmp_path, capsys):
     assert "cache/prepared/code.idx: is in one tree only" in capsys.readouterr().out
 
 
+def test_trees_that_wrote_no_file_are_not_equal(tmp_path, capsys):
+    folders = [write_recorded(tmp_path / name) for name in ("before", "after")]
+    for file in [
+        file for folder in folders for file in folder.rglob("*") if file.suffix in (".distcp", ".bin", ".idx")
+    ]:
+        file.unlink()
+    assert not compare_trees.compare(*folders, [NAME])
+    assert "nothing was compared" in capsys.readouterr().out
+
+
 def test_digests_are_of_tensors_and_datasets_and_not_of_files_with_paths(before):
     digests = compare_trees._digests(before)
     assert sorted(digests) == [
