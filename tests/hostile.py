@@ -99,9 +99,10 @@ def within(megabytes: int, task: Callable[[], Any], seconds: int = 20) -> str:
     if child == 0:
         os.close(read_end)
         try:
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            # What can be written, not the address space: malloc reserves 128 MiB of that for each new thread.
+            taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
             limit = taken + megabytes * 2**20
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             said = str(task())
         except ConfigError as error:

@@ -297,7 +297,11 @@ def start_long_run(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
     process = start_run(recipe, run, nproc)
     deadline = time.monotonic() + LIMIT_SECONDS
     while not (run / "metrics.jsonl").exists() or len(metrics_lines(run)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        if process.poll() is not None or time.monotonic() > deadline:
+            # A run left behind would take the processors from every test after this one.
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.kill()
+            raise AssertionError(ended(process, family, within_seconds=60))
         time.sleep(0.05)
     return process
 
@@ -311,7 +315,7 @@ def ended(process: subprocess.Popen, family: list[psutil.Process], within_second
     try:
         said, _ = process.communicate(timeout=within_seconds)
     finally:
-        for member in (alive := psutil.wait_procs(family, timeout=5)[1]):
+        for member in (alive := psutil.wait_procs(family, timeout=60)[1]):
             member.kill()
         process.kill()
     assert alive == [], said
@@ -323,7 +327,7 @@ def test_when_one_rank_dies_the_command_fails_and_no_process_stays(recipe, tmp_p
     family = psutil.Process(process.pid).children(recursive=True)
     [second] = [p for p in family if p.is_running() and p.environ().get("RANK") == "1"]
     second.kill()
-    said = ended(process, family, within_seconds=30)
+    said = ended(process, family, within_seconds=60)
     assert process.returncode == 1
     assert "Traceback" not in said and "error" in said, said
 
@@ -332,7 +336,7 @@ def test_when_the_launcher_is_killed_no_rank_trains_on(recipe, tmp_path):
     process = start_long_run(recipe, tmp_path / "run", 2)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    ended(process, family, within_seconds=10)
+    ended(process, family, within_seconds=60)
 
 
 def test_when_the_launcher_is_killed_before_its_ranks_have_imported_anything_none_goes_on(recipe, tmp_path):
@@ -342,7 +346,7 @@ def test_when_the_launcher_is_killed_before_its_ranks_have_imported_anything_non
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    ended(process, family, within_seconds=10)
+    ended(process, family, within_seconds=60)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -39,9 +39,9 @@ class Unpacker:
 
 
 class Zstandard(Unpacker):
-    """Decompressor of zstd, whose library takes no bound on its output: 2 KiB of input become 64 MiB at most."""
+    """Decompressor of zstd, whose library takes no bound on its output: 512 bytes of input become 16 MiB at most."""
 
-    _STEP = 1 << 11
+    _STEP = 1 << 9  # a block of four bytes may hold 128 KiB
 
     def __init__(self, large: bool):
         """Set the memory limit by the size of the file."""

@@ -66,7 +66,7 @@ class Stuck:
 
 def stuck(way: str, layout: dict, rank: int, tmp_path) -> tuple[str, str]:
     """The report of the run, and how each rank ended."""
-    recipe = write_recipe(tmp_path, distributed={**layout, "hang_seconds": HANG_SECONDS, "timeout_seconds": 60})
+    recipe = write_recipe(tmp_path, distributed={**layout, "hang_seconds": HANG_SECONDS, "timeout_seconds": 300})
     start = time.monotonic()
     with pytest.raises(ranks.RankFailed) as failed:
         small_run.train(2, recipe, tmp_path / "run", Stuck(rank, 3, way))
