@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from igla_mega import ops
 from igla_mega.checkpoint import hugging_face
+from igla_mega.checkpoint.adapters import merge_adapters
+from igla_mega.checkpoint.base import BASE
 from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 from igla_mega.checkpoint.integrity import MANIFEST
 from igla_mega.checkpoint.load import verify_together
@@ -216,13 +218,23 @@ def take_fisher(checkpoint: Path, recipe: Recipe, out: Path) -> None:
 
 
 def _open_base(recipe: Recipe, run_dir: Path, models: Path | None) -> Base | None:
-    """Open the base model as a checkpoint; a Hugging Face folder is imported into the run folder first."""
+    """Open the base model as a checkpoint.
+
+    A Hugging Face folder is imported into the run folder first, and adapters are merged into their base there.
+    """
     if not recipe.base_model:
         return None
-    folder = load.base_folder(recipe.base_model, models)
-    checkpoint = folder if (folder / MANIFEST).is_file() else run_dir / "base"
+    # The main rank's answer counts: a base that is a run may save its next checkpoint while the ranks look.
+    found = [load.base_folder(recipe.base_model, models)]
+    dist.broadcast_object_list(found)
+    folder = found[0]
+    is_whole = (folder / MANIFEST).is_file() and not (folder / BASE).is_file()
+    checkpoint = folder if is_whole else run_dir / "base"
     if dist.get_rank() == 0 and not (checkpoint / MANIFEST).is_file():
-        hugging_face.import_folder(folder, checkpoint, say=print)
+        if (folder / BASE).is_file():
+            merge_adapters(resolve_checkpoint(folder), checkpoint)
+        else:
+            hugging_face.import_folder(folder, checkpoint, say=print)
     dist.barrier()
     verify_together(checkpoint, dist.group.WORLD)
     theirs = read_recipe(checkpoint)

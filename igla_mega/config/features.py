@@ -3,9 +3,9 @@
 The docstring below each field gives its unit, range and default.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from igla_mega.config.quantities import BelowOne, Count, Fraction, NonNegative, Positive, Tokens
 from igla_mega.config.section import Section
@@ -60,6 +60,14 @@ class Koshey(Memory):
     """True if each micro-batch is filled to a budget of tokens instead of a number of sequences."""
 
 
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _all_linear(given: object) -> object:
+    """Return the names of all linear layers for `all-linear`, PEFT's word for them; other values unchanged."""
+    return get_args(Linear) if given == "all-linear" else given
+
+
 class Lora(Section):
     """Low-rank adapters, which are trained while all other weights are frozen (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -69,11 +77,11 @@ class Lora(Section):
     """Scale of the adapters: their output is multiplied by alpha / rank. Above 0."""
     dropout: BelowOne = 0.0
     """Dropout probability of the input of an adapter. 0 to below 1."""
-    target_modules: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
-        "q_proj",
-        "v_proj",
-    )
-    """Hugging Face names of the linear layers that get an adapter."""
+    target_modules: Annotated[
+        tuple[Linear, ...],
+        BeforeValidator(_all_linear, json_schema_input_type=Literal["all-linear"] | tuple[Linear, ...]),
+    ] = ("q_proj", "v_proj")
+    """Hugging Face names of the linear layers that get an adapter; `all-linear` for all of them."""
     use_rslora: bool = False
     """True if the output is multiplied by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False

@@ -67,20 +67,32 @@ def dump(recipe: Recipe) -> str:
 
 
 def base_folder(name: str, models: Path | None) -> Path:
-    """Return the folder of a base model: `name` in the folder of models, or a path itself.
+    """Return the folder of a base model, given as `name` in the folder of models or as a path itself.
+
+    Args:
+        name: a Hugging Face folder; a checkpoint; or a run folder, its `checkpoints` or its `checkpoints/latest`, for
+            the newest checkpoint.
 
     Raises:
         ConfigError: it does not exist, or contains neither a checkpoint nor a Hugging Face model.
     """
-    folder = next((f for f in (models and models / name, Path(name)) if f and f.is_dir()), None)
+    candidates = [models / name, Path(name)] if models else [Path(name)]
+    # `latest` is a file with the name of the newest checkpoint, not a link: its folder says the same.
+    candidates = [path.parent if path.name == "latest" and path.is_file() else path for path in candidates]
+    folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
         where = f"in {models}" if models else "here, and neither --models nor $IGLA_MODELS is set"
         raise ConfigError(f"base_model: {name} not found {where}. Give --models, or a path.")
-    if not any((folder / file).is_file() for file in ("manifest.json", "config.json")):
-        raise ConfigError(
-            f"base_model: {folder} contains neither a checkpoint (manifest.json) nor a model (config.json)."
-        )
-    return folder
+    if any((folder / file).is_file() for file in ("manifest.json", "config.json")):
+        return folder
+    for root in (folder / "checkpoints", folder):
+        # Zero-padded, so the last name is the newest; without a manifest a checkpoint is not complete.
+        if complete := sorted(manifest.parent for manifest in root.glob("step_????????/manifest.json")):
+            return complete[-1]
+    raise ConfigError(
+        f"base_model: {folder} contains neither a model (config.json) nor a checkpoint (manifest.json), and is not a "
+        "run folder with a complete checkpoint. Give one of these."
+    )
 
 
 def _first_comment(path: Path) -> str:

@@ -525,6 +525,18 @@ def json_schema() -> dict[str, Any]:
     No key is required: a recipe file may leave any of them to the recipe it extends.
     """
     schema = Recipe.model_json_schema()
-    for section in schema["$defs"].values():
+    sections = schema["$defs"]
+    for section in sections.values():
         section.pop("required", None)
+    for holder in (schema, *sections.values()):
+        for key in holder.get("properties", {}).values():
+            # Of a choice between a section and null, an editor says that neither fits; of a section it names the key.
+            match key.get("anyOf"):
+                case [{"$ref": place}, {"type": "null"}]:
+                    del key["anyOf"]
+                    key["$ref"] = place
+                    sections[place.removeprefix("#/$defs/")]["type"] = ["object", "null"]
+                case [{"type": "array", **items}, {"type": "null"}]:
+                    del key["anyOf"]
+                    key |= items | {"type": ["array", "null"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

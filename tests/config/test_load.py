@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 
+from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump, load_recipe
 
@@ -224,6 +225,33 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff\xfe")
     assert "not UTF-8 text" in refusal(tmp_path / "bytes.yaml")
     assert "--scale phone: no such scale. Use laptop" in refusal("lora_7b", scale="phone")
+
+
+def test_a_base_is_found_as_a_folder_a_checkpoint_or_a_run(tmp_path):
+    def made(*files: str) -> None:
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text("step_00000004\n")
+
+    made("hf/config.json", "step/manifest.json", "empty/recipe.yaml", "run/recipe.yaml", "run/checkpoints/latest")
+    made(*(f"run/checkpoints/step_{step:08d}/manifest.json" for step in (2, 4)))
+    made("run/checkpoints/step_00000006/recipe.yaml", "run/checkpoints/.writing_step_00000008/manifest.json")
+    newest = tmp_path / "run/checkpoints/step_00000004"
+    found = {"hf": tmp_path / "hf", "step": tmp_path / "step", str(newest): newest}
+    found |= {"run": newest, "run/checkpoints": newest, "run/checkpoints/latest": newest}
+    for name, folder in found.items():
+        assert load.base_folder(name, tmp_path) == folder
+        assert load.base_folder(str(tmp_path / name), None) == folder
+    with pytest.raises(ConfigError, match="empty contains neither a model"):
+        load.base_folder("empty", tmp_path)
+    with pytest.raises(ConfigError, match="nowhere not found in"):
+        load.base_folder("nowhere", tmp_path)
+
+
+def test_all_linear_names_every_linear_layer():
+    lora = load_recipe("lora_7b", overrides=["lora.target_modules=all-linear"]).lora
+    attention, feed_forward = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert lora is not None and lora.target_modules == attention + feed_forward
 
 
 def test_the_config_loads_without_torch_and_the_package_without_pydantic():

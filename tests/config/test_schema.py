@@ -1,5 +1,6 @@
 import inspect
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 
@@ -118,3 +119,22 @@ def test_the_schema_for_editors_carries_units_and_allows_what_the_loader_allows(
 def test_a_recipe_is_frozen():
     with pytest.raises(ValidationError):
         Recipe().training = Training()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "place", "word"),
+    [
+        ({"lora": {"rank": 4, "alfa": 8}}, ["lora"], "alfa"),
+        ({"dpo": {"beta": "x"}}, ["dpo", "beta"], "'x'"),
+        ({"curriculum": {"phases": [{"name": 3}]}}, ["curriculum", "phases", 0, "name"], "3"),
+        ({"stages": [{}, {"sft": {"foo": 1}}]}, ["stages", 1, "sft"], "foo"),
+    ],
+    ids=str,
+)
+def test_an_editor_names_the_key_inside_an_optional_section(recipe, place, word):
+    [error] = jsonschema.Draft202012Validator(json_schema()).iter_errors(recipe)
+    assert list(error.absolute_path) == place and word in error.message
+
+
+def test_an_editor_allows_null_for_an_optional_section():
+    jsonschema.Draft202012Validator(json_schema()).validate({"lora": None, "stages": None})

@@ -199,6 +199,15 @@ def test_a_checkpoint_holds_adapters_alone_and_names_its_base(adapted, base):
     assert note["digest"] == digest_of_checkpoint(base)
 
 
+def test_a_run_of_adapters_is_a_base_like_its_merged_checkpoint(adapted, recipe_of, tmp_path):
+    merge_adapters(resolve_checkpoint(adapted[0]), tmp_path / "merged")
+    text = TUNING.replace("total_steps: 6", "total_steps: 2") + SFT
+    for name, base in (("of_run", adapted[0]), ("of_merged", tmp_path / "merged")):
+        train(recipe_of(text, f"base_model={base}"), tmp_path / name)
+    assert len(steps(tmp_path / "of_run")) == 2
+    assert steps(tmp_path / "of_run") == steps(tmp_path / "of_merged")
+
+
 def test_adapters_on_another_base_are_refused(adapted, recipe_of, home, tmp_path):
     run_dir, _, _ = adapted
     other = home / "other" / "checkpoints" / "step_00000001"
