@@ -318,7 +318,7 @@ def _begin(tokenizer: Tokenizer) -> int | None:
     config = tokenizer.file.with_name("tokenizer_config.json")
     if not config.is_file() or not hasattr(tokenizer.engine, "token_to_id"):
         return None
-    named = json_text.loads(config.read_bytes()).get("bos_token")
+    named = json_text.read(config).get("bos_token")
     named = named.get("content") if isinstance(named, dict) else named
     return tokenizer.engine.token_to_id(named) if named else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from igla_mega.config.files import read_bytes
 from igla_mega.data.tokenizer import Tokenizer, version
 
 SAMPLE_CHARS = 120_000
@@ -36,7 +37,7 @@ class FastTokenizer:
         elif reference.file.suffix == ".tiktoken":
             raise ValueError("tiktoken ranks are not supported")
         else:
-            self._backend = gigatoken_rs.load_hf_json(reference.written or reference.file.read_bytes())
+            self._backend = gigatoken_rs.load_hf_json(reference.written or read_bytes(reference.file))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the concatenated ids of all texts, uint32, and the number of tokens per text, int64."""
