@@ -1,6 +1,7 @@
 """Run a library on a file of anybody: first in a child process with limits, then with its panics turned into errors."""
 
 import contextlib
+import faulthandler
 import gc
 import os
 import resource
@@ -15,6 +16,8 @@ from typing import Any, NoReturn
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import regular
 
+WAITING = 20
+"""Seconds that a child may take for each second of its processor time, on a machine with other work."""
 _MOST_TEXT = 1 << 16
 _FAILED, _DONE = b"\0refused\0", b"\0done\0"
 """Marks in what the child says: after the first follows the text of a ConfigError; the second is its end."""
@@ -27,7 +30,7 @@ def attempt(task: Callable[[], object], *, seconds: int, megabytes: int) -> str 
     Whatever the task does to its process (endless loops, memory, a crash in native code) ends with the child.
 
     Args:
-        seconds: maximum processor time. It may wait 20 times as long for other processes.
+        seconds: maximum processor time. It may wait `WAITING` times as long for others.
         megabytes: maximum memory in MiB, in addition to that of this process.
 
     Raises:
@@ -40,7 +43,7 @@ def attempt(task: Callable[[], object], *, seconds: int, megabytes: int) -> str 
         _run(task, write_end, seconds, megabytes)
     os.close(write_end)
     try:
-        said, late = _listen(read_end, 20 * seconds)
+        said, late = _listen(read_end, WAITING * seconds)
     finally:
         os.close(read_end)
         with contextlib.suppress(ProcessLookupError):
@@ -54,11 +57,11 @@ def attempt(task: Callable[[], object], *, seconds: int, megabytes: int) -> str 
         return None
     text = said.decode(errors="replace")
     if late:
-        return f"took more than {20 * seconds} s"
-    if "panicked at" in text:
-        return f"panicked: {panic_of(text)}"
+        return f"took more than {WAITING * seconds} s"
     if any(word in text for word in ("memory allocation of", "MemoryError", "bad_alloc")):
         return f"took more than {megabytes:,} MiB of memory"
+    if "panicked at" in text:
+        return f"panicked: {panic_of(text)}"
     # The limit of processor time ends a process by SIGXCPU, and one that ignores that by SIGKILL.
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number in (signal.SIGXCPU, signal.SIGKILL):
@@ -92,9 +95,11 @@ def _run(task: Callable[[], object], write_end: int, seconds: int, megabytes: in
     """Run the task in the child, which ends here: nothing of the parent's may be cleaned up or written twice."""
     try:
         gc.disable()
+        faulthandler.disable()  # it would print a crash on the parent's terminal
         os.environ[_PARALLELISM] = "false"
         # What native code prints before it aborts is the only reason it gives.
-        os.dup2(write_end, 2)
+        for stream in (1, 2):
+            os.dup2(write_end, stream)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         _limit_memory(megabytes)
