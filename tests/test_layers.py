@@ -69,7 +69,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "checkpoint/base": "checkpoint/test_adapters.py",
     "checkpoint/folder": "checkpoint/test_store.py",
     "checkpoint/frozen_base": "integration/test_tuning.py integration/test_experts_tuned.py",
-    "checkpoint/hf_config": "checkpoint/test_hugging_face.py",
     "checkpoint/hf_names": "checkpoint/test_hugging_face.py",
     "checkpoint/integrity": "checkpoint/test_store.py",
     "checkpoint/load": "checkpoint/test_store.py",

@@ -60,13 +60,24 @@ def regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
 
 def _opened(path: str | Path, flags: int) -> int:
     """Open a regular file without waiting for the other end of a FIFO."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    except OSError as error:
+        # A socket; a FIFO without a reader, or a folder, which was to be written.
+        if error.errno not in (errno.ENXIO, errno.EISDIR):
+            raise
+        raise NotReadable(path, _what(os.stat(path).st_mode)) from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise NotReadable(path, f"{_KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file")
+        raise NotReadable(path, _what(mode))
     os.set_blocking(descriptor, True)
     return descriptor
+
+
+def _what(mode: int) -> str:
+    """Return what is at a path instead of a file."""
+    return f"{_KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file"
 
 
 def refuse_special(path: str | Path) -> None:

@@ -30,11 +30,22 @@ _MAX_UNITS, _UNITS_PER_CHARACTER = 250_000, 4
 _MAX_SIZE, _MAX_BITS, _MAX_WIDTH, _MAX_DEPTH = 1 << 24, 1 << 13, 10_000, 64
 """Limits on the characters of a value (an element counts as `_ELEMENT`), the bits of a number, a width or count given
 to a filter, and the nesting of a value."""
-_ELEMENT, _CALL = 64, 4
-"""Size of an element or number of a value, in characters; units of a call, at least."""
+_ELEMENT, _CALL, _MESSAGE = 64, 4, 256
+"""Size of an element or number of a value, in characters; units of a call, at least; characters that a turn counts as,
+besides its text."""
 _MAX_INDENT = 16
 
-_CONTAINERS = (list, tuple, dict, set, frozenset, type({}.keys()), type({}.values()), type({}.items()), Namespace)
+_CONTAINERS: tuple[type, ...] = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+    Namespace,
+)
 _REMOVED = ("urlize", "wordwrap", "xmlattr", "striptags", "pprint", "random")
 """Filters whose cost grows faster than their input, or whose result is not a function of it; chat needs none."""
 _CHEAP = ("length", "count", "first", "last", "default", "d", "safe")
@@ -67,7 +78,12 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
     def begin(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Start counting for a rendering of these messages."""
-        self.units = _MAX_UNITS + _UNITS_PER_CHARACTER * _weight(messages)
+        size = _MESSAGE * len(messages)
+        for message in messages:
+            for value in message.values():
+                if type(value) is str:
+                    size += len(value)
+        self.units = _MAX_UNITS + _UNITS_PER_CHARACTER * size
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call an object of a template within the limits."""
@@ -88,6 +104,11 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Apply an operator within the limits."""
+        if operator == "+" and type(left) is str and type(right) is str:  # most of what templates do
+            if (size := len(left) + len(right)) > 256:
+                _refuse_size(size)
+                self._spend(size >> 8)
+            return left + right
         # Estimated before the operation: a check of its result would come after the memory was allocated.
         size = 0
         if isinstance(left, int) and isinstance(right, int):
@@ -107,12 +128,8 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
         """Join the parts of an output within the limits."""
-        held, size = [], 0
-        for part in parts:
-            size += len(part)
-            if size > _MAX_SIZE:
-                _refuse_size(size)
-            held.append(part)
+        held = list(parts)
+        _refuse_size(sum(map(len, held)))
         return "".join(held)
 
     def _guarded(self, name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,6 +141,9 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             if name in _CHEAP:
                 self._spend(1)
                 return filter_(*args, **kwargs)
+            if len(args) == first + 1 and not kwargs and type(args[first]) is str:
+                self._spend(_CALL + (len(args[first]) >> 7))
+                return self._held(filter_(*args))
             if len(args) > first and isinstance(args[first], types.GeneratorType):
                 args = (*args[:first], self._looped(args[first]), *args[first + 1 :])
             given = (*args[first + 1 :], *kwargs.values())
@@ -134,7 +154,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
         return guarded
 
-    def _comparing(self, test: Callable[..., Any]) -> Callable[..., Any]:
+    def _comparing(self, test: Any) -> Callable[..., Any]:
         """Return a test that counts the size of what it compares."""
 
         @functools.wraps(test)
@@ -266,7 +286,7 @@ class _Limits(NodeTransformer):
         return node if node.ctx != "load" or constant else _filter("_held", node)
 
 
-def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+def _filter(name: str, value: Any, *args: nodes.Expr) -> nodes.Filter:
     """Return a node that applies a filter."""
     return nodes.Filter(value, name, list(args), [], None, None, lineno=value.lineno)
 
@@ -352,13 +372,14 @@ def _check_filter(name: str, value: Any, given: Sequence[Any]) -> None:
 def _check_method(name: str, owner: str | bytes, given: Sequence[Any]) -> None:
     """Estimate the result of a method of a text; raise SecurityError if it is too large, or takes too long."""
     if name == "replace" and len(given) >= 2 and all(isinstance(one, str | bytes) for one in given[:2]):
-        _refuse_size(len(owner) + owner.count(given[0]) * len(given[1]))
+        _refuse_size(len(owner) + owner.count(given[0]) * len(given[1]))  # type: ignore[arg-type]
     elif name == "join" and given:
         items = given[0]
         _refuse(not hasattr(items, "__len__"), "join: not a list")
         _refuse_size(_weight(items) + len(items) * len(owner))
     elif name == "expandtabs":
-        _refuse_size(len(owner) + owner.count("\t" if isinstance(owner, str) else b"\t") * max((*given, 8)))
+        tabs = owner.count("\t") if isinstance(owner, str) else owner.count(b"\t")
+        _refuse_size(len(owner) + tabs * max((*given, 8)))
     elif name in ("format", "format_map"):
         _refuse_size(_formatted(owner, given))
     elif name == "translate" and given and isinstance(given[0], dict):
