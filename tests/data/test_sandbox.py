@@ -66,7 +66,7 @@ HOSTILE = [
     # Repetition.
     MANY * 3 + "{% endfor %}" * 3,
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
-    "{% macro m() %}" + "{{ 1 + 1 }}" * 400 + "{% endmacro %}" + MANY + "{% set x = m() %}{% endfor %}",
+    "{% macro m() %}" + "{{ 1 + 1 }}" * 100 + "{% endmacro %}" + MANY + "{% set x = m() %}{% endfor %}",
     "{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
     "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
     BIG + MANY + "{{ s }}{% endfor %}",
