@@ -26,10 +26,10 @@ import numpy as np
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_text, regular
-from igla_mega.data import trial
-from igla_mega.data.sandbox import MAX_SOURCE_BYTES, Sandbox
 from igla_mega.data.tokenizer import Tokenizer
-from igla_mega.data.untrusted import no_panic
+from igla_mega.untrusted import trial
+from igla_mega.untrusted.child import no_panic
+from igla_mega.untrusted.sandbox import MAX_SOURCE_BYTES, Sandbox
 
 Message = dict[str, str]
 TooLong = Literal["error", "cut", "skip"]

@@ -19,8 +19,8 @@ import tokenizers
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_bytes, regular
-from igla_mega.data import trial
-from igla_mega.data.untrusted import no_panic
+from igla_mega.untrusted import trial
+from igla_mega.untrusted.child import no_panic
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<eod>")

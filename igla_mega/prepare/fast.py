@@ -9,7 +9,7 @@ import numpy as np
 
 from igla_mega.config.files import read_bytes
 from igla_mega.data.tokenizer import Tokenizer, version
-from igla_mega.data.untrusted import no_panic
+from igla_mega.untrusted.child import no_panic
 
 SAMPLE_CHARS = 120_000
 """Characters of the input on which both tokenizers are compared before the fast path is used."""

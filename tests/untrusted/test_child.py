@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.untrusted import attempt, no_panic
+from igla_mega.untrusted.child import attempt, no_panic
 
 
 class PanicException(BaseException):
@@ -56,19 +56,19 @@ def test_the_end_of_a_child_is_said(task, reason, capfd):
 
 
 def test_a_child_that_waits_is_ended(monkeypatch):
-    from igla_mega.data import untrusted
+    from igla_mega.untrusted import child
 
-    monkeypatch.setattr(untrusted, "WAITING", 1)
+    monkeypatch.setattr(child, "WAITING", 1)
     assert attempt(wait, seconds=1, megabytes=64) == "took more than 1 s"
 
 
 def test_a_refusal_of_the_child_is_raised_here_with_its_breaches():
     def refuse():
-        raise ConfigError("a.json: wrong.\n  Mend it.", "b: äöü")
+        raise ConfigError("a.json: wrong.\n  Repair it.", "b: äöü")
 
     with pytest.raises(ConfigError) as error:
         attempt(refuse, seconds=1, megabytes=64)
-    assert error.value.breaches == ["a.json: wrong.\n  Mend it.", "b: äöü"]
+    assert error.value.breaches == ["a.json: wrong.\n  Repair it.", "b: äöü"]
 
 
 def test_a_child_tells_what_it_wrote_before_it_crashed_in_bounded_memory():

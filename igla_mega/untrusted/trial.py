@@ -7,7 +7,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.untrusted import attempt
+from igla_mega.untrusted.child import attempt
 
 SECONDS, MEGABYTES = 20, 1024
 """Processor time and memory of a trial, without what a large file takes to be read."""

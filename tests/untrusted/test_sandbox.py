@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igla_mega.data import sandbox
+from igla_mega.untrusted import sandbox
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 BIG, LARGE = "{% set s = 'a' * 16000000 %}", "{% set s = 'a' * 100000 %}"
