@@ -20,10 +20,11 @@ from igla_mega.checkpoint.folder import read_recipe
 from igla_mega.checkpoint.hf_names import Weight, weights_of
 from igla_mega.checkpoint.pieces import Pieces, Reader, read_whole
 from igla_mega.checkpoint.progress import Progress
-from igla_mega.checkpoint.safetensors import appearing, refuse_repeated_names
+from igla_mega.checkpoint.safetensors import appearing, finite, refuse_repeated_names
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Lora, Moe
+from igla_mega.config.files import read_text, refuse_special
 from igla_mega.config.load import dump
 from igla_mega.config.schema import Model
 from igla_mega.model.lora import is_adapter, scaling
@@ -116,6 +117,7 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
     """
     settings = _settings(folder)
     try:
+        refuse_special(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
         refuse_repeated_names(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -128,7 +130,7 @@ def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
         if native is None:
             breaches.append(f"{folder / WEIGHTS}: {name} is not an adapter of a Llama projection.")
         else:
-            adapters[native] = tensor
+            adapters[native] = finite(tensor, name, folder / WEIGHTS)
     # From the tensors, not from `target_modules` of the settings, which may also be a regular expression.
     targets = sorted({name.split(".")[-2] for name in adapters}, key=list(_PATHS).index)
     try:
@@ -170,7 +172,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        settings = json_text.loads(path.read_bytes())
+        settings = json_text.read(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Give a folder that PEFT saved.") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
@@ -301,7 +303,7 @@ def merge(
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
         dcp.save({w.native: lazy(w) for w in weights}, storage_writer=writer, no_dist=True)
         (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
-        (temporary / "recipe.yaml").write_text((base / "recipe.yaml").read_text())
+        (temporary / "recipe.yaml").write_text(read_text(base / "recipe.yaml"))
         store.write_manifest(temporary, {})
 
 

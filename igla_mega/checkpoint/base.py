@@ -58,7 +58,7 @@ def read_base(checkpoint: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        note = json_text.loads(file.read_bytes())
+        note = json_text.read(file)
         if not all(isinstance(note[key], str) for key in ("checkpoint", "digest")):
             raise ValueError("`checkpoint` and `digest` are not both texts")
         return {"base_model": None, **note}

@@ -55,6 +55,52 @@ _ROPE_SCALING = {
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_max_position",
 }
+_ROPE_KEYS = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_SCALING})
+_USED = frozenset({
+    *_SIZES, "model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+})  # fmt: skip
+_NEUTRAL = frozenset({
+    # Of the file, its author's tools, and how a library runs the model.
+    "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "_from_model_config", "torch_dtype",
+    "dtype", "use_cache", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "_flash_attn_2_enabled", "use_flash_attn", "use_flashattn", "experts_implementation", "pretraining_tp",
+    "unsloth_version", "unsloth_fixed", "transformers.js_config", "is_llama_config", "torchscript", "use_bfloat16",
+    "chunk_size_feed_forward", "tf_legacy_loss", "return_dict", "output_attentions", "output_hidden_states",
+    "output_router_logits", "max_sequence_length", "model_max_length", "tokenizer_class", "is_decoder",
+    # Of training, for which a recipe has its own settings.
+    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
+    # Of other tasks than the next token: labels of classes, a prefix.
+    "finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "prefix", "task_specific_params",
+    # Of generation.
+    "sep_token_id", "decoder_start_token_id", "unk_token_id", "bad_words_ids", "begin_suppress_tokens",
+    "suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty",
+    "remove_invalid_values", "return_dict_in_generate", "output_scores", "do_sample", "early_stopping",
+    "max_length", "min_length", "max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences",
+    "diversity_penalty", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "temperature", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+"""Keys that change nothing in what the weights compute."""
+_BIASES, _NO = ((False, None), "biases are not supported"), ((False, None), "is not supported; false is")
+_OFF: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu",), "is not supported; silu is"),
+    "attention_bias": _BIASES,
+    "mlp_bias": _BIASES,
+    "router_jitter_noise": ((0, None), "is not supported; 0 is"),
+    "partial_rotary_factor": ((1, None), "is not supported; 1.0 is"),
+    "quantization_config": ((None, {}), "quantized weights are not supported; use the full model"),
+    "layer_types": ((None,), "is not supported; full_attention on every layer is"),
+    "auto_map": ((None, {}), "names code of the model's own, which may compute something else"),
+    "pruned_heads": ((None, {}), "is not supported; null is"),
+    "per_layer_config": ((None, {}), "is not supported; null is"),
+    "cross_attention_hidden_size": ((None,), "is not supported; null is"),
+    "tie_last_hidden_states": ((None,), "is not supported; null is"),
+    **dict.fromkeys(
+        ("rope_interleaved", "use_sliding_window", "is_encoder_decoder", "tie_encoder_decoder", "add_cross_attention"),
+        _NO,
+    ),
+}
+"""Keys that change the model -> the values that leave it a plain Llama, and the message for any other value."""
 
 
 def is_mixtral(moe: Moe | None, checkpoint: Path) -> None:
@@ -102,7 +148,10 @@ def model_of(config: dict[str, Any], path: Path) -> tuple[Model, Moe | None]:
     rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
     breaches = _unsupported(kind, given, rope, path)
     if breaches:
-        raise ConfigError(*breaches, "  Use a plain Llama.")
+        raise ConfigError(
+            *few(breaches),
+            "  Use a plain Llama, Mistral or Mixtral. A key that changes nothing in what is computed may be removed.",
+        )
     section = {ours: given[theirs] for theirs, ours in _SIZES.items() if given.get(theirs) is not None}
     section["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or 10000.0
     if _scaling_type(rope) == "llama3":
@@ -152,20 +201,13 @@ def _scaling_type(rope: dict[str, Any]) -> str:
 def _unsupported(kind: str, given: dict[str, Any], rope: dict[str, Any], path: Path) -> list[str]:
     """Return a message for every required setting that is missing, and for every one that is not supported."""
     breaches = [f"{path}: {key}: not given." for key in _REQUIRED if given.get(key) is None]
-    biases = ("attention_bias", "mlp_bias")
-    breaches += [f"{path}: {key}: biases are not supported." for key in biases if given.get(key)]
-    if given.get("hidden_act", "silu") != "silu":
-        breaches.append(f"{path}: hidden_act: {given['hidden_act']} is not supported; silu is.")
-    if given.get("quantization_config"):
-        breaches.append(f"{path}: quantization_config: quantized weights are not supported; use the full model.")
+    breaches += _unknown(kind, given, rope, path)
     window = given.get("sliding_window")
     if kind == "mixtral":
         breaches += [f"{path}: {key}: not given." for key in _EXPERTS if given.get(key) is None]
-        if given.get("router_jitter_noise"):
-            breaches.append(f"{path}: router_jitter_noise: {given['router_jitter_noise']} is not supported; 0 is.")
-    if window is not None and kind in ("mistral", "mixtral") and window < given["max_position_embeddings"]:
+    if window is not None and window < (given.get("max_position_embeddings") or 0):
         breaches.append(f"{path}: sliding_window: {window} is not supported; null is.")
-    if (rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1.0) != 1.0:
+    if rope.get("partial_rotary_factor") not in _OFF["partial_rotary_factor"][0]:
         breaches.append(f"{path}: partial_rotary_factor: only 1.0 is supported.")
     scaling_type = _scaling_type(rope)
     if scaling_type not in ("default", "llama3"):
@@ -174,6 +216,44 @@ def _unsupported(kind: str, given: dict[str, Any], rope: dict[str, Any], path: P
     if missing:
         breaches.append(f"{path}: rope_scaling: type llama3 needs {', '.join(missing)}.")
     return breaches
+
+
+def _unknown(kind: str, given: dict[str, Any], rope: dict[str, Any], path: Path) -> list[str]:
+    """Return a message for every key that is not known to leave the model a plain Llama, Mistral or Mixtral.
+
+    A list of what is supported, not of what is not: a key that appears next year must not change a model unnoticed.
+    """
+    used = _USED | _NEUTRAL | (_EXPERTS.keys() if kind == "mixtral" else set())
+    breaches = []
+    for key, value in given.items():
+        if key in used or (key == "layer_types" and _all_full(value)):
+            continue
+        allowed, words = _OFF.get(key, ((), ""))
+        if not words:
+            breaches.append(f"{path}: {key}: {_short(value)}: not a known key; it may change the model.")
+        elif value not in allowed:
+            breaches.append(f"{path}: {key}: {_short(value) + ' ' if words.startswith('is ') else ''}{words}.")
+    if _scaling_type(rope) in ("default", "llama3"):
+        breaches += [
+            f"{path}: rope_scaling: {key}: {_short(value)}: not a known key; it may change the model."
+            for key, value in rope.items()
+            if key not in _ROPE_KEYS
+        ]
+    names, known = given.get("architectures") or [], ("mixtral",) if kind == "mixtral" else ("llama", "mistral")
+    if not isinstance(names, list) or any(str(n).lower() not in [f"{k}forcausallm" for k in known] for n in names):
+        breaches.append(f"{path}: architectures: {_short(names)} is not supported; {kind.title()}ForCausalLM is.")
+    return breaches
+
+
+def _all_full(layer_types: Any) -> bool:
+    """Return True if `layer_types` names full attention for every layer."""
+    return isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+
+
+def _short(value: Any) -> str:
+    """Return a value of config.json for a message, of bounded length."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def config_of(model: Model, moe: Moe | None, dtype: str) -> dict[str, Any]:
@@ -212,7 +292,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: the file does not exist, cannot be read, or is not a JSON object.
     """
     try:
-        content = json_text.loads(path.read_bytes())
+        content = json_text.read(path)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file.\n  Give a Hugging Face folder with config.json and safetensors files."

@@ -111,6 +111,8 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
             dcp.save(state, storage_writer=writer, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()), (error,))
+            if isinstance(cause[0], ConfigError):  # of `safetensors.finite`
+                raise cause[0] from None
             raise RuntimeError(f"{checkpoint}: could not be written: {cause[0]}") from error
         (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
         (temporary / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow
+from igla_mega.config.files import no_follow, read_bytes, regular
 
 MANIFEST = "manifest.json"
 """File that lists size and digest of every other file; written last, so a folder without it is no checkpoint."""
@@ -48,7 +48,7 @@ def steps_in(root: Path) -> list[int]:
 
 def digest(path: Path) -> str:
     """Return the BLAKE2b digest of a file, 32 hex digits."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, new_digest).hexdigest()
 
 
@@ -86,7 +86,7 @@ def damage(path: Path, *, part: int = 0, num_parts: int = 1) -> str | None:
     Existence and size are checked for every file, digests for every `num_parts`-th one, beginning with number `part`.
     """
     try:
-        files = sorted(read_manifest((path / MANIFEST).read_bytes()).items())
+        files = sorted(read_manifest(read_bytes(path / MANIFEST)).items())
         for name, (size, _) in files:
             if not (path / name).is_file():
                 return f"{path}: {name} is missing"
@@ -114,7 +114,7 @@ def _threads(num_parts: int) -> int:
 
 def strangers(path: Path) -> list[str]:
     """Return the files below a checkpoint that its manifest does not name."""
-    named = read_manifest((path / MANIFEST).read_bytes())
+    named = read_manifest(read_bytes(path / MANIFEST))
     files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     return sorted(set(files) - named.keys() - {MANIFEST})
 
@@ -193,7 +193,7 @@ def report(path: Path) -> tuple[list[str], list[str]]:
         if (reason := damage(folder)) is not None:
             damages.append(reason)
             continue
-        files = read_manifest((folder / MANIFEST).read_bytes())
+        files = read_manifest(read_bytes(folder / MANIFEST))
         size = sum(size for size, _ in files.values())
         lines.append(f"{folder}: every file has the size and digest it was written with ({len(files)}, {words(size)})")
         lines += [f"  note: {name} is not in its {MANIFEST}: it was added later" for name in strangers(folder)]

@@ -104,7 +104,7 @@ class Local:
         for step in self.steps():
             # A part of another layout, or one that cannot be read, counts as missing.
             try:
-                content = json_text.loads((self.folder(step) / PLACE).read_bytes())
+                content = json_text.read(self.folder(step) / PLACE)
                 if json_text.loads(self.place(content["save"])) == content:
                     saves[step] = content["save"]
             except (OSError, ValueError, KeyError, TypeError):

@@ -32,6 +32,7 @@ from torch.futures import Future
 
 from igla_mega.checkpoint import integrity
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import regular
 
 # The classes of DCP's index that may be unpickled.
 _RECORDS = (
@@ -215,7 +216,7 @@ class Reader(FileSystemReader):
             if (Path(self.path) / integrity.MANIFEST).is_file():
                 integrity.verify(Path(self.path))
             path = self._get_metadata_path(kwargs.get("rank"))
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=regular) as file:
                 content = file.read()
             try:
                 metadata = _IndexUnpickler(io.BytesIO(content)).load()

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_bytes
 
 
 @dataclass
@@ -81,6 +82,6 @@ def read_progress(path: Path) -> Progress:
     """
     file = path / "progress.json"
     try:
-        return TypeAdapter(Progress).validate_json(file.read_bytes())
+        return TypeAdapter(Progress).validate_json(read_bytes(file))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}).\n  Use another checkpoint.") from None

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from igla_mega.checkpoint import integrity
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_bytes
 
 _PIECE = 1 << 24
 """Bytes that are read at a time."""
@@ -322,7 +323,7 @@ class Uploads:
     def _needed(self, step: int, folder: Path) -> dict[str, tuple[int, str]] | str:
         """Return the files to copy (none if the copy exists or is not worth making), or an error message."""
         try:
-            manifest = (folder / integrity.MANIFEST).read_bytes()
+            manifest = read_bytes(folder / integrity.MANIFEST)
             # Copies are slower than saves: skip a step that the queued ones make obsolete before it is copied.
             if step in self._obsolete(sorted(self._pending)):
                 return {}

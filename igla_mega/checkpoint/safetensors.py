@@ -19,6 +19,7 @@ from igla_mega.checkpoint.hf_config import few, read_json
 from igla_mega.checkpoint.hf_names import Weight
 from igla_mega.checkpoint.pieces import Pieces, Reader, load
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import refuse_special, regular
 from igla_mega.config.schema import Model
 from igla_mega.model.shards import is_expert
 
@@ -72,6 +73,7 @@ def open_folder(hf_dir: Path) -> dict[str, Stored]:
 def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     """Yield the tensors of a file from its header."""
     try:
+        refuse_special(file)
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 view = tensors.get_slice(name)
@@ -99,7 +101,7 @@ def refuse_repeated_names(file: Path) -> None:
             raise ConfigError(f"{file}: has {repeated[0]} twice.\n  Download it again.")
         return dict(pairs)
 
-    with open(file, "rb") as stream:
+    with open(file, "rb", opener=regular) as stream:
         json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=once)
 
 
@@ -136,10 +138,26 @@ def lazy(weight: Weight, folder: dict[str, Stored]) -> Pieces:
     dtype = common_type(folder[name].dtype for name in weight.parts)
 
     def read() -> Tensor:
-        """Read the parts and stack them."""
-        return weight.fuse(_tensor(folder, name).to(dtype) for name in weight.parts)
+        """Read the parts and stack them; raise ConfigError on a value that is not finite."""
+        return weight.fuse(finite(_tensor(folder, name), name, folder[name].file).to(dtype) for name in weight.parts)
 
     return Pieces(weight.shape, dtype, [((0,) * len(weight.shape), weight.shape, read)])
+
+
+def finite(tensor: Tensor, name: str, file: Path) -> Tensor:
+    """Return a tensor of somebody's file unchanged.
+
+    Raises:
+        ConfigError: it contains NaN or infinite values.
+    """
+    # The sum of finite bf16 or fp32 values may overflow, so the values themselves are looked at.
+    if not (valid := torch.isfinite(tensor)).all():
+        count = tensor.numel() - int(valid.sum())
+        raise ConfigError(
+            f"{file}: {name}: {count:,} of {tensor.numel():,} values are NaN or infinite.\n"
+            "  Download the file again; if it was written like this, use another checkpoint."
+        )
+    return tensor
 
 
 def common_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -40,6 +40,7 @@ from igla_mega.checkpoint.pieces import Pieces, Reader, Writer, key_of
 from igla_mega.checkpoint.progress import Progress, Retention, SaveOutcome
 from igla_mega.checkpoint.remote import Remote, Uploads
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.model.shards import ParameterState
 
@@ -501,6 +502,6 @@ def run_id(root: Path, mesh: Mesh) -> str:
         if not (root / _RUN).is_file():
             write_text(root / f".{_RUN}", secrets.token_hex(4) + "\n")
             os.replace(root / f".{_RUN}", root / _RUN)
-        name = [(root / _RUN).read_text().strip()]
+        name = [read_text(root / _RUN).strip()]
     dist.broadcast_object_list(name, src=0, group=mesh.host_group)
     return name[0]

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from igla_mega.config import breaches, rules, yaml_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text
 from igla_mega.config.merging import has, merge, without_nulls
 from igla_mega.config.names import safe_name
 from igla_mega.config.schema import Recipe
@@ -97,7 +98,7 @@ def base_folder(name: str, models: Path | None) -> Path:
 
 def _first_comment(path: Path) -> str:
     """Return the first comment line of a recipe file, except the one for the language server."""
-    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    lines = [line[1:].strip() for line in read_text(path).splitlines() if line.startswith("# ")]
     return next((line for line in lines if not line.startswith("yaml-language-server")), "")
 
 

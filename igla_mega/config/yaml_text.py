@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import yaml
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MOST_NODES, DEEPEST, LONGEST_NUMBER = 100_000, 64, 400
+MOST_BYTES = 1 << 24
 """Limits of a file: values, with every use of an alias counted; nesting levels; digits of a number. Recipes stay far
 below them."""
 
@@ -128,7 +130,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML, or contains something other than mappings.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, most=MOST_BYTES)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Is this a recipe?") from None
     except OSError as error:

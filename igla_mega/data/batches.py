@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import regular
 from igla_mega.data.blend import Blend, changing_blend
 from igla_mega.data.document_packing import PackedRows
 from igla_mega.data.indexed import IndexedReader
@@ -380,7 +381,7 @@ def fingerprint_of(identity: str, readers: Mapping[str, IndexedReader]) -> str:
         for path in reader.files:
             size = path.stat().st_size
             digest.update(f"{name}{path.suffix}{size}".encode())
-            with open(path, "rb") as stream:
+            with open(path, "rb", opener=regular) as stream:
                 digest.update(stream.read(1 << 16))
                 stream.seek(max(0, size - (1 << 16)))
                 digest.update(stream.read(1 << 16))

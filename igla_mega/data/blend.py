@@ -130,7 +130,7 @@ def recorded_mixes(
         ConfigError: the file is damaged.
     """
     try:
-        entries = json_text.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        entries = json_text.read(file) if file.is_file() else []
         mixes = [(int(e["first_sample"]), dict(e["mix"])) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or start another --run.") from None

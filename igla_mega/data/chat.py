@@ -13,25 +13,23 @@ rejected. The tokens are those of the whole rendered text; a token that straddle
 target.
 """
 
-import datetime
-import functools
-import inspect
-import itertools
-import json
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
-from jinja2 import ext, nodes, sandbox
-from jinja2.parser import Parser
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text, regular
 from igla_mega.data.tokenizer import Tokenizer
+from igla_mega.untrusted import trial
+from igla_mega.untrusted.child import no_panic
+from igla_mega.untrusted.sandbox import MAX_SOURCE_BYTES, Sandbox
 
 Message = dict[str, str]
 TooLong = Literal["error", "cut", "skip"]
@@ -65,7 +63,7 @@ class ChatTemplate:
     source: str
     compiled: jinja2.Template
     special_tokens: Mapping[str, str]
-    environment: "_Sandbox"
+    environment: Sandbox
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation.
@@ -74,7 +72,7 @@ class ChatTemplate:
             jinja2.TemplateError: the template rejects it, fails on it, or exceeds the sandbox's limits.
         """
         try:
-            self.environment.turns = 0
+            self.environment.begin(messages)
             return self.compiled.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special_tokens
             )
@@ -84,26 +82,45 @@ class ChatTemplate:
             raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def load_template(tokenizer: str | Path, given: str | Path | None = None) -> ChatTemplate:
+def load_template(
+    tokenizer: str | Path, given: str | Path | None = None, *, loaded: Tokenizer | None = None
+) -> ChatTemplate:
     """Return the given chat template, or the one of a tokenizer's folder.
 
     Args:
         given: a file with a template, or `plain` for `PLAIN_TEMPLATE`.
+        loaded: the tokenizer, to encode what the template renders in its trial.
 
     Raises:
-        ConfigError: there is no template, or it is not a Jinja template.
+        ConfigError: there is no template, it is not a Jinja template, or its trial took too much time or memory.
     """
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     settings = _settings(folder / "tokenizer_config.json")
     place, source = (str(given), _given(given)) if given is not None else _found(folder, settings)
-    try:
-        environment = _environment()
-        compiled = environment.from_string(source)
-    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{place}: not a chat template ({error}).\n  Give a valid Jinja template.") from None
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: _text(settings.get(name)) for name in names if settings.get(name) is not None}
-    return ChatTemplate(source, compiled, tokens, environment)
+    if source != PLAIN_TEMPLATE:
+        trial.of_rendering(place, source, lambda: _try(_compiled(place, source, tokens), loaded))
+    return _compiled(place, source, tokens)
+
+
+def _compiled(place: str, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """Return a compiled template; raise ConfigError if it is not one."""
+    try:
+        environment = Sandbox()
+        return ChatTemplate(source, environment.from_string(source), special_tokens, environment)
+    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{place}: not a chat template ({error}).\n  Give a valid Jinja template.") from None
+
+
+def _try(template: ChatTemplate, tokenizer: Tokenizer | None) -> None:
+    """Render short conversations and tokenize what comes out; a template may reject them."""
+    turns = [{"role": role, "content": f"{role}: 1 + 1?\n"} for role in ROLES]
+    for messages in (turns[1:], turns, [*turns, *turns[1:] * 4]):
+        with contextlib.suppress(jinja2.TemplateError):
+            text = template.render(messages)
+            if tokenizer is not None:
+                tokenizer.encode(text[: 1 << 16])
 
 
 def _given(given: str | Path) -> str:
@@ -111,7 +128,7 @@ def _given(given: str | Path) -> str:
     if str(given) == "plain":
         return PLAIN_TEMPLATE
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return read_text(given, most=MAX_SOURCE_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.chat_template: {given} cannot be read ({error}).\n  Give a Jinja file, or `plain`."
@@ -144,7 +161,7 @@ def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json_text.loads(file.read_bytes())
+        content = json_text.read(file)
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error}).\n  Save the tokenizer again.") from None
     return content if isinstance(content, dict) else {}
@@ -153,135 +170,6 @@ def _settings(file: Path) -> dict[str, Any]:
 def _text(token: Any) -> str:
     """Return the text of a special token, given as a string or as Hugging Face's AddedToken object."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
-
-
-def _environment() -> "_Sandbox":
-    """Return a Jinja environment with the same options, filters and globals as transformers' chat templates."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-_MAX_TURNS, _MAX_SIZE = 1_000_000, 1 << 24
-"""Limits on the loop passes and calls of one rendering, and on the characters, elements or bits of one value.
-
-Real templates stay far below both.
-"""
-
-
-class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja sandbox that also bounds the time and memory of a template, in addition to denying access to files.
-
-    A template comes with a downloaded tokenizer and is untrusted. Loops, calls and values are bounded where they occur.
-    The bound is not strict: nested lists can still be large.
-    """
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-    turns = 0
-
-    def __init__(self, **options: Any):
-        """Wrap all filters with the limits."""
-        super().__init__(**options)
-        self.filters = {name: self._guarded(filter_) for name, filter_ in self.filters.items()}
-        self.filters |= {"_looped": self._looped, "_small": self._small}
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call an object of a template within the limits."""
-        self._before(getattr(inspect.unwrap(obj), "__self__", None), *args, *kwargs.values())
-        return self._small(super().call(context, obj, *args, **kwargs))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Apply an operator within the limits."""
-        # Estimated before the operation: checking its result would come after the memory was allocated.
-        sizes = [_size(value) for value in (left, right)]
-        if operator == "**" or (operator == "*" and not isinstance(left, int | float)):
-            sizes[0] = max(sizes[0], 1) * (right if isinstance(right, int) else sizes[1])
-        elif operator == "*" and isinstance(left, int):
-            sizes[0] = left * sizes[1] if hasattr(right, "__len__") else sum(sizes)
-        elif operator == "%" and isinstance(left, str):
-            self._before(left, *(right if isinstance(right, tuple) else (right,)))
-        if max(sizes) > _MAX_SIZE:
-            raise jinja2.exceptions.SecurityError(f"a value of more than {_MAX_SIZE:,} characters, elements or bits")
-        return self._small(super().call_binop(context, operator, left, right))
-
-    def _guarded(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a filter with the limits applied to its arguments and result."""
-
-        @functools.wraps(filter_)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            self._before(*args, *kwargs.values())
-            return self._small(filter_(*args, **kwargs))
-
-        return guarded
-
-    def _before(self, *values: Any) -> None:
-        """Count a call, and reject huge widths and counts, given as arguments or within a format string."""
-        self._spend(1)
-        for value in values:
-            numbers = [value] if isinstance(value, int) else []
-            if isinstance(value, str) and ("%" in value or "{" in value):
-                numbers = [int(number) for number in re.findall(r"\d{6,18}", value)]
-            if any(abs(number) > _MAX_SIZE for number in numbers):
-                raise jinja2.exceptions.SecurityError(f"a width or count of more than {_MAX_SIZE:,}")
-
-    def _looped(self, value: Any) -> Any:
-        """Return the items that a loop iterates over, after counting them."""
-        items = value if hasattr(value, "__len__") else list(itertools.islice(value, _MAX_TURNS + 1))
-        self._spend(1 + len(items))
-        return items
-
-    def _small(self, value: Any) -> Any:
-        """Return a value unchanged; raise SecurityError if it is too large."""
-        if _size(value) > _MAX_SIZE:
-            raise jinja2.exceptions.SecurityError(f"a value of more than {_MAX_SIZE:,} characters, elements or bits")
-        return value
-
-    def _spend(self, turns: int) -> None:
-        """Count loop passes and calls; raise SecurityError beyond the limit."""
-        self.turns += turns
-        if self.turns > _MAX_TURNS:
-            raise jinja2.exceptions.SecurityError(f"more than {_MAX_TURNS:,} loop passes and calls")
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Parse a template and insert the limits into its syntax tree."""
-        # Loops, `{% set %}` blocks and `~` are compiled to plain Python, out of reach of `call` and `call_binop`.
-        tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, "_looped", [], [], None, None, lineno=loop.lineno)
-        for block in list(tree.find_all(nodes.AssignBlock)):
-            block.filter = nodes.Filter(block.filter, "_small", [], [], None, None, lineno=block.lineno)
-        for joined in list(tree.find_all(nodes.Concat)):
-            parts = nodes.Concat(joined.nodes, lineno=joined.lineno)
-            joined.nodes = [nodes.Filter(parts, "_small", [], [], None, None, lineno=joined.lineno)]
-        return tree
-
-
-def _size(value: Any) -> int:
-    """Return the size of a value: bits of an integer, characters of a text, elements of a container."""
-    if isinstance(value, int):
-        return value.bit_length()
-    return len(value) if hasattr(value, "__len__") else 0
-
-
-class _Generation(ext.Extension):
-    """The `{% generation %}` tag, which marks the assistant's text in some templates; rendered as its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Parse the tag and its content."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
 
 
 def read_conversations(file: str | Path) -> Iterator[tuple[str, list[Message] | tuple[str, str]]]:
@@ -301,7 +189,7 @@ def json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ConfigError: the file cannot be read, or a line is not a JSON object.
     """
     try:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8", opener=regular) as lines:
             for number, line in enumerate(lines, 1):
                 if line.isspace():
                     continue
@@ -438,7 +326,8 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
     except jinja2.TemplateError as error:
         raise ConfigError(f"{place}: the chat template fails: {error}.\n  Fix or remove the line.") from None
     specials = special_ids(tokenizer)
-    encoding = tokenizer.engine.encode(text, add_special_tokens=False)
+    with no_panic(tokenizer.path):
+        encoding = tokenizer.engine.encode(text, add_special_tokens=False)
     tokens = np.array(encoding.ids, dtype=np.int64)
     begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     special = np.isin(tokens, specials)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow
+from igla_mega.config.files import no_follow, refuse_special
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.journal import Lock
 from igla_mega.data.windows import feistel_permutation, round_keys
@@ -146,6 +146,7 @@ class PackedRows:
 def _opened(path: Path) -> np.ndarray:
     """Return the memory-mapped plan, int64 [3, pieces]; raise ConfigError if the file is something else."""
     try:
+        refuse_special(path)
         plan = np.load(path, mmap_mode="r", allow_pickle=False)
         if plan.ndim != 2 or len(plan) != 3 or plan.shape[1] < 1 or plan.dtype != np.int64:
             raise ValueError(f"{plan.dtype} {list(plan.shape)}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow
+from igla_mega.config.files import no_follow, regular
 from igla_mega.data.journal import Lock
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -189,7 +189,7 @@ def part_prefixes(prefix: str | Path) -> list[str]:
     if not path.is_file():
         return [str(prefix)]
     try:
-        named = json_text.loads(path.read_bytes())["parts"]
+        named = json_text.read(path)["parts"]
         if not isinstance(named, list) or not all(isinstance(part, str) for part in named):
             raise TypeError("`parts` is not a list of names")
         parts = [str(path.parent / part) for part in named]
@@ -213,7 +213,7 @@ class _Part:
             if file.stat().st_size == 0:
                 raise ConfigError(f"{file}: the file is empty.\n  {_AGAIN}")
         # Sampled values are read, not taken from the mapping: touching a mapped page can fault in up to 2 MiB.
-        with open(idx_file, "rb", buffering=0) as stream:
+        with open(idx_file, "rb", buffering=0, opener=regular) as stream:
             self._read_index(idx_file, stream)
             self._match(bin_file, stream)
         self.stream = np.memmap(bin_file, dtype=self.dtype, mode="r")

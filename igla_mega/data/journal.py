@@ -12,7 +12,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow
+from igla_mega.config.files import no_follow, read_bytes
 
 
 class Lock:
@@ -115,7 +115,7 @@ class Journal:
     def _read(self, job: str, continues: str | None) -> list[dict[str, Any]]:
         """Return the valid entries of the file; none if it is missing or belongs to another job."""
         try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]
+            lines = read_bytes(self.path, most=1 << 40).split(b"\n")[:-1]
         except OSError:
             return []
         entries = []

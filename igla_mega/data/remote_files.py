@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow, write_text
+from igla_mega.config.files import no_follow, read_text, write_text
 from igla_mega.data.journal import Lock
 
 _PIECE = 1 << 24
@@ -78,7 +78,7 @@ def _copy(address: str, target: Path, *, needed: bool = True) -> Path:
         mark = repr((system.size(path), _version(system.info(path))))
         noted = target.with_name(target.name + ".copied")
         with Lock(target, patience_seconds=_PATIENCE_SECONDS):
-            if target.is_file() and noted.is_file() and noted.read_text() == mark:
+            if target.is_file() and noted.is_file() and read_text(noted) == mark:
                 return target
             partial = target.with_name(target.name + ".partial")
             with system.open(path, "rb") as source, open(partial, "wb", opener=no_follow) as copy:

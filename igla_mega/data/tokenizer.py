@@ -18,6 +18,9 @@ import tokenizers
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_bytes, regular
+from igla_mega.untrusted import trial
+from igla_mega.untrusted.child import no_panic
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<eod>")
@@ -61,11 +64,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode one text."""
-        return self.codec.encode_batch([text])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts, in the library's own threads if it has any."""
-        return self.codec.encode_batch(list(texts))
+        with no_panic(self.path):
+            return self.codec.encode_batch(list(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the concatenated ids of all texts, uint32, and the number of tokens per text, int64."""
@@ -75,13 +79,14 @@ class Tokenizer:
         return np.fromiter(ids, dtype=np.uint32, count=int(lengths.sum())), lengths
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return self.codec.decode([int(i) for i in ids], skip_special_tokens)
+        with no_panic(self.path):
+            return self.codec.decode([int(i) for i in ids], skip_special_tokens)
 
     def digest(self) -> str:
         """Return the sha256 of the tokenizer's file: tokenizers with equal digests produce equal ids."""
         content = self.written
         if content is None and self.file.is_file():
-            content = self.file.read_bytes()
+            content = read_bytes(self.file)
         # A tokenizer without a file is a published encoding, identified by its name and size.
         return hashlib.sha256(content or repr((self.path, self.vocab_size)).encode()).hexdigest()
 
@@ -131,22 +136,21 @@ class _Tiktoken:
         return self._engine.decode(ids)
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None, *, tried: bool = False) -> Tokenizer:
     """Open a Hugging Face folder, tokenizer.json, SentencePiece model, tiktoken ranks file, or tiktoken encoding name.
 
     Args:
         vocab_size: number of rows in the model's embedding; None skips the check against it.
+        tried: True if another process of the same job has loaded it, so that it needs no trial.
 
     Raises:
-        ConfigError: no such tokenizer, an invalid file, or ids beyond the model's embedding.
+        ConfigError: no such tokenizer, an invalid file, one that takes too much time or memory for its own texts, or
+            ids beyond the model's embedding.
     """
     file = tokenizer_file(path)
-    if file.suffix == ".tiktoken":
-        tokenizer = _load_tiktoken(path, file)
-    elif file.suffix == ".model":
-        tokenizer = _load_tiktoken(path, file) if _holds_ranks(file) else _load_sentencepiece(path, file)
-    else:
-        tokenizer = _load_hugging_face(path, file)
+    if not tried and file.is_file():
+        trial.of_file(file, lambda: _opened(path, file))
+    tokenizer = _opened(path, file)
     if tokenizer.vocab_size > _MOST_IDS:
         raise ConfigError(
             f"{file}: has token id {tokenizer.vocab_size - 1}, above the maximum of 2^31 - 1 in a dataset."
@@ -157,6 +161,15 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
             f"  Set model.vocab_size to {tokenizer.vocab_size} or more, or use another tokenizer."
         )
     return tokenizer
+
+
+def _opened(path: str | Path, file: Path) -> Tokenizer:
+    """Open a tokenizer with the library of its file."""
+    if file.suffix == ".tiktoken":
+        return _load_tiktoken(path, file)
+    if file.suffix == ".model":
+        return _load_tiktoken(path, file) if _holds_ranks(file) else _load_sentencepiece(path, file)
+    return _load_hugging_face(path, file)
 
 
 def _load_hugging_face(path: str | Path, file: Path) -> Tokenizer:
@@ -242,7 +255,7 @@ def _ranks(file: Path) -> dict[bytes, int]:
     # Not tiktoken.load.load_tiktoken_bpe: it caches by path in a temporary folder shared by all users, and returns
     # the stale copy after the file has changed.
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(file).splitlines(), 1):
         if line:
             token, _, rank = line.partition(b" ")
             try:
@@ -260,7 +273,7 @@ def _ranks(file: Path) -> dict[bytes, int]:
 def _described(file: Path, description: Path, ranks: dict[bytes, int], tiktoken: Any) -> Any:
     """Return the encoding described by the `<name>.json` next to the ranks."""
     try:
-        about = json_text.loads(description.read_bytes())
+        about = json_text.read(description)
         special = about.get("special_tokens", {})
         if any(not 0 <= number < _MOST_IDS for number in special.values()):
             raise ValueError("a special token's id is not an integer from 0 to 2^31 - 1")
@@ -307,7 +320,7 @@ def _library(name: str, file: Path) -> Any:
 
 def _holds_ranks(file: Path) -> bool:
     """Return True if a *.model is a text of base64 tokens and ranks, as Llama 3's is, not a protocol buffer."""
-    with open(file, "rb") as stream:
+    with open(file, "rb", opener=regular) as stream:
         line = stream.readline(1000).split()
     return len(line) == 2 and line[1].isdigit()
 
@@ -362,7 +375,7 @@ def _texts(files: Sequence[str | Path], text_key: str) -> Iterator[str]:
     """Yield the text of every line that is not blank."""
     for file in files:
         try:
-            with open(file, encoding="utf-8") as lines:
+            with open(file, encoding="utf-8", opener=regular) as lines:
                 for number, line in enumerate(lines, 1):
                     if not line.isspace():
                         yield _text(line, text_key, f"{file}:{number}")
@@ -411,7 +424,7 @@ def digest_at(path: str | Path | None) -> str | None:
         return None
     if file is None or not file.is_file() or file.name in _OLDER_FILES:
         return None
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(file)).hexdigest()
 
 
 def _encoding_names() -> list[str]:
@@ -427,7 +440,7 @@ def _end_of_document(file: Path, vocabulary: dict[str, int]) -> int | None:
     config = file.with_name("tokenizer_config.json")
     if config.is_file():
         try:
-            named = json_text.loads(config.read_bytes()).get("eos_token")
+            named = json_text.read(config).get("eos_token")
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"{config}: not a JSON object ({error}).\n  Save the tokenizer again.") from None
         named = named.get("content") if isinstance(named, dict) else named

@@ -21,6 +21,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import Token, create_handler
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import regular
 
 LOOPBACK = "127.0.0.1"
 SECRET_FILE = ".rendezvous"
@@ -184,7 +185,7 @@ def _read_key(file: Path) -> bytes:
     deadline = time.monotonic() + _WAIT_SECONDS
     while True:
         try:
-            with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+            with open(regular(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
                 return stream.read(_SECRET_BYTES)
         except FileNotFoundError:
             if time.monotonic() > deadline:

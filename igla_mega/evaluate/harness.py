@@ -31,6 +31,7 @@ from igla_mega.data.tokenizer import Tokenizer
 from igla_mega.engine.step import Engine
 from igla_mega.evaluate import scoring
 from igla_mega.evaluate.scoring import Row, Score
+from igla_mega.untrusted.child import no_panic
 
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
 """Default seeds of the harness, so that scores are comparable with published ones."""
@@ -131,7 +132,8 @@ class EngineLM(TemplateLM):
         engine = self._tokenizer.engine
         # Only a Hugging Face engine has a post-processor, which may put a begin token in front.
         if special and hasattr(engine, "post_processor"):
-            return tuple(engine.encode(string, add_special_tokens=True).ids)
+            with no_panic(self._tokenizer.path):
+                return tuple(engine.encode(string, add_special_tokens=True).ids)
         return tuple(self._tokenizer.encode(string))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -318,7 +320,7 @@ def _begin(tokenizer: Tokenizer) -> int | None:
     config = tokenizer.file.with_name("tokenizer_config.json")
     if not config.is_file() or not hasattr(tokenizer.engine, "token_to_id"):
         return None
-    named = json_text.loads(config.read_bytes()).get("bos_token")
+    named = json_text.read(config).get("bos_token")
     named = named.get("content") if isinstance(named, dict) else named
     return tokenizer.engine.token_to_id(named) if named else None
 

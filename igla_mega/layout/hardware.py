@@ -10,6 +10,7 @@ from typing import Any
 
 from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text
 from igla_mega.config.rules import FP8_CAPABILITY
 
 GIB = 2**30
@@ -155,7 +156,7 @@ def read(path: Path) -> dict[str, Hardware]:
     if not path.is_file():
         raise ConfigError(f"--hardware {path}: no such file.")
     try:
-        content = yaml_text.parse(path.read_text(encoding="utf-8"), f"--hardware {path}")
+        content = yaml_text.parse(read_text(path), f"--hardware {path}")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--hardware {path}: cannot be read as YAML ({error}).") from None
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):

@@ -59,7 +59,7 @@ def _shape(folder: Path) -> Model:
     config = folder / "config.json"
     try:
         if config.is_file():
-            content = json_text.loads(config.read_text())
+            content = json_text.read(config)
             return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)})
         content = yaml_text.read_mapping(folder / "recipe.yaml")
         return Model(**content["model"])

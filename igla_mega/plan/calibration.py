@@ -145,7 +145,7 @@ def read(path: Path, hardware: Hardware) -> Calibration:
         ConfigError: the file is not a calibration, or a rate is out of range.
     """
     try:
-        content: Any = json_text.loads(path.read_text(encoding="utf-8"))
+        content: Any = json_text.read(path)
     except OSError:
         raise ConfigError(f"--calibration {path}: no such file. `make gpu-check` writes one.") from None
     except ValueError as error:
@@ -216,6 +216,6 @@ def _same_machine(path: Path) -> bool:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        return str(json_text.loads(path.read_text()).get("machine", "")).startswith(model)
+        return str(json_text.read(path).get("machine", "")).startswith(model)
     except (OSError, StopIteration, ValueError, AttributeError):
         return False

@@ -7,6 +7,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text
 from igla_mega.layout.hardware import TABLE, Hardware, cpu
 from igla_mega.plan.forecast import Forecast
 from igla_mega.plan.time import model_flops_per_token
@@ -126,7 +127,7 @@ def find(folder: Path) -> FinishedRun | None:
     steps = []
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():
-        for line in metrics.read_text(errors="replace").splitlines():
+        for line in read_text(metrics, "replace", most=1 << 40).splitlines():
             try:
                 entry = json_text.loads(line)
             except ValueError:

@@ -69,7 +69,7 @@ class Duplicates:
         folder = Path(f"{prefix}.duplicates")
         done = folder / "found.json"
         try:
-            known = json_text.loads(done.read_text(encoding="utf-8"))
+            known = json_text.read(done)
         except (OSError, ValueError):
             known = {}
         if not isinstance(known, dict) or known.get("job") != job or not isinstance(known.get("found"), dict):

@@ -74,7 +74,7 @@ class Encoder:
 
     def __init__(self, job: Job, tokenizer: Tokenizer | None = None, engine: fast.FastTokenizer | None = None):
         self.job = job
-        tokenizer = tokenizer or load_tokenizer(job.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(job.tokenizer, tried=True)
         self.eod_id = tokenizer.eod_id
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.engine: Any = engine or fast.FastTokenizer(tokenizer) if job.fast else tokenizer

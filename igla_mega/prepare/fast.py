@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from igla_mega.config.files import read_bytes
 from igla_mega.data.tokenizer import Tokenizer, version
+from igla_mega.untrusted.child import no_panic
 
 SAMPLE_CHARS = 120_000
 """Characters of the input on which both tokenizers are compared before the fast path is used."""
@@ -36,11 +38,13 @@ class FastTokenizer:
         elif reference.file.suffix == ".tiktoken":
             raise ValueError("tiktoken ranks are not supported")
         else:
-            self._backend = gigatoken_rs.load_hf_json(reference.written or reference.file.read_bytes())
+            with no_panic(reference.path):
+                self._backend = gigatoken_rs.load_hf_json(reference.written or read_bytes(reference.file))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the concatenated ids of all texts, uint32, and the number of tokens per text, int64."""
-        layout = self._backend.encode_batch(list(texts), parallel=False).layout
+        with no_panic("gigatoken"):
+            layout = self._backend.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import refuse_special, regular
 from igla_mega.data.ahead import ahead
 from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, SUFFIXES, TEXT
 from igla_mega.prepare.unpacking import UNPACKERS
@@ -27,6 +28,8 @@ BLOCK_BYTES = 1 << 20
 """Input bytes per unit of work: large enough to hide the cost of a queue, small enough for any memory."""
 MAX_DOCUMENT_BYTES = 1 << 30
 """Maximum size of a record; a longer one is an error, typically a file without line ends."""
+_MAX_DENSE_BYTES, _MAX_EXPANSION = 1 << 26, 200
+"""A record of more bytes that were packed more densely than this many to one is no text but a decompression bomb."""
 _ROWS_AT_ONCE = 256
 _PACKED_CHUNK = 1 << 16
 _LARGE_BYTES = 1 << 24
@@ -192,7 +195,7 @@ def line_start(file: str | Path, offset: int, size: int) -> int:
     """Return the offset of the first line that starts at or after an offset."""
     if offset in (0, size):
         return offset
-    with open(file, "rb") as stream:
+    with open(file, "rb", opener=regular) as stream:
         stream.seek(offset - 1)  # one byte earlier: a line may start exactly at the offset
         while (piece := stream.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
             pass
@@ -286,7 +289,7 @@ def _line_blocks(given: Input, begin: Position, kind: str) -> Iterator[Block]:
     chunks = _Chunks(given, begin.offset or given.start)
     offset, record, counted = begin.offset or given.start, begin.record, begin.taken
     number = begin.file
-    carried = bytearray()
+    carried, began = bytearray(), 0
 
     def block(data: bytes | bytearray, damage: str | None = None) -> Block:
         """Return a block of the given data and move the position behind it."""
@@ -304,16 +307,16 @@ def _line_blocks(given: Input, begin: Position, kind: str) -> Iterator[Block]:
             view = memoryview(chunk)
             if cut and len(carried) < 8 * BLOCK_BYTES:
                 yield block(b"".join((carried, view[:cut])))
-                carried = bytearray(view[cut:])
+                carried, began = bytearray(view[cut:]), chunks.taken - _PACKED_CHUNK
                 continue
             # A long document is handed over as the bytearray in which it was collected, without another copy.
             carried += view[:cut]
             if cut:
                 yield block(carried)
                 carried = bytearray()
+                began = chunks.taken - _PACKED_CHUNK  # of which the record may take the end
             carried += view[cut:]
-            if len(carried) > MAX_DOCUMENT_BYTES:
-                raise Damaged(f"a line of more than {MAX_DOCUMENT_BYTES:,} bytes")
+            _refuse_giant("line", len(carried), chunks.taken - began, given)
     except (Damaged, OSError) as error:
         # Whole lines before the damage are kept; `records` drops the line that the damage cuts.
         yield block(bytes(carried), str(error))
@@ -329,16 +332,24 @@ def _text_blocks(given: Input, begin: Position) -> Iterator[Block]:
     text = bytearray()
     damage = None
     try:
-        for chunk in _Chunks(given, 0):
+        chunks = _Chunks(given, 0)
+        for chunk in chunks:
             text += chunk
-            if len(text) > MAX_DOCUMENT_BYTES:
-                raise Damaged(f"a document of more than {MAX_DOCUMENT_BYTES:,} bytes; split it, or read it by lines")
+            _refuse_giant("document", len(text), chunks.taken, given)
     except (Damaged, OSError) as error:
         damage, text = str(error), bytearray()
     number = begin.file
     data = [(given.path, text if len(text) >= 8 * BLOCK_BYTES else bytes(text))] if damage is None else []
     after = Position(number, len(text), 1)
     yield Block(TEXT, given.path, 1, data, after, given.size, damage, files=(number, number))
+
+
+def _refuse_giant(what: str, size: int, packed: int, given: Input) -> None:
+    """Refuse a record, of which so many bytes were read and take so many on disk, that is too large or too dense."""
+    if size > MAX_DOCUMENT_BYTES:
+        raise Damaged(f"a {what} of more than {MAX_DOCUMENT_BYTES:,} bytes; split it")
+    if given.packing and size > _MAX_DENSE_BYTES and size > _MAX_EXPANSION * packed:
+        raise Damaged(f"a {what} of more than {size:,} bytes unpacked from {packed:,}: a decompression bomb")
 
 
 class _Chunks:
@@ -352,7 +363,7 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the chunks."""
-        with open(self.given.path, "rb") as stream:
+        with open(self.given.path, "rb", opener=regular) as stream:
             if self.given.packing is None:
                 yield from self._plain(stream)
             else:
@@ -440,6 +451,7 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
 
     try:
         # Without these two, pyarrow reads whole column chunks, which can be gigabytes.
+        refuse_special(given.path)
         file = parquet.ParquetFile(given.path, pre_buffer=False, buffer_size=BLOCK_BYTES)
         schema = file.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:

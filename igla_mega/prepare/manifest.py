@@ -9,6 +9,7 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import regular
 
 _AGAIN = "Run `igla-mega prepare` (or tools/preprocess_data.py) again for this source."
 
@@ -67,7 +68,7 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
     """
     path = manifest_path(prefix)
     try:
-        manifest = json_text.loads(path.read_bytes())
+        manifest = json_text.read(path)
         _Manifest.model_validate(manifest, strict=True)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
@@ -110,7 +111,7 @@ def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bo
     # Three shards catch mixed-up and partly copied files at a cost that does not grow with the dataset.
     checked = range(len(shards)) if whole else {0, len(shards) // 2, len(shards) - 1}
     begin = 0
-    with open(f"{prefix}.bin", "rb") as stream:
+    with open(f"{prefix}.bin", "rb", opener=regular) as stream:
         for number, shard in enumerate(shards):
             if number in checked and digest_of(stream, begin, shard["bytes"]) != shard["sha256"]:
                 breaches.append(
@@ -119,7 +120,7 @@ def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bo
                 )
             begin += shard["bytes"]
     if whole or sizes[".idx"] < 1 << 26:
-        with open(f"{prefix}.idx", "rb") as stream:
+        with open(f"{prefix}.idx", "rb", opener=regular) as stream:
             if digest_of(stream, 0, sizes[".idx"]) != manifest["index"]["sha256"]:
                 breaches.append(f"{prefix}.idx: differs from what was written (sha256): damaged.\n  {_AGAIN}")
     return breaches
@@ -127,7 +128,7 @@ def damage(prefix: str | Path, *, tokenizer_digest: str | None = None, whole: bo
 
 def index_entry(path: str | Path) -> dict[str, Any]:
     """Return the manifest's entry for an index file."""
-    with open(path, "rb") as stream:
+    with open(path, "rb", opener=regular) as stream:
         size = stream.seek(0, 2)
         return {"bytes": size, "sha256": digest_of(stream, 0, size)}
 

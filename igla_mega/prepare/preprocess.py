@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import regular
 from igla_mega.data.indexed import IndexedWriter, publish, token_dtype
 from igla_mega.data.journal import Journal, Lock, replace_file
 from igla_mega.data.raw_files import LINES
@@ -388,7 +389,10 @@ class _Preparation:
         good = 0
         begin = documents = 0
         try:
-            with open(f"{self.prefix}.bin.partial", "rb") as bin_, open(f"{self.prefix}.idx.partial", "rb") as idx:
+            with (
+                open(f"{self.prefix}.bin.partial", "rb", opener=regular) as bin_,
+                open(f"{self.prefix}.idx.partial", "rb", opener=regular) as idx,
+            ):
                 for shard in journal.shards:
                     if not State.fits(shard, len(self.given)):
                         break

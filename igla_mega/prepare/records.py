@@ -65,7 +65,9 @@ def _of_records(block: Block, language_key: str | None) -> Texts:
     if block.kind == ROWS:
         records = ((f"{block.file}: row {n}", *row) for n, row in enumerate(block.data, block.first))
     elif isinstance(block.data, bytes | bytearray):
-        lines: list[Any] = block.data.split(b"\n")
+        # The line that the damage cuts is no text of its own.
+        whole = block.data if block.damage is None else block.data[: block.data.rfind(b"\n") + 1]
+        lines: list[Any] = whole.split(b"\n")
         records = ((f"{block.file}:{n}", line.rstrip(b"\r"), None) for n, line in enumerate(lines, block.first))
     else:
         records = ((file, data, None) for file, data in block.data)

@@ -45,7 +45,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         if prefix == inputs:
             continue
         files = input_files([inputs] if isinstance(inputs, str) else inputs)
-        template = _template(recipe, files)
+        template = _template(recipe, files, tokenizer)
         stamp = _stamp(recipe, files, tokenizer, template)
         if _is_done(prefix, stamp):
             continue
@@ -59,10 +59,10 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
     return prefixes
 
 
-def _template(recipe: Recipe, files: list[Path]) -> chat.ChatTemplate | None:
+def _template(recipe: Recipe, files: list[Path], tokenizer: Tokenizer) -> chat.ChatTemplate | None:
     """Return the chat template; None if there is none and no line needs one."""
     try:
-        return chat.load_template(recipe.data.tokenizer or "", recipe.data.chat_template)
+        return chat.load_template(recipe.data.tokenizer or "", recipe.data.chat_template, loaded=tokenizer)
     except ConfigError:
         if recipe.data.chat_template is not None or any(_has_turns(entry) for f in files for _, entry in _lines(f)):
             raise
@@ -142,9 +142,7 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
 def _is_done(prefix: str, stamp: str) -> bool:
     """Return True if the dataset exists and was prepared from the same inputs and options."""
     try:
-        return (
-            json_text.loads(Path(f"{prefix}.json").read_bytes())["digest"] == stamp and Path(f"{prefix}.idx").is_file()
-        )
+        return json_text.read(Path(f"{prefix}.json"))["digest"] == stamp and Path(f"{prefix}.idx").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_text
 
 SOURCES = ("web", "code", "books", "academic", "conversation")
 MAX_CODE_CHARS = 3_000_000
@@ -74,7 +75,7 @@ def modules() -> Iterator[tuple[str, str, ast.Module]]:
             if path.suffix != ".py":
                 continue
             try:
-                text = path.read_text(encoding="utf-8")
+                text = read_text(path)
                 tree = ast.parse(text)
             except (OSError, UnicodeDecodeError, SyntaxError):
                 continue
@@ -126,7 +127,7 @@ def _book_pages() -> list[str]:
         pages += _pages(topics[name].split("\n\n"))
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted([*root.glob("*.txt"), *root.glob("idlelib/*.txt"), *root.glob("email/*.rst")]):
-        pages += _pages(path.read_text(encoding="utf-8", errors="ignore").split("\n\n"))
+        pages += _pages(read_text(path, "ignore").split("\n\n"))
     return pages
 
 

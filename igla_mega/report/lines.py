@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from igla_mega.config.files import regular
+
 MAX_LINE_BYTES = 1 << 24
 """Maximum length of a line; a longer one is skipped without being kept in memory."""
 BLOCK_BYTES = 1 << 22
@@ -40,7 +42,7 @@ class Lines:
     def new(self) -> Iterator[dict[str, Any]]:
         """Yield the objects appended since the last call."""
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 (closed by `with` below)
+            file = open(self.path, "rb", opener=regular)  # noqa: SIM115 (closed by `with` below)
         except OSError as error:
             if not isinstance(error, FileNotFoundError) and not self.num_broken:
                 self._break(str(error.strerror))

@@ -18,7 +18,7 @@ import numpy as np
 
 from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import write_text
+from igla_mega.config.files import regular, write_text
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.report.history import FILES, Heat, History, events_of, thin
@@ -373,7 +373,7 @@ def _recipe(path: Path) -> tuple[str, Recipe | None, str | None]:
     if not path.is_file():
         return "", None, None
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
             text = file.read(MAX_RECIPE_BYTES)
     except OSError as error:
         return "", None, f"recipe.yaml: cannot be read: {error.strerror}."

@@ -63,7 +63,7 @@ def read_origin(folder: Path) -> FisherMetadata | None:
     if not path.is_file():
         return None
     try:
-        content = json_text.loads(path.read_bytes())
+        content = json_text.read(path)
         metadata = FisherMetadata(**{**content, "sources": tuple(content["sources"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).\n  Take the Fisher again: igla-mega fisher.") from None

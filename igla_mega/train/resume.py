@@ -103,7 +103,7 @@ def _refuse_another_run(
     if resolved.stages[stage].part != part:
         stage = resolved.first_stage(part)
     file = checkpoint / DATA
-    before = json_text.loads(file.read_bytes()) if file.is_file() else {}  # absent before version 0.2
+    before = json_text.read(file) if file.is_file() else {}  # absent before version 0.2
     now = source_fingerprints(corpora[stage])
     data = {name: (before[name], now[name]) for name in before.keys() & now.keys()}
     # `folder.read_recipe` would compare it with the tensors next to it: a node's own folder holds those of one rank.

@@ -12,7 +12,7 @@ from typing import IO
 from igla_mega.checkpoint import store
 from igla_mega.config import json_text, load, yaml_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow
+from igla_mega.config.files import no_follow, read_text
 from igla_mega.config.schema import Recipe
 
 LOCK_SECONDS = 30.0
@@ -109,7 +109,7 @@ def recipe_changes(run_dir: Path, recipe_yaml: str) -> list[str]:
 def _last_recipe(run_dir: Path) -> dict:
     """Return the recipe that a folder was trained with last, by dotted keys; empty if it cannot be read."""
     try:
-        return _flat(yaml_text.parse((run_dir / "recipe.yaml").read_text(), "recipe.yaml"))
+        return _flat(yaml_text.parse(read_text(run_dir / "recipe.yaml"), "recipe.yaml"))
     except (OSError, ValueError, AttributeError):
         return {}
 

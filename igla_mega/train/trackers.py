@@ -12,7 +12,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow, write_text
+from igla_mega.config.files import no_follow, read_text, write_text
 from igla_mega.config.schema import Logging
 
 OF_STEPS = ("metrics", "ledger", "samples")
@@ -133,7 +133,7 @@ def _wandb_id(run_dir: Path) -> str:
     if not path.is_file():
         # Version 0.1 used the folder's name: a run that it began keeps its charts.
         write_text(path, run_dir.resolve().name if (run_dir / "wandb").is_dir() else secrets.token_hex(8))
-    return path.read_text(encoding="utf-8").strip()
+    return read_text(path).strip()
 
 
 class Untracked:
@@ -171,7 +171,7 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_text(path, "replace", most=1 << 40).splitlines():
         try:
             entry = json_text.loads(line)
         except ValueError:

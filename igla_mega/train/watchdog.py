@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from igla_mega.config import json_text
-from igla_mega.config.files import write_text
+from igla_mega.config.files import no_follow, read_text, write_text
 from igla_mega.distributed.mesh import own_store
 from igla_mega.engine.heartbeat import Heartbeat, followed
 from igla_mega.train.trackers import write_event
@@ -118,7 +118,7 @@ class Watchdog:
         """Start the threads."""
         with contextlib.suppress(OSError):  # without the folder, reports are still printed
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._stacks = open(self._stack_file(self.rank), "w")  # noqa: SIM115 (open while the run lasts)
+            self._stacks = open(self._stack_file(self.rank), "w", opener=no_follow)  # noqa: SIM115 (open while the run lasts)
         for name, loop in (("talk", self._talk), ("guard", self._guard)):
             threading.Thread(target=loop, name=f"watchdog-{name}", daemon=True).start()
 
@@ -338,7 +338,7 @@ class Watchdog:
         if self._store.check([f"stack/{rank}"]):
             return self._store.get(f"stack/{rank}").decode()
         try:  # faulthandler writes it for a rank whose interpreter lock is never released
-            return self._stack_file(rank).read_text()
+            return read_text(self._stack_file(rank))
         except OSError:
             return ""
 

@@ -411,6 +411,36 @@ def test_a_bomb_of_packed_text_is_unpacked_in_bounded_memory(suffix, size, megab
     assert hostile.within(megabytes, lambda: sum(map(len, chunks))) == str(size)
 
 
+def _one_line(suffix: str, size: int) -> bytes:
+    """A JSON line of so many zeros as one packed member, after a short line."""
+    make = {".gz": lambda: zlib.compressobj(9, wbits=31), ".bz2": bz2.BZ2Compressor, ".xz": lzma.LZMACompressor}
+    packer = (
+        make[suffix]() if suffix in make else pytest.importorskip("zstandard").ZstdCompressor(level=3).compressobj()
+    )
+    pieces = [b'{"text": "first"}\n{"text": "', *[b"0" * (1 << 24)] * (size >> 24), b'"}\n']
+    return b"".join([*map(packer.compress, pieces), packer.flush()])
+
+
+@pytest.mark.parametrize("name", ["line.jsonl", "lines.txt", "whole.txt"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_record_packed_too_densely_is_damage_and_what_came_before_is_kept(suffix, name, monkeypatch):
+    for bound, size in (("_MAX_DENSE_BYTES", 1 << 22), ("_MAX_EXPANSION", 50)):
+        monkeypatch.setattr(formats, bound, size)
+    file = put(f"{name}{suffix}", _one_line(suffix, 1 << 25))
+    how = formats.How(text_documents="file" if name == "whole.txt" else "line")
+
+    def read() -> str:
+        found = [(texts_of(b, "text").texts, b.damage) for b in formats.blocks_of(formats.whole([file]), how)]
+        return f"{[text[:20] for texts, _ in found for text in texts]} {found[-1][1]}"
+
+    said = hostile.within(150, read)
+    first = {"line.jsonl": "['first']", "lines.txt": """['{"text": "first"}']""", "whole.txt": "[]"}[name]
+    assert said.startswith(first) and "a decompression bomb" in said, said
+    if name == "line.jsonl":
+        monkeypatch.setattr(formats, "_MAX_DENSE_BYTES", 1 << 27)
+        assert read() == "['first', '00000000000000000000'] None"
+
+
 def test_a_packed_file_that_claims_gigabytes_of_window_is_told():
     zstandard = pytest.importorskip("zstandard")
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=31)

@@ -385,3 +385,38 @@ def test_what_the_good_files_give_is_what_was_saved():
     assert collections.Counter(map(tuple, Reader(checkpoint()).shapes().values()))[(8,)] == 3
     tensors = load_file(folder() / "model.safetensors")
     assert torch.equal(read_tensors(checkpoint())["output_layer.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused_by_tensor_and_count(value, dtype):
+    path = copy_of(folder(), "hf")
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2:4] = float(value)
+    save_file(tensors, path / "model.safetensors")
+    target = scratch() / "imported"
+    shutil.rmtree(target, ignore_errors=True)
+    with pytest.raises(ConfigError, match=r"mlp.up_proj.weight: 2 of 64 values are NaN or infinite\.\n  Download"):
+        hugging_face.import_folder(path, target, say=print)
+    assert not target.exists() and not list(scratch().glob(".writing_*"))
+
+
+def test_weights_whose_sum_overflows_are_finite():
+    path = copy_of(folder(), "hf")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"][:] = 3e38
+    save_file(tensors, path / "model.safetensors")
+    assert imported(path)["output_layer.weight"].isfinite().all()
+
+
+def test_an_adapter_that_is_not_finite_is_refused_by_matrix_and_count():
+    path = scratch() / "peft"
+    path.mkdir(exist_ok=True)
+    (path / adapters.CONFIG).write_text(json.dumps(SETTINGS))
+    (path / adapters.WEIGHTS).write_bytes(matrices())
+    tensors = load_file(path / adapters.WEIGHTS)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path / adapters.WEIGHTS)
+    with pytest.raises(ConfigError, match=rf"{name}: 1 of \d+ values are NaN or infinite"):
+        adapters.import_folder(path, MODEL)
