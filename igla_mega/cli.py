@@ -226,20 +226,22 @@ def prepare(
 def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int], dry_run: bool, report: bool) -> None:
     """Prepare the text sources of one part of a recipe."""
     from igla_mega.data.blend import normalised
+    from igla_mega.layout.stages import drawn_data
     from igla_mega.prepare.sources import prepare_sources
 
+    data = drawn_data(recipe)
     if note := normalised(recipe.data.mix):
         print(note)
     if engine == "ray":
         from igla_mega.prepare.ray import prepare_on_ray
 
-        prepare_on_ray(recipe.data, workers=workers)
+        prepare_on_ray(data, workers=workers)
     else:
-        prepare_sources(recipe.data, workers=workers, part=part, dry_run=dry_run)
+        prepare_sources(data, workers=workers, part=part, dry_run=dry_run)
     if report and not dry_run and part[1] == 1:
         from igla_mega.prepare.report import write_report
 
-        print(write_report(recipe.data, recipe.sequence_length or 8192))
+        print(write_report(data, recipe.sequence_length or 8192))
 
 
 @app.command()

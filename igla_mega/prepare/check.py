@@ -6,7 +6,9 @@ from igla_mega.data.blend import consumption, normalised
 from igla_mega.data.indexed import IndexedReader, part_prefixes
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import digest_at
+from igla_mega.data.windows import split_point
 from igla_mega.layout.layout import Layout
+from igla_mega.layout.stages import drawn_data
 from igla_mega.prepare.manifest import damage
 
 
@@ -20,9 +22,10 @@ def check_prepared(recipe: Recipe, layout: Layout) -> None:
     assert recipe.model is not None, "the caller knows the model"
     breaches, tokens = [], {}
     digest = digest_at(recipe.data.tokenizer)
-    for name, prefix in source_prefixes(recipe.data).items():
+    for name, prefix in source_prefixes(drawn_data(recipe)).items():
         try:
-            tokens[name] = IndexedReader(prefix, recipe.model.vocab_size).num_tokens
+            reader = IndexedReader(prefix, recipe.model.vocab_size)
+            tokens[name] = split_point(name, reader, recipe.data.validation_fraction)
             for part in part_prefixes(prefix):
                 breaches += damage(part, tokenizer_digest=digest)
         except ConfigError as error:

@@ -19,7 +19,7 @@ from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.prepare import fast, giant
 from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.formats import Block, Broken, Position
-from igla_mega.prepare.records import texts_of
+from igla_mega.prepare.records import Sentences, texts_of
 
 MAX_THREADS = 4
 """Maximum number of workers run as threads; more are processes, since parsing JSON holds the interpreter lock."""
@@ -131,6 +131,11 @@ class Encoder:
         """Return the concatenated ids of the texts in the dataset's dtype, and the number of tokens per text."""
         if not texts:
             return [], np.zeros(0, np.int64)
+        if any(isinstance(text, Sentences) for text in texts):
+            parts = [text.parts if isinstance(text, Sentences) else (text,) for text in texts]
+            arrays, sizes = self._arrays([sentence for document in parts for sentence in document])
+            starts = np.cumsum([0, *map(len, parts[:-1])])
+            return arrays, np.add.reduceat(sizes, starts)
         if max(map(len, texts)) <= fast.PIECE_CHARS:
             ids, lengths = self.engine.encode_flat(texts)
             return [ids.astype(self.dtype)], lengths

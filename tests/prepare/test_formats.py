@@ -11,7 +11,8 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.raw_files import LINES
 from igla_mega.prepare import formats, giant
-from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, input_files, line_start, share, whole
+from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, line_start, share, whole
+from igla_mega.prepare.inputs import input_files
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.records import texts_of
 
@@ -101,10 +102,13 @@ def test_a_null_row_and_a_damaged_parquet_are_broken_records(tokenizer, tmp_path
     file = write_parquet(tmp_path / "a.parquet", {"text": ["one", None, "two"]})
     with pytest.raises(ConfigError, match=r"a\.parquet: row 2: the text is null"):
         prepared([file], tmp_path, tokenizer)
+    assert prepared([file], tmp_path, tokenizer, on_error="skip")[1] == ["one", "two"]
     cut = tmp_path / "b.parquet"
     cut.write_bytes(file.read_bytes()[:-6])
-    counts, found = prepared([file, cut], tmp_path, tokenizer, on_error="skip")
-    assert (counts.broken, found) == (2, ["one", "two"])
+    with pytest.raises(
+        ConfigError, match=r"b\.parquet: no text in any of its records \(1 broken; the first: not a Parq"
+    ):
+        prepared([file, cut], tmp_path, tokenizer, name="cut", on_error="skip")
 
 
 def test_plain_text_is_a_document_a_file_or_a_line(tokenizer, tmp_path):

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import train_bpe
 from igla_mega.prepare import formats
-from igla_mega.prepare.preprocess import Options, Settings, input_files, preprocess
+from igla_mega.prepare.inputs import input_files
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.sources import prepare_sources, unigram_entropy
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -133,7 +135,7 @@ def test_missing_and_empty_inputs_are_told_together(jsonl, tmp_path):
     assert len(raised.value.breaches) == 3
     assert "none.jsonl: no such file" in message
     assert "empty.jsonl: the file is empty" in message
-    assert "folder: no *.jsonl, *.txt or *.parquet in this folder" in message
+    assert "folder: no *.jsonl, *.txt, *.parquet or *.arrow in this folder" in message
 
 
 def test_a_place_that_cannot_be_written_is_told_in_words(jsonl, tokenizer, tmp_path):
@@ -156,7 +158,8 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokeni
 
 
 def test_prepare_writes_every_source_and_a_manifest(jsonl, tokenizer, tmp_path, capsys):
-    data = section(tmp_path, tokenizer, {"web": str(jsonl), "code": [str(jsonl), str(jsonl)]})
+    copy = shutil.copy(jsonl, tmp_path / "copy.jsonl")
+    data = section(tmp_path, tokenizer, {"web": str(jsonl), "code": [str(jsonl), str(copy)]})
     prefixes = prepare_sources(data)
     assert prefixes == source_prefixes(data) == {n: str(tmp_path / "prepared" / n) for n in ("web", "code")}
     manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())["sources"]
