@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from igla_mega.checkpoint.hf_config import SIZES
+from igla_mega.checkpoint.hf_config import SIZES, model_of
 from igla_mega.config import json_text, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.schema import Model, Recipe
 
-_EXPERTS = {"num_local_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok"}
 ASSUMED_RECIPE = "pretrain_7b"
 """Packaged recipe whose shape is assumed for a missing base model."""
 ASSUMED_ROW = 2048
@@ -63,9 +62,10 @@ def _shape(folder: Path) -> tuple[Model, Moe | None]:
     try:
         if config.is_file():
             content = json_text.loads(config.read_text())
-            model = Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)})
-            experts = {ours: content[theirs] for theirs, ours in _EXPERTS.items() if content.get(theirs)}
-            return model, Moe(**experts) if "num_experts" in experts else None
+            try:
+                return model_of(content, config)
+            except ConfigError:  # a model that cannot be imported can still be planned by its sizes
+                return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)}), None
         content = yaml_text.read_mapping(folder / "recipe.yaml")
         return Model(**content["model"]), Moe(**content["moe"]) if content.get("moe") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

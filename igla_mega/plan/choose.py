@@ -8,7 +8,6 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.layout.layout import Layout, lay_out
 from igla_mega.layout.stages import Stage, parts_of, phase_mix, phase_recipe, segments, weights_of
-from igla_mega.plan.refusals import warmup_breach
 
 
 def choose_layout(recipe: Recipe, world_size: int, device: str = "cpu") -> Layout:
@@ -78,7 +77,10 @@ def _phase_stages(recipe: Recipe, world_size: int, device: str) -> list[Stage]:
                 f"{num_steps * tokens_per_step:,} in all."
             )
         if (warmup := own.num_warmup_steps(num_steps)) > num_steps:
-            breaches.append(warmup_breach(warmup, num_steps, phase.name))
+            breaches.append(
+                f"training.warmup_steps: {warmup} is more than the {num_steps} steps of phase {phase.name}.\n"
+                "  Use fewer, or training.warmup_ratio, which is relative to each phase."
+            )
         stages.append(
             Stage(
                 phase.name,

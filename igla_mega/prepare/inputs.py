@@ -137,7 +137,7 @@ def _look_through(top: Path) -> _Folder:
         if (place := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(place)
-        # `save_to_disk` lists its files in the order of their rows; others may lie beside them, such as caches.
+        # `save_to_disk` lists its files in the order of their rows; others are not part of it, such as caches.
         saved = _saved_files(folder) if any(entry.name == _STATE for entry in entries) else None
         for entry in entries:
             name = inside + entry.name
@@ -148,7 +148,7 @@ def _look_through(top: Path) -> _Folder:
             elif entry.name in _METADATA:
                 held.metadata.append(name)
             elif saved is not None and entry.name not in saved:
-                held.others["beside a saved dataset"] += 1
+                held.others["outside a saved dataset"] += 1
             elif not entry.name.endswith(SUFFIXES):
                 held.others[Path(entry.name).suffix or "without a suffix"] += 1
             elif entry.is_file():

@@ -145,7 +145,7 @@ def test_a_saved_dataset_is_read_and_of_several_splits_train(tmp_path, tokenizer
     (tmp_path / "one" / "cache-1.arrow").write_bytes(b"rows of a map")
     names, (line,) = taken(tmp_path / "one")
     assert names == [f"data-0000{i}-of-00003.arrow" for i in range(3)]
-    assert "1 beside a saved dataset" in line and "dataset_info.json, state.json" in line
+    assert "1 outside a saved dataset" in line and "dataset_info.json, state.json" in line
     assert documents([tmp_path / "one"], tmp_path, tokenizer) == 50
 
     splits = datasets.DatasetDict({"train": rows.select(range(7)), "test": rows.select(range(9))})
