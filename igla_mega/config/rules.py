@@ -491,15 +491,30 @@ def not_installed(recipe: Recipe) -> list[str]:
     sentences = []
     for part in (recipe, *(recipe.stages or ())):
         flex = part.moe is not None and part.moe.dispatcher == "flex"
+        wandb = part.logging.wandb
         for is_set, package, what, way_out in (
-            (part.evaluation.tasks, "lm_eval", "evaluation.tasks: lm-evaluation-harness", "[eval]'`, or remove it"),
-            (part.logging.wandb != "off", "wandb", "logging.wandb: wandb", "[track]'`, or set logging.wandb=off"),
-            (part.quantization, "bitsandbytes", "quantization: bitsandbytes", "[quant]'`, or remove it"),
-            (flex, "deep_ep", "moe.dispatcher: flex needs deep_ep, which", None),
+            (
+                part.evaluation.tasks,
+                "lm_eval",
+                "evaluation.tasks: lm-evaluation-harness",
+                "Run `pip install 'igla-mega[eval]'`, or remove evaluation.tasks.",
+            ),
+            (
+                wandb != "off",
+                "wandb",
+                f"logging.wandb: {wandb} needs the package wandb, which",
+                "Run `pip install 'igla-mega[track]'`, or set logging.wandb=off.",
+            ),
+            (
+                part.quantization,
+                "bitsandbytes",
+                "quantization: bitsandbytes",
+                "Run `pip install 'igla-mega[quant]'`, or remove quantization.",
+            ),
+            (flex, "deep_ep", "moe.dispatcher: flex needs deep_ep, which", "Install it, or use alltoall."),
         ):
             if is_set and importlib.util.find_spec(package) is None:
-                install = f"Run `pip install 'igla-mega{way_out}" if way_out else "Install it, or use alltoall"
-                sentences.append(f"{what} is not installed. {install}.")
+                sentences.append(f"{what} is not installed. {way_out}")
     return list(dict.fromkeys(sentences))
 
 

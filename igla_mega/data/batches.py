@@ -149,11 +149,9 @@ class Corpus:
         self.readers: dict[str, IndexedReader] = {}
         self._train: dict[str, Windows | PackedRows] = {}
         self._validation: dict[str, tuple[int, int]] = {}
-        for name, prefix in prefixes.items():
-            if mix.get(name) == 0:
-                continue
+        for name in [name for name in prefixes if mix.get(name) != 0]:
             try:
-                reader = IndexedReader(prefix, sampling.vocab_size)
+                reader = IndexedReader(prefixes[name], sampling.vocab_size)
                 border = split_point(name, reader, sampling.validation_fraction)
                 if name in drawn and packing == "best_fit":
                     num_documents = reader.document_of(border - 1) + 1

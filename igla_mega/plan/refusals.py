@@ -21,13 +21,14 @@ def refusals(recipe: Recipe) -> list[str]:
     """Return every breach of a recipe that can be known without its data, its base model and the ranks of the run."""
     found = [*rules.breaches(recipe), *rules.not_yet(recipe), *rules.not_installed(recipe)]
     trained: list[Recipe] = []
-    for i, part in enumerate(parts_of(recipe)):
+    parts = parts_of(recipe)
+    for i, part in enumerate(parts):
         place = f"stages.{i}." if recipe.stages is not None else ""
         own = [phase_recipe(part, phase) for phase in part.curriculum.phases] if part.curriculum is not None else [part]
         breaches = [*rules.breaches(part), *(breach for one in own for breach in rules.breaches(one)), *_data(part)]
         found += [place + breach for breach in breaches]
         trained += own
-    return list(dict.fromkeys(found)) or _layout(recipe, trained)
+    return list(dict.fromkeys(found)) or _layout(recipe if recipe.stages is not None else parts[0], trained)
 
 
 def _data(part: Recipe) -> Iterator[str]:
@@ -53,6 +54,7 @@ def _layout(recipe: Recipe, trained: Sequence[Recipe]) -> list[str]:
     """
     if any(one.sequence_length is None for one in trained):
         return []
+    needs_gpus = {breach for one in trained for breach in rules.device_has_kernels(one, "cpu")}
     worlds = sorted({_fewest_ranks(one) for one in trained})
     worlds += [2 * worlds[-1], math.lcm(*worlds)] if len(worlds) > 1 else []
     first: list[str] = []
@@ -62,13 +64,15 @@ def _layout(recipe: Recipe, trained: Sequence[Recipe]) -> list[str]:
             stages_of(recipe, world_size, "cpu", lambda recipe, layout: 1)
             return []
         except ConfigError as error:
-            first = first or error.breaches
-        try:
-            for one in trained:
-                lay_out(one, world_size, "cuda")
-            return []
-        except ConfigError as error:
-            first = [breach for breach in first if breach in error.breaches] or error.breaches
+            found = list(error.breaches)
+        if needs_gpus.issuperset(found):
+            try:
+                for one in trained:
+                    lay_out(one, world_size, "cuda")
+                return []
+            except ConfigError as error:
+                found = list(error.breaches)
+        first = first or found
     return first
 
 

@@ -132,13 +132,12 @@ class Encoder:
         if not texts:
             return [], np.zeros(0, np.int64)
         if any(isinstance(text, Sentences) for text in texts):
-            parts = [text.parts if isinstance(text, Sentences) else (text,) for text in texts]
-            arrays, sizes = self._arrays([sentence for document in parts for sentence in document])
-            starts = np.cumsum([0, *map(len, parts[:-1])])
-            return arrays, np.add.reduceat(sizes, starts)
+            documents = [text.parts if isinstance(text, Sentences) else (text,) for text in texts]
+            ids, lengths = self._arrays([sentence for document in documents for sentence in document])
+            return ids, np.add.reduceat(lengths, np.cumsum([0, *map(len, documents[:-1])]))
         if max(map(len, texts)) <= fast.PIECE_CHARS:
-            ids, lengths = self.engine.encode_flat(texts)
-            return [ids.astype(self.dtype)], lengths
+            flat, lengths = self.engine.encode_flat(texts)
+            return [flat.astype(self.dtype)], lengths
         arrays, sizes = [], []
         for text in texts:
             parts = [self.engine.encode_flat([piece])[0] for piece in fast.pieces(iter([text]), self.engine)]

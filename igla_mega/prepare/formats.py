@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from igla_mega.data.ahead import ahead
 from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, TEXT
-from igla_mega.prepare.rows import read_rows
-from igla_mega.prepare.unpacking import UNPACKERS, Damaged
+from igla_mega.raw.rows import read_rows
+from igla_mega.raw.unpacking import UNPACKERS, Damaged
 
 fast_loads: Callable[[Any], Any]
 try:
@@ -153,8 +153,8 @@ def line_start(file: str | Path, offset: int, size: int) -> int:
 class How(NamedTuple):
     """Options that determine the records of a file."""
 
-    text_key: str = "text"
-    """Key or column of the text."""
+    text_key: str | None = "text"
+    """Key or column of the text; None for rows with all their columns."""
     text_documents: str = "file"
     """Unit that forms a document of plain text: `file` or `line`."""
     language_key: str | None = None

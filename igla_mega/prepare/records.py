@@ -156,6 +156,6 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _shown(line: bytes) -> str:
+def _shown(line: bytes | bytearray) -> str:
     """Return a record as text for the quarantine, at most 100,000 bytes of it."""
     return line[:100_000].decode("utf-8", errors="backslashreplace")

@@ -159,6 +159,11 @@ def test_a_sound_recipe_has_no_breach():
             "Use at most 0.0003; a tenth of it is usual.",
         ),
         (
+            {"data": {"document_packing": "best_fit"}},
+            "data.document_packing: best_fit packs whole documents, which requires data.document_mask. "
+            "Set data.document_mask=true.",
+        ),
+        (
             {"data": {"mix": {"web": 0, "code": 0}}},
             "data.mix: no weight is above 0 (web, code). Give at least one source a weight.",
         ),

@@ -12,9 +12,10 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.raw_files import LINES
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, line_start, share, whole
-from igla_mega.prepare.inputs import input_files
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.records import texts_of
+from igla_mega.raw import rows
+from igla_mega.raw.inputs import input_files
 
 zstandard = pytest.importorskip("zstandard")
 pyarrow = pytest.importorskip("pyarrow")
@@ -62,6 +63,12 @@ def test_a_packed_file_cut_short_is_named_and_what_was_whole_is_kept_when_asked(
     sound.write_bytes(jsonl(["sound"]))
     with pytest.raises(ConfigError, match=r"a\.jsonl.*: truncated: the .* data ends before its end mark"):
         prepared([cut, sound], tmp_path, tokenizer)
+    if packing == ".bz2":  # one block, of which nothing is whole
+        with pytest.raises(
+            ConfigError, match=r"a\.jsonl\.bz2: no text in any of its records \(1 broken; the first: trunc"
+        ):
+            prepared([cut, sound], tmp_path, tokenizer, on_error="quarantine")
+        return
     counts, found = prepared([cut, sound], tmp_path, tokenizer, on_error="quarantine")
     assert found[-1] == "sound"
     assert found[:-1] == [f"{i} {text}" for i, text in enumerate(texts * 8)][: len(found) - 1]
@@ -167,7 +174,7 @@ def test_a_document_of_one_token_stays(tokenizer, tmp_path):
 def test_reading_goes_on_at_any_block_as_if_it_had_not_stopped(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "BLOCK_BYTES", 700)
     monkeypatch.setattr(formats, "_PACKED_CHUNK", 97)
-    monkeypatch.setattr(formats, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 7)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts)))
     (tmp_path / "c.txt").write_text("\n".join(texts))

@@ -15,9 +15,9 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import train_bpe
 from igla_mega.prepare import formats
-from igla_mega.prepare.inputs import input_files
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.sources import prepare_sources, unigram_entropy
+from igla_mega.raw.inputs import input_files
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

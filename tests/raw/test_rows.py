@@ -8,10 +8,11 @@ import pytest
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedReader
-from igla_mega.prepare import formats, rows
+from igla_mega.prepare import formats
 from igla_mega.prepare.formats import How, Position, blocks_of, whole
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
-from igla_mega.prepare.unpacking import Damaged
+from igla_mega.raw import rows
+from igla_mega.raw.unpacking import Damaged
 
 pyarrow = pytest.importorskip("pyarrow")
 TEXTS = ["one", "zwei äöü", "", "three"]
@@ -98,6 +99,17 @@ def test_reading_goes_on_after_any_block_with_the_same_blocks(file, tmp_path, mo
     for number, block in enumerate(blocks):
         again = list(blocks_of(given, how, Position(*block.after)))
         assert [(b.first, b.data, b.after) for b in again] == [(b.first, b.data, b.after) for b in blocks[number + 1 :]]
+
+
+@pytest.mark.parametrize("file", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_without_a_key_whole_rows_are_read(file, tmp_path):
+    held = [{"prompt": "a", "turns": [{"role": "user", "content": "b"}]}, {"prompt": "c", "turns": []}]
+    path = write(tmp_path / file, pyarrow.Table.from_pylist(held))
+    found = list(rows.read_rows(str(path), path.stat().st_size, None, None, 0))
+    assert [row for batch in found for row, _ in batch.rows] == held
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["b", "b"])
+    with pytest.raises(ConfigError, match="several columns of one name"):
+        list(rows.read_rows(str(write(tmp_path / file, twice)), 1, None, None, 0))
 
 
 def read(path, content: bytes):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.prepare.unpacking import Damaged
+from igla_mega.raw.unpacking import Damaged
 
 BUFFER_BYTES = 1 << 20
 """Bytes that Parquet's reader holds of a column."""
@@ -15,7 +15,7 @@ class Batch(NamedTuple):
     """A few rows of a file."""
 
     rows: list[tuple[Any, Any]]
-    """Text and language tag of each row, as Python values."""
+    """Text, or the whole row as a dict, and language tag of each row."""
     num_bytes: int
     """Size of the rows in memory."""
     after: int
@@ -25,11 +25,12 @@ class Batch(NamedTuple):
     is_last: bool
 
 
-def read_rows(path: str, size: int, text_key: str, language_key: str | None, done: int) -> Iterator[Batch]:
+def read_rows(path: str, size: int, text_key: str | None, language_key: str | None, done: int) -> Iterator[Batch]:
     """Yield the rows of a Parquet or Arrow file after the first `done` ones.
 
     Args:
         size: size of the file in bytes.
+        text_key: column of the text; None for whole rows.
         done: number of rows up to the end of a batch of an earlier call, or 0.
 
     Raises:
@@ -53,7 +54,9 @@ def read_rows(path: str, size: int, text_key: str, language_key: str | None, don
         raise Damaged(f"{wrong} ({_first_line(error)})") from None
 
 
-def _of_parquet(path: str, size: int, text_key: str, language_key: str | None, done: int) -> Iterator[Batch | None]:
+def _of_parquet(
+    path: str, size: int, text_key: str | None, language_key: str | None, done: int
+) -> Iterator[Batch | None]:
     """Yield None once the file is open, then the batches of a Parquet file."""
     from pyarrow import parquet
 
@@ -76,7 +79,9 @@ def _of_parquet(path: str, size: int, text_key: str, language_key: str | None, d
             raise ValueError(f"{row} rows, but its metadata records {num_rows}")
 
 
-def _of_arrow(path: str, size: int, text_key: str, language_key: str | None, done: int) -> Iterator[Batch | None]:
+def _of_arrow(
+    path: str, size: int, text_key: str | None, language_key: str | None, done: int
+) -> Iterator[Batch | None]:
     """Yield None once the file is open, then the batches of Arrow's stream format or file format (Feather)."""
     import pyarrow
     from pyarrow import ipc
@@ -97,7 +102,7 @@ def _of_arrow(path: str, size: int, text_key: str, language_key: str | None, don
                 row += len(batch)
                 if row <= done:
                     continue
-                batch = batch.select(columns)
+                batch = batch.select(columns) if columns is not None else batch
                 batch.validate(full=True)  # offsets come from the file: they may lead out of it
                 taken = size * number // count if count is not None else source.tell()
                 begin = row - len(batch)
@@ -118,19 +123,25 @@ def _ends(source: Any, size: int) -> bool:
     return source.read(8).endswith(mark[4:] if is_old else mark)
 
 
-def _values(batch: Any, columns: list[str]) -> list[tuple[Any, Any]]:
-    """Return text and language tag of each row of a batch."""
+def _values(batch: Any, columns: list[str] | None) -> list[tuple[Any, Any]]:
+    """Return text and language tag of each row of a batch, or each whole row and None."""
+    if columns is None:
+        return [(row, None) for row in batch.to_pylist()]
     texts = batch.column(columns[0]).to_pylist()
     tags = batch.column(columns[1]).to_pylist() if len(columns) > 1 else [None] * len(texts)
     return list(zip(texts, tags, strict=True))
 
 
-def _columns(path: str, schema: Any, text_key: str, language_key: str | None) -> list[str]:
-    """Return the columns to read.
+def _columns(path: str, schema: Any, text_key: str | None, language_key: str | None) -> list[str] | None:
+    """Return the columns to read; None for all.
 
     Raises:
         ConfigError: the text column is missing, ambiguous or not of text.
     """
+    if text_key is None:
+        if len(set(schema.names)) < len(schema.names):
+            raise ConfigError(f"{path}: several columns of one name.\n  Rename one of them.")
+        return None
     if text_key not in schema.names:
         raise ConfigError(
             f"{path}: no column `{text_key}` (its columns: {', '.join(schema.names[:8]) or 'none'}).\n"
