@@ -122,14 +122,14 @@ def test_a_damaged_arrow_file_is_told_wherever_it_is_cut_and_changed_bytes_end_i
     path = write(tmp_path / file, pyarrow.table({"text": [f"row {i}" for i in range(7)]}))
     good, draw = path.read_bytes(), np.random.default_rng(0)
     assert len(read(path, good)) == 7
-    for cut in range(len(good)):
+    for cut in {*range(0, len(good), 13), *range(len(good) - 20, len(good))}:
         with pytest.raises(Damaged, match=r"not an Arrow file, or truncated|damaged Arrow data"):
             read(path, good[:cut])
     for more in (good, b"x"):
         if file == "stream.arrow":
             with pytest.raises(Damaged, match="its stream does not end where the file ends"):
                 read(path, good + more)
-    for place in draw.integers(0, len(good) - 4, 200):
+    for place in draw.integers(0, len(good) - 4, 100):
         try:
             read(path, good[:place] + draw.bytes(4) + good[place + 4 :])
         except (Damaged, ConfigError):
