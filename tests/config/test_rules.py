@@ -332,6 +332,14 @@ def test_a_sound_recipe_has_no_breach():
             "distributed.cuda_graphs: true with strategy FSDP: layers cannot be recorded. Set cuda_graphs=false.",
         ),
         (
+            {
+                **{"base_model": "b", "lora": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
+                "distributed": {"tensor_parallel": 2},
+            },
+            "distributed.tensor_parallel: 2 leaves 344 weights of down_proj on a rank, not a multiple of NF4's 64. "
+            "Use fewer tensor-parallel ranks, or leave `quantization` out.",
+        ),
+        (
             {"name": "../x"},
             "name: '../x' cannot name a file. Use letters, digits, and `_ . + -` or spaces behind the first character.",
         ),

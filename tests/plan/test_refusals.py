@@ -113,7 +113,7 @@ def test_what_passes_check_is_trained_on_some_number_of_ranks():
     draw, known = random.Random(1), leaves()
     shape = load_recipe("pretrain_7b", scale="laptop").model
     counts = {"refused": 0, "sound": 0, "invalid": 0}
-    for _ in range(200):
+    for _ in range(600):
         name, keys = draw.choice(sorted(packaged())), draw.sample(sorted(known), draw.choice([1, 2]))
         changes = [f"{key}={json.dumps(draw.choice(known[key]))}" for key in keys]
         try:

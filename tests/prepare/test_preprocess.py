@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import train_bpe
+from igla_mega.layout.stages import drawn_data
+from igla_mega.plan.resolve import resolve
 from igla_mega.prepare import formats
+from igla_mega.prepare.check import check_prepared
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.sources import prepare_sources, unigram_entropy
 from igla_mega.raw.inputs import input_files
@@ -239,3 +243,28 @@ def test_preparation_imports_neither_torch_nor_transformers():
     code = "import sys, igla_mega.prepare.preprocess as p; print({'torch', 'transformers', 'rich'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "set()"
+
+
+def test_epochs_said_before_a_run_count_no_held_out_token_and_a_source_of_weight_zero_is_left_alone(
+    jsonl, tokenizer, tmp_path, capsys
+):
+    recipe = Recipe.model_validate(
+        {
+            "model": {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "intermediate_size": 64, "vocab_size": 400},
+            "training": {"total_steps": 10, "batch_size": 4, "sequence_length": 16},
+            "data": {
+                "sources": {"web": str(jsonl), "none": "none.jsonl"},
+                "mix": {"web": 1.0, "none": 0},
+                "tokenizer": tokenizer.path,
+                "prepared": str(tmp_path / "prepared"),
+                "validation_fraction": 0.5,
+            },
+        }
+    )
+    prefixes = prepare_sources(drawn_data(recipe), progress=False)
+    assert list(prefixes) == ["web"]
+    check_prepared(recipe, resolve(recipe, 1, "cpu").layouts[0])
+    said = capsys.readouterr().out
+    reader = IndexedReader(prefixes["web"])
+    training = reader.document_start(reader.num_documents // 2)
+    assert f"640 of {training:,} tokens, {640 / training:.2f} epochs" in " ".join(said.split())
