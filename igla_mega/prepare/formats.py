@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from igla_mega.data.ahead import ahead
 from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, TEXT
-from igla_mega.raw.rows import read_rows
-from igla_mega.raw.unpacking import UNPACKERS, Damaged
+from igla_mega.prepare.raw.rows import read_rows
+from igla_mega.prepare.raw.unpacking import UNPACKERS, Damaged
 
 fast_loads: Callable[[Any], Any]
 try:

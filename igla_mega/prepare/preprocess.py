@@ -26,9 +26,9 @@ from igla_mega.prepare.encoding import Encoded, Job, encode_all, num_workers
 from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.formats import Broken, Input, OnError, Position
 from igla_mega.prepare.manifest import damage, digest_of, index_entry, manifest_path, read_manifest
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import texts_of
 from igla_mega.prepare.state import Quarantine, State
-from igla_mega.raw.inputs import input_files
 
 SHARD_BYTES = 256 << 20
 """Input bytes between two journal entries, the maximum that is repeated after a crash."""

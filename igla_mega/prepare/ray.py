@@ -13,8 +13,8 @@ from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.merge import merge
 from igla_mega.prepare.preprocess import Options, Settings, part_prefix, preprocess
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.sources import options_of, source_files
-from igla_mega.raw.inputs import input_files
 
 TRIES = 10
 """Maximum number of retries of a part whose worker dies; each resumes after the finished shards."""

@@ -22,7 +22,7 @@ from igla_mega.data.indexed import IndexedWriter, token_dtype
 from igla_mega.data.prepared import TARGETS, sample_prefixes
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.prepare.bar import say
-from igla_mega.raw.inputs import input_files
+from igla_mega.prepare.raw.inputs import input_files
 
 FORMAT = 1
 """Version of the output; raised when the same input would produce other bytes."""

@@ -13,9 +13,9 @@ from igla_mega.data.raw_files import LINES
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, line_start, share, whole
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
+from igla_mega.prepare.raw import rows
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import texts_of
-from igla_mega.raw import rows
-from igla_mega.raw.inputs import input_files
 
 zstandard = pytest.importorskip("zstandard")
 pyarrow = pytest.importorskip("pyarrow")

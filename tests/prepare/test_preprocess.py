@@ -20,8 +20,8 @@ from igla_mega.plan.resolve import resolve
 from igla_mega.prepare import formats
 from igla_mega.prepare.check import check_prepared
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.sources import prepare_sources, unigram_entropy
-from igla_mega.raw.inputs import input_files
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

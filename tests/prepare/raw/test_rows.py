@@ -11,8 +11,8 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.prepare import formats
 from igla_mega.prepare.formats import How, Position, blocks_of, whole
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
-from igla_mega.raw import rows
-from igla_mega.raw.unpacking import Damaged
+from igla_mega.prepare.raw import rows
+from igla_mega.prepare.raw.unpacking import Damaged
 
 pyarrow = pytest.importorskip("pyarrow")
 TEXTS = ["one", "zwei äöü", "", "three"]

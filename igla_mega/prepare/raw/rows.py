@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.raw.unpacking import Damaged
+from igla_mega.prepare.raw.unpacking import Damaged
 
 BUFFER_BYTES = 1 << 20
 """Bytes that Parquet's reader holds of a column."""

@@ -9,7 +9,7 @@ import pytest
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
-from igla_mega.raw.inputs import input_files, training_files
+from igla_mega.prepare.raw.inputs import input_files, training_files
 
 WORDS = ["train", "training", "test", "testing", "eval", "evaluation", "dev", "val", "valid", "validation", "heldout"]
 WORDS += ["web", "tests", "trained", "latest", "devil", "Test", "data"]
