@@ -109,18 +109,22 @@ def check(
         return
     from igla_mega.config import load, rules
     from igla_mega.data.blend import normalised
+    from igla_mega.layout.stages import parts_of
+    from igla_mega.plan.refusals import refusals
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
     assumed: list[str] = []
+    if found := refusals(loaded):
+        raise ConfigError(*found)
     if nproc:
         from igla_mega.plan.resolve import resolve, shape_of_base
 
         base, assumed = shape_of_base(loaded)
         resolve(loaded, nproc, _device(), base=base)
-    if absent := rules.not_installed(loaded):
-        raise ConfigError(*absent)
     print(f"{loaded.name}: fine")
-    notes = [*assumed, *rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
+    notes = [*assumed, *rules.warnings(loaded), *filter(None, [normalised(loaded.data.mix)])]
+    if scale != "laptop" and not all(part.data.sources for part in parts_of(loaded)):
+        notes.append("data.sources: not set; `train` needs them, or --scale laptop, which makes data of its own")
     for sentence in notes:
         print(f"  note: {sentence}")
 
@@ -226,20 +230,22 @@ def prepare(
 def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int], dry_run: bool, report: bool) -> None:
     """Prepare the text sources of one part of a recipe."""
     from igla_mega.data.blend import normalised
+    from igla_mega.layout.stages import drawn_data
     from igla_mega.prepare.sources import prepare_sources
 
+    data = drawn_data(recipe)
     if note := normalised(recipe.data.mix):
         print(note)
     if engine == "ray":
         from igla_mega.prepare.ray import prepare_on_ray
 
-        prepare_on_ray(recipe.data, workers=workers)
+        prepare_on_ray(data, workers=workers)
     else:
-        prepare_sources(recipe.data, workers=workers, part=part, dry_run=dry_run)
+        prepare_sources(data, workers=workers, part=part, dry_run=dry_run)
     if report and not dry_run and part[1] == 1:
         from igla_mega.prepare.report import write_report
 
-        print(write_report(recipe.data, recipe.sequence_length or 8192))
+        print(write_report(data, recipe.sequence_length or 8192))
 
 
 @app.command()
@@ -297,13 +303,13 @@ def train(
     does Ctrl-C, with 130; a second signal exits at once. Code 76: the run was stuck (distributed.hang_seconds). Code 2:
     the recipe or the command is invalid. Code 1: a failure.
     """
-    from igla_mega.config import rules
+    from igla_mega.plan.refusals import refusals
     from igla_mega.prepare import laptop
 
     _exit_on_signals()
     loaded = _load(recipe, scale, set_)
-    if refusals := [*rules.not_yet(loaded), *rules.not_installed(loaded)]:
-        raise ConfigError(*refusals)
+    if found := refusals(loaded):
+        raise ConfigError(*found)
     run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
     if scale == "laptop":
         # Written once, by the process that starts the ranks.
@@ -325,8 +331,8 @@ def train(
             from igla_mega.distributed.torchrun import torchrun
 
             raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run))
-    elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
-        _check_data(loaded, int(os.environ["WORLD_SIZE"]))
+    elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ:
+        _check_before_launch(loaded, int(os.environ["WORLD_SIZE"]), models)
     _quiet_libraries()
     from igla_mega import run as engine
 
@@ -631,22 +637,18 @@ def _nodes(text: str) -> tuple[int, int]:
 
 
 def _check_before_launch(recipe, num_ranks: int, models: Path | None) -> None:
-    """Find invalid inputs within a second, before ranks import torch."""
+    """Find invalid inputs within a second, before ranks import torch, and before a base model is imported."""
     from igla_mega.config.load import base_folder
+    from igla_mega.plan.resolve import resolve, shape_of_base
+    from igla_mega.prepare.check import check_prepared
 
     first = recipe.stages[0] if recipe.stages else recipe
     if first.base_model:
         base_folder(first.base_model, models)
-    if recipe.model is not None:  # else the layout depends on the base model, which ranks read
-        _check_data(recipe, num_ranks)
-
-
-def _check_data(recipe, num_ranks: int) -> None:
-    """Check the prepared data, and the layout on the way."""
-    from igla_mega.plan.resolve import resolve
-    from igla_mega.prepare.check import check_prepared
-
-    check_prepared(recipe, resolve(recipe, num_ranks, _device()).layouts[0])
+    base, _ = shape_of_base(recipe, models)
+    resolved = resolve(recipe, num_ranks, _device(), base=base)
+    for number, part in enumerate(resolved.parts):
+        check_prepared(part, resolved.stages[resolved.first_stage(number)].layout)
 
 
 def _quiet_libraries() -> None:

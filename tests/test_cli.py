@@ -162,8 +162,32 @@ def test_a_feature_that_is_not_built_yet_is_refused_by_train_in_one_sentence(sec
     recipe.write_text(recipe.read_text() + section + "\n")
     said = refused("train", recipe, cwd=tmp_path)
     assert section.split(":")[0] in said and "not supported yet" in said and len(said.splitlines()) == 1
-    checked = igla("check", recipe)
-    assert checked.returncode == 0 and "not supported yet" in checked.stdout
+    assert refused("check", recipe, cwd=tmp_path) == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"sources": {"own": "own.jsonl"}, "tokenizer": "t"}}, "data.prepared: not set"),
+        ({"data": {}}, "data.sources: not set"),
+        ({"data": {"sources": {"own": "own.jsonl"}, "tokenizer": "t", "prepared": "p"}}, "p/own.bin: no such file"),
+        ({"training": {"total_steps": 3, "batch_size": 2, "min_lr": 1e-4}}, "is above sft.learning_rate 1e-05"),
+    ],
+)
+def test_train_refuses_before_it_imports_a_base_model(changes, said, tmp_path):
+    from igla_mega.checkpoint.hf_config import config_of
+    from igla_mega.config.schema import Model
+
+    # Without its weights: an import would say that they are missing.
+    (tmp_path / "hf").mkdir()
+    shape = Model(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=96, vocab_size=VOCAB, max_position=64)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config_of(shape, None, "float32")))
+    recipe = {"base_model": "hf", "training": {"total_steps": 3, "batch_size": 2}, "sft": {"learning_rate": 1e-5}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
+    assert said in refused("train", "r.yaml", cwd=tmp_path)
+    assert not (tmp_path / "runs").exists()
+    if "no such file" not in said and "sources: not set" not in said:
+        assert said in refused("check", "r.yaml", cwd=tmp_path)
 
 
 def test_a_hugging_face_folder_with_a_missing_shard_is_refused(tmp_path):

@@ -140,7 +140,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "prepare/sources": "prepare/test_preprocess.py",
     "prepare/state": "prepare/test_resume.py",
     "prepare/toy_tasks": "prepare/test_samples.py",
-    "prepare/unpacking": "prepare/test_formats.py",
+    "prepare/raw/unpacking": "prepare/test_formats.py",
     "report/scaling": "integration/test_plan_verb.py",
     "train/console": "test_cli.py",
     "train/dpo_reference": "integration/test_tuning.py objective/test_dpo.py",

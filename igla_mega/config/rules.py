@@ -17,6 +17,7 @@ from igla_mega.config.rules_layout import (
     heads_divide_among_context_ranks,
     layers_can_be_recorded,
     pipeline_divides_layers,
+    quantized_blocks_stay_on_a_rank,
     sequence_divides_among_ranks,
     tensor_parallel_divides_model,
     world_fits_layout,
@@ -170,10 +171,12 @@ def batch_is_whole_sequences(recipe: Recipe) -> Iterator[str]:
             f"training.gradient_accumulation: {training.gradient_accumulation} conflicts with batch_size "
             f"{training.batch_size}, which fixes the global batch. Remove it, or give batch_size in sequences."
         )
-    if length is not None and tokens % length:
+    row = None if length is None else length * (2 if recipe.form == "preference_pairs" else 1)
+    if row is not None and tokens % row:
+        what = "sequences" if row == length else "pairs of sequences"
         yield (
-            f"training.batch_size: {training.batch_size} = {tokens} tokens is not a whole number of sequences of "
-            f"{length}. Use {near_multiples(length, tokens).replace(' or', ' tokens or')} tokens."
+            f"training.batch_size: {training.batch_size} = {tokens} tokens is not a whole number of {what} of "
+            f"{length}. Use {near_multiples(row, tokens).replace(' or', ' tokens or')} tokens."
         )
 
 
@@ -217,11 +220,14 @@ def warmup_is_said_once(recipe: Recipe) -> Iterator[str]:
 
 def learning_rate_falls(recipe: Recipe) -> Iterator[str]:
     """Require that the final learning rate does not exceed the peak."""
-    training = recipe.training
-    if training.min_lr > training.learning_rate:
+    training, key, peak = recipe.training, "training", recipe.training.learning_rate
+    for section in ("sft", "dpo"):
+        if (own := getattr(recipe, section)) is not None and own.learning_rate is not None:
+            key, peak = section, own.learning_rate
+    if training.min_lr > peak:
         yield (
-            f"training.min_lr: {training.min_lr:g} is above training.learning_rate {training.learning_rate:g}. "
-            f"Use at most {training.learning_rate:g}; a tenth of it is usual."
+            f"training.min_lr: {training.min_lr:g} is above {key}.learning_rate {peak:g}. "
+            f"Use at most {peak:g}; a tenth of it is usual."
         )
 
 
@@ -253,6 +259,16 @@ def checkpoint_folders_are_named(recipe: Recipe) -> Iterator[str]:
         yield (
             f"checkpoint.remote: {settings.remote!r} is not a URL. Give one with its scheme, such as s3://bucket/run "
             "or file:///backup/run, or set it to null."
+        )
+
+
+def packing_has_its_mask(recipe: Recipe) -> Iterator[str]:
+    """Require a document mask for packing of whole documents."""
+    data = recipe.data
+    if recipe.form == "text" and data.document_packing == "best_fit" and not data.document_mask:
+        yield (
+            "data.document_packing: best_fit packs whole documents, which requires data.document_mask. "
+            "Set data.document_mask=true."
         )
 
 
@@ -442,6 +458,7 @@ RULES: list[Rule] = [
     learning_rate_falls,
     local_checkpoints_say_where_and_when,
     checkpoint_folders_are_named,
+    packing_has_its_mask,
     mix_has_sources,
     experts_add_up,
     experts_fit_the_rest,
@@ -449,6 +466,7 @@ RULES: list[Rule] = [
     phases_are_learnable,
     memory_has_something_to_hold,
     tensor_parallel_divides_model,
+    quantized_blocks_stay_on_a_rank,
     pipeline_divides_layers,
     sequence_divides_among_ranks,
     heads_divide_among_context_ranks,
@@ -472,13 +490,34 @@ def not_yet(recipe: Recipe) -> list[str]:
 
 def not_installed(recipe: Recipe) -> list[str]:
     """Return a sentence for each package that a run of the recipe needs and that is not installed."""
-    has_tasks = any(part.evaluation.tasks is not None for part in (recipe, *(recipe.stages or ())))
-    if not has_tasks or importlib.util.find_spec("lm_eval") is not None:
-        return []
-    return [
-        "evaluation.tasks: lm-evaluation-harness is not installed. Run `pip install 'igla-mega[eval]'`, or "
-        "remove evaluation.tasks."
-    ]
+    sentences = []
+    for part in (recipe, *(recipe.stages or ())):
+        flex = part.moe is not None and part.moe.dispatcher == "flex"
+        wandb = part.logging.wandb
+        for is_set, package, what, way_out in (
+            (
+                part.evaluation.tasks,
+                "lm_eval",
+                "evaluation.tasks: lm-evaluation-harness",
+                "Run `pip install 'igla-mega[eval]'`, or remove evaluation.tasks.",
+            ),
+            (
+                wandb != "off",
+                "wandb",
+                f"logging.wandb: {wandb} needs the package wandb, which",
+                "Run `pip install 'igla-mega[track]'`, or set logging.wandb=off.",
+            ),
+            (
+                part.quantization,
+                "bitsandbytes",
+                "quantization: bitsandbytes",
+                "Run `pip install 'igla-mega[quant]'`, or remove quantization.",
+            ),
+            (flex, "deep_ep", "moe.dispatcher: flex needs deep_ep, which", "Install it, or use alltoall."),
+        ):
+            if is_set and importlib.util.find_spec(package) is None:
+                sentences.append(f"{what} is not installed. {way_out}")
+    return list(dict.fromkeys(sentences))
 
 
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:

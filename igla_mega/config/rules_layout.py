@@ -8,6 +8,8 @@ from igla_mega.config.schema import Recipe
 
 _OTHER_LENGTHS = ("needle", "tasks", "prompts")
 """Keys of `evaluation:` that run the model on lengths other than that of training."""
+NF4_BLOCK = 64
+"""Weights that share a scale, consecutive in a row."""
 
 
 def tensor_parallel_divides_model(recipe: Recipe) -> Iterator[str]:
@@ -21,6 +23,23 @@ def tensor_parallel_divides_model(recipe: Recipe) -> Iterator[str]:
             yield (
                 f"distributed.tensor_parallel: {tensor} does not divide model.{key} {size}. "
                 f"Use {near_divisors(size, tensor)}, or set {key} to {near_multiples(tensor, size)}."
+            )
+
+
+def quantized_blocks_stay_on_a_rank(recipe: Recipe) -> Iterator[str]:
+    """Require that no block of quantized weights spans two tensor-parallel ranks."""
+    tensor, model = recipe.distributed.tensor_parallel, recipe.model
+    if recipe.quantization is None or model is None or tensor == "auto" or tensor == 1:
+        return
+    inputs = {"o_proj": model.num_heads * model.head_size, "down_proj": model.intermediate_size}
+    outputs = {"k_proj": model.num_kv_heads * model.head_size, "up_proj": model.intermediate_size}
+    runs = {name: size // tensor for name, size in inputs.items()}
+    runs |= {name: size // tensor * model.hidden_size for name, size in outputs.items()}
+    for name, run in runs.items():
+        if run % NF4_BLOCK:
+            yield (
+                f"distributed.tensor_parallel: {tensor} leaves {run} weights of {name} on a rank, not a multiple of "
+                f"NF4's {NF4_BLOCK}. Use fewer tensor-parallel ranks, or leave `quantization` out."
             )
 
 

@@ -118,7 +118,7 @@ class Training(Section):
     learning_rate: Positive = 3e-4
     """Peak learning rate, per step. Above 0."""
     min_lr: NonNegative = 0.0
-    """Learning rate at the end of the schedule. 0 to `learning_rate`."""
+    """Learning rate that the schedule reaches after its last step. 0 to `learning_rate`."""
     batch_size: BatchSize = "4M tokens"
     """Tokens (`4M tokens` is 4 x 2^20) or sequences (`128`) per step over all ranks, at least 1. With
     `gradient_accumulation`, sequences per micro-batch of one data-parallel rank."""
@@ -301,8 +301,8 @@ class Data(Section):
     total_tokens: Tokens | None = None
     """Size of the data, in tokens, at least 1: `140B` is 1.4e11. Informational: the number of steps ends a run."""
     mix: dict[str, NonNegative] = Field(default={})
-    """Weight of each source, at least 0; its share is its weight over their sum. A source of weight 0 is never
-    drawn."""
+    """Weight of each source, at least 0; its share is its weight over their sum. A source of weight 0 is neither
+    prepared nor drawn."""
     sources: dict[str, PathOrPaths] = Field(default={})
     """Paths of each source, relative to the working directory: files or folders of JSONL, plain text or Parquet,
     compressed or not, `*` allowed; or an indexed data set, without .bin and .idx."""

@@ -21,7 +21,7 @@ from igla_mega.data.document_packing import PackedRows
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.loader import open_loader
 from igla_mega.data.micro_batch import MicroBatch
-from igla_mega.data.windows import Windows
+from igla_mega.data.windows import Windows, split_point
 
 Borders = tuple[np.ndarray, int]
 """Positions at which documents begin within a row, after its first token, and the row's number of input tokens."""
@@ -127,7 +127,7 @@ class Corpus:
         loader: str = "native",
         prefetch: int = 2,
     ):
-        """Open every source of `mix` whose weight is above zero, and every other in `prefixes` for validation only.
+        """Open every source whose weight is above zero, and each that `mix` does not name for validation only.
 
         Args:
             prefixes: source name -> path without .bin and .idx.
@@ -150,9 +150,9 @@ class Corpus:
         self.readers: dict[str, IndexedReader] = {}
         self._train: dict[str, Windows | PackedRows] = {}
         self._validation: dict[str, tuple[int, int]] = {}
-        for name, prefix in prefixes.items():
+        for name in [name for name in prefixes if mix.get(name) != 0]:
             try:
-                reader = IndexedReader(prefix, sampling.vocab_size)
+                reader = IndexedReader(prefixes[name], sampling.vocab_size)
                 border = split_point(name, reader, sampling.validation_fraction)
                 if name in drawn and packing == "best_fit":
                     num_documents = reader.document_of(border - 1) + 1
@@ -411,21 +411,3 @@ def on_device(batches: Iterator[MicroBatch], device: torch.device) -> Iterator[M
         return tensor.pin_memory().to(device, non_blocking=True)
 
     return (batch.map_tensors(moved) for batch in batches)
-
-
-def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:
-    """Return the offset in the stream at which validation begins: with the last `validation_fraction` of the documents.
-
-    Raises:
-        ConfigError: no document would be left for training.
-    """
-    if validation_fraction == 0:
-        return reader.num_tokens
-    held_out = max(1, round(reader.num_documents * validation_fraction))
-    if held_out >= reader.num_documents:
-        raise ConfigError(
-            f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {reader.num_documents}"
-            f" documents of {name}, which leaves none for training.\n"
-            "  Give the source more documents, or set data.validation_fraction to 0."
-        )
-    return reader.document_start(reader.num_documents - held_out)

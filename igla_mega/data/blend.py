@@ -160,7 +160,7 @@ def normalised(mix: Mapping[str, float]) -> str | None:
         shares = ", ".join(f"{name} {weight / total:.4g}" for name, weight in mix.items())
         notices.append(f"data.mix: the weights add up to {total:.4g}, not 1; normalized to {shares}")
     if zero := [name for name, weight in mix.items() if weight == 0]:
-        notices.append(f"data.mix: {', '.join(zero)} with weight 0 is never drawn")
+        notices.append(f"data.mix: {', '.join(zero)} with weight 0 is never drawn and not prepared")
     return "; ".join(notices) or None
 
 
@@ -168,7 +168,7 @@ def consumption(mix: Mapping[str, float], tokens: Mapping[str, int], total_token
     """Return a line per source with the tokens and epochs that a run of `total_tokens` reads from it.
 
     Args:
-        tokens: number of available tokens per source.
+        tokens: number of tokens for training per source, without those held out.
     """
     total = sum(mix.values())
     lines = []

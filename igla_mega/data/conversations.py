@@ -184,12 +184,12 @@ class Pairs(_Samples):
         return self.readers[name].num_documents // self.documents_each
 
     def all_pairs(self, name: str, share: BatchShard) -> Iterator[MicroBatch]:
-        """Yield micro-batches of all pairs of a source in the order of the file, filled up with its first pair."""
+        """Yield micro-batches of all pairs of a source in the order of the file, filled up with empty pairs."""
         count = self.num_pairs(name)
         for first in range(0, count, share.global_batch):
             for microbatch in range(share.num_microbatches):
                 numbers = first + share.rows(microbatch)
-                yield self._batch([(name, int(n) if n < count else 0) for n in numbers])
+                yield self._batch([(name, int(n)) if n < count else None for n in numbers])
 
     def micro_batches(self, step: int, share: BatchShard) -> Iterator[MicroBatch]:
         """Yield the micro-batches of one rank at one step, counted from 0."""
@@ -207,11 +207,16 @@ class Pairs(_Samples):
         """Read a pair, stored as three documents: prompt, chosen answer, rejected answer."""
         return Pair(*(self._tokens(name, 3 * index + part) for part in range(3)))
 
-    def _batch(self, drawn: Sequence[tuple[str, int]]) -> MicroBatch:
-        batch = batch_of(rows_of([self._pair(*one) for one in drawn], self.sequence_length, 0))
+    def _batch(self, drawn: Sequence[tuple[str, int] | None]) -> MicroBatch:
+        """Return pairs as a micro-batch; None is an empty pair: two rows without targets, which count nothing."""
+        known = [one for one in drawn if one is not None]
+        rows = iter(rows_of([self._pair(*one) for one in known], self.sequence_length, 0))
+        empty = fill_row([], self.sequence_length, 0)
+        batch = batch_of([empty if one is None else next(rows) for one in drawn for _ in range(2)])
         if self.reference is not None:
-            reference = np.concatenate([self.reference[name][i] for name, i in drawn])
-            batch = batch._replace(reference=as_tensor(reference))
+            nothing = np.zeros(2, np.float32)
+            reference = [nothing if one is None else self.reference[one[0]][one[1]] for one in drawn]
+            batch = batch._replace(reference=as_tensor(np.concatenate(reference)))
         return batch
 
     def ledger_entry(self, step: int, global_batch: int) -> dict[str, dict[str, list[int]]]:
@@ -227,11 +232,11 @@ class Pairs(_Samples):
         return len(self._held_out[name])
 
     def validation_batches(self, name: str, share: BatchShard, num_batches: int) -> Iterator[MicroBatch]:
-        """Yield the held-out pairs of a source, the same at every call; the first ones fill up the last batch."""
+        """Yield the held-out pairs of a source, the same at every call, filled up with empty pairs."""
         held = self._held_out[name]
         for batch, microbatch in itertools.product(range(num_batches), range(share.num_microbatches)):
             numbers = batch * share.global_batch + share.rows(microbatch)
-            yield self._batch([held[int(n) % len(held)] for n in numbers])
+            yield self._batch([held[int(n)] if n < len(held) else None for n in numbers])
 
 
 def batch_of(rows: Sequence[Row]) -> MicroBatch:

@@ -1,6 +1,10 @@
 """File name suffixes of the raw text formats, plain and compressed."""
 
 LINES, TEXT, ROWS = "lines", "text", "rows"
-KINDS = {".jsonl": LINES, ".json": LINES, ".ndjson": LINES, ".txt": TEXT, ".text": TEXT, ".parquet": ROWS}
+KINDS = {
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), LINES),
+    **dict.fromkeys((".txt", ".text"), TEXT),
+    **dict.fromkeys((".parquet", ".arrow", ".feather"), ROWS),
+}
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (*KINDS, *(kind + packed for kind, form in KINDS.items() if form != ROWS for packed in PACKED))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.data.indexed import IndexedReader
 
 _ROUNDS = 6
 """Rounds of the Feistel network."""
@@ -64,6 +65,24 @@ class Windows:
             windows = feistel_permutation(places[here], self.per_epoch, keys[:-1])
             starts[here] = self.first_token + shift + windows * self.sequence_length
         return starts
+
+
+def split_point(name: str, reader: IndexedReader, validation_fraction: float) -> int:
+    """Return the offset in the stream at which validation begins: with the last `validation_fraction` of the documents.
+
+    Raises:
+        ConfigError: no document would be left for training.
+    """
+    if validation_fraction == 0:
+        return reader.num_tokens
+    held_out = max(1, round(reader.num_documents * validation_fraction))
+    if held_out >= reader.num_documents:
+        raise ConfigError(
+            f"data.validation_fraction: {validation_fraction} holds out {held_out} of the {reader.num_documents}"
+            f" documents of {name}, which leaves none for training.\n"
+            "  Give the source more documents, or set data.validation_fraction to 0."
+        )
+    return reader.document_start(reader.num_documents - held_out)
 
 
 def round_keys(seed: int, name: str, epoch: int) -> np.ndarray:

@@ -15,17 +15,19 @@ from igla_mega.checkpoint.folder import TOKENIZER, read_recipe, resolve_checkpoi
 from igla_mega.checkpoint.load_model import load_model, single_process_layout
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe, Tasks
-from igla_mega.data.batches import BatchShard, Dataset, on_device, split_point
+from igla_mega.data.batches import BatchShard, Dataset, on_device
 from igla_mega.data.conversations import Pairs
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import load_tokenizer
+from igla_mega.data.windows import split_point
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import build_mesh, destroy_process_groups, init_process_groups, single_process_mesh
 from igla_mega.engine.build import frozen_chunks, open_dataset
 from igla_mega.engine.step import Engine
 from igla_mega.evaluate.tasks import open_harness, run_tasks
 from igla_mega.layout.layout import Layout
+from igla_mega.layout.stages import drawn_data
 from igla_mega.model.build import CausalLM
 from igla_mega.model.output import TokenLogProbs
 from igla_mega.objective import language
@@ -201,8 +203,7 @@ def _sample_losses(
     model.output = TokenLogProbs()
     device = next(model.parameters()).device
     pairs = isinstance(samples, Pairs)
-    # A batch of several samples would be filled up by repeating some of them. One pair a batch: none is measured twice.
-    share = BatchShard(*([1 if pairs else max(1, BATCH_TOKENS[device.type] // samples.sequence_length)] * 2))
+    share = BatchShard(*([max(1, BATCH_TOKENS[device.type] // (samples.sequence_length * (1 + pairs)))] * 2))
     num_batches = -(-samples.num_validation_samples(name) // share.global_batch)
     task = progress.add_task(name, total=num_batches)
     kinds = [f"{name}, chosen", f"{name}, rejected"] if pairs else [name]
@@ -239,7 +240,7 @@ def _held_out(recipe: Recipe, vocab_size: int) -> dict[str, Part]:
             "data.validation_fraction: 0, so the run held out no data to evaluate on.\n  Give data sets with --data."
         )
     parts = {}
-    for name, prefix in source_prefixes(recipe.data).items():
+    for name, prefix in source_prefixes(drawn_data(recipe)).items():
         reader = IndexedReader(prefix, vocab_size)
         parts[name] = (reader, split_point(name, reader, recipe.data.validation_fraction), reader.num_tokens)
     return _measurable(parts)

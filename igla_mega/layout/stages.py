@@ -147,6 +147,14 @@ def weights_of(recipe: Recipe, source: str) -> dict[str, float]:
     return dict(recipe.data.mix) if source == MIX else {source: 1.0}
 
 
+def drawn_data(recipe: Recipe) -> Data:
+    """Return the data section without the sources of text that have a weight of 0 and that nothing else names."""
+    data, phases, memory = recipe.data, recipe.curriculum.phases if recipe.curriculum else (), recipe.memory
+    named = {*(phase.source for phase in phases), memory.base_data if memory is not None else None}
+    idle = [name for name in data.sources if data.mix.get(name) == 0 and name not in named]
+    return data.model_copy(update={"sources": {n: path for n, path in data.sources.items() if n not in idle}})
+
+
 def drawn_from(recipe: Recipe) -> list[str]:
     """Return the sources of conversations or pairs: the one named by `sft.data` or `dpo.data`, else all."""
     named = (recipe.sft or recipe.dpo) and (recipe.sft or recipe.dpo).data  # type: ignore[union-attr]

@@ -50,7 +50,8 @@ def forward_step(batches: Iterator[MicroBatch], model: nn.Module, *, dpo: Dpo, c
 
     Returns:
         The chunk's output, and the function that megatron-core calls with it on the last stage: (summed loss, number
-        of pairs, report). The report is fp64: summed loss, number of pairs, sums of `METRICS`.
+        of pairs, report). The report is fp64: summed loss, number of pairs, sums of `METRICS`. A pair without targets
+        counts nothing.
     """
     batch = next(batches)
     return language.run(batch, model), partial(_loss, batch, dpo, context)
@@ -99,7 +100,10 @@ def _loss(batch: MicroBatch, dpo: Dpo, context: Axis, log_probs: Tensor) -> tupl
     if context.size > 1:
         lengths = reduce_from_tensor_model_parallel_region(lengths, group=context.group)
     losses, metrics = pair_losses(sums, reference, lengths, dpo)
-    num_pairs = torch.full((), len(losses), dtype=torch.int, device=losses.device)
+    # Pairs without targets fill up the last batch of a validation; their loss is that of equal answers, not 0.
+    real = lengths.view(-1, 2).sum(1) > 0
+    losses, metrics = losses * real, metrics * real
+    num_pairs = real.sum(dtype=torch.int)
     report = torch.cat([torch.stack([losses.detach().sum(), num_pairs.double()]), metrics.sum(1)])
     if context.rank > 0:
         # Context ranks process the same pairs, so only one of them counts the pairs. The loss itself stays on every

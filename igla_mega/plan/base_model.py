@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from igla_mega.checkpoint.hf_config import SIZES
+from igla_mega.checkpoint.hf_config import SIZES, model_of
 from igla_mega.config import json_text, yaml_text
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Moe
 from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.schema import Model, Recipe
 
@@ -32,14 +33,15 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     except ConfigError:
         folder = None
     if folder is not None:
-        return recipe.with_keys({"model": _shape(folder)}), []
-    model = load_recipe(ASSUMED_RECIPE, scale=scale).model
-    assert model is not None
+        model, moe = _shape(folder)
+        return recipe.with_keys({"model": model, "moe": recipe.moe or moe}), []
+    assumed = load_recipe(ASSUMED_RECIPE, scale=scale).model
+    assert assumed is not None
     notes = [
         f"base_model: {recipe.base_model} not found (--models gives the folder of models); it is assumed to have the "
-        f"shape of {ASSUMED_RECIPE}, {model.num_parameters() / 1e9:.3g}B parameters."
+        f"shape of {ASSUMED_RECIPE}, {assumed.num_parameters() / 1e9:.3g}B parameters."
     ]
-    changes: dict[str, Any] = {"model": model}
+    changes: dict[str, Any] = {"model": assumed}
     tuned = recipe.lora is not None or recipe.sft is not None or recipe.dpo is not None
     if tuned and recipe.sequence_length is None:
         changes["training.sequence_length"] = ASSUMED_ROW
@@ -50,8 +52,8 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     return recipe.with_keys(changes), notes
 
 
-def _shape(folder: Path) -> Model:
-    """Return the shape of a Hugging Face model or a checkpoint.
+def _shape(folder: Path) -> tuple[Model, Moe | None]:
+    """Return the shape of a Hugging Face model or a checkpoint, and its experts.
 
     Raises:
         ConfigError: its configuration cannot be read.
@@ -60,8 +62,11 @@ def _shape(folder: Path) -> Model:
     try:
         if config.is_file():
             content = json_text.read(config)
-            return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)})
+            try:
+                return model_of(content, config)
+            except ConfigError:  # a model that cannot be imported can still be planned by its sizes
+                return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)}), None
         content = yaml_text.read_mapping(folder / "recipe.yaml")
-        return Model(**content["model"])
+        return Model(**content["model"]), Moe(**content["moe"]) if content.get("moe") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"base_model: {folder} has no readable model shape ({error}).") from None

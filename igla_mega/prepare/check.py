@@ -4,9 +4,11 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.blend import consumption, normalised
 from igla_mega.data.indexed import IndexedReader, part_prefixes
-from igla_mega.data.prepared import source_prefixes
+from igla_mega.data.prepared import TARGETS, sample_prefixes, source_prefixes
 from igla_mega.data.tokenizer import digest_at
+from igla_mega.data.windows import split_point
 from igla_mega.layout.layout import Layout
+from igla_mega.layout.stages import drawn_data
 from igla_mega.prepare.manifest import damage
 
 
@@ -18,11 +20,23 @@ def check_prepared(recipe: Recipe, layout: Layout) -> None:
             model's vocabulary.
     """
     assert recipe.model is not None, "the caller knows the model"
-    breaches, tokens = [], {}
+    breaches: list[str] = []
+    tokens = {}
+    if recipe.form != "text":
+        for prefix in sample_prefixes(recipe).values():
+            for part in (prefix, prefix + TARGETS) if recipe.form == "instructions" else (prefix,):
+                try:
+                    IndexedReader(part, recipe.model.vocab_size)
+                except ConfigError as error:
+                    breaches += error.breaches
+        if breaches:
+            raise ConfigError(*breaches)
+        return
     digest = digest_at(recipe.data.tokenizer)
-    for name, prefix in source_prefixes(recipe.data).items():
+    for name, prefix in source_prefixes(drawn_data(recipe)).items():
         try:
-            tokens[name] = IndexedReader(prefix, recipe.model.vocab_size).num_tokens
+            reader = IndexedReader(prefix, recipe.model.vocab_size)
+            tokens[name] = split_point(name, reader, recipe.data.validation_fraction)
             for part in part_prefixes(prefix):
                 breaches += damage(part, tokenizer_digest=digest)
         except ConfigError as error:

@@ -19,7 +19,7 @@ from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.prepare import fast, giant
 from igla_mega.prepare.filters import Filters
 from igla_mega.prepare.formats import Block, Broken, Position
-from igla_mega.prepare.records import texts_of
+from igla_mega.prepare.records import Sentences, texts_of
 
 MAX_THREADS = 4
 """Maximum number of workers run as threads; more are processes, since parsing JSON holds the interpreter lock."""
@@ -131,9 +131,13 @@ class Encoder:
         """Return the concatenated ids of the texts in the dataset's dtype, and the number of tokens per text."""
         if not texts:
             return [], np.zeros(0, np.int64)
+        if any(isinstance(text, Sentences) for text in texts):
+            documents = [text.parts if isinstance(text, Sentences) else (text,) for text in texts]
+            ids, lengths = self._arrays([sentence for document in documents for sentence in document])
+            return ids, np.add.reduceat(lengths, np.cumsum([0, *map(len, documents[:-1])]))
         if max(map(len, texts)) <= fast.PIECE_CHARS:
-            ids, lengths = self.engine.encode_flat(texts)
-            return [ids.astype(self.dtype)], lengths
+            flat, lengths = self.engine.encode_flat(texts)
+            return [flat.astype(self.dtype)], lengths
         arrays, sizes = [], []
         for text in texts:
             parts = [self.engine.encode_flat([piece])[0] for piece in fast.pieces(iter([text]), self.engine)]

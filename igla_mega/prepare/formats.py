@@ -1,10 +1,9 @@
-"""Read JSONL, plain text and Parquet, compressed or not, in blocks that depend on the files only.
+"""Read JSONL, plain text, Parquet and Arrow, in blocks that depend on the files only.
 
 A block is the unit of work: about BLOCK_BYTES of whole records. The borders of the blocks do not depend on the number
 of readers or on where reading resumed, so the output does not depend on them either.
 """
 
-import glob
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import refuse_special, regular
+from igla_mega.config.files import regular
 from igla_mega.data.ahead import ahead
-from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, SUFFIXES, TEXT
-from igla_mega.prepare.unpacking import UNPACKERS
+from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, TEXT
+from igla_mega.prepare.raw.rows import read_rows
+from igla_mega.prepare.raw.unpacking import UNPACKERS, Damaged
 
 fast_loads: Callable[[Any], Any]
 try:
@@ -30,7 +29,6 @@ MAX_DOCUMENT_BYTES = 1 << 30
 """Maximum size of a record; a longer one is an error, typically a file without line ends."""
 _MAX_DENSE_BYTES, _MAX_EXPANSION = 1 << 26, 200
 """A record of more bytes that were packed more densely than this many to one is no text but a decompression bomb."""
-_ROWS_AT_ONCE = 256
 _PACKED_CHUNK = 1 << 16
 _LARGE_BYTES = 1 << 24
 """Minimum size of a compressed file that may use a window of gigabytes, as `zstd --long=31` does."""
@@ -118,53 +116,6 @@ class Texts(NamedTuple):
     broken: list[Broken]
 
 
-class Damaged(Exception):
-    """Error for a file whose rest cannot be read."""
-
-
-def input_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """Return the files that paths, patterns (`*`, `**`) and folders refer to, in order.
-
-    Raises:
-        ConfigError: lists all files that are missing, empty or need a package that is not installed.
-    """
-    files: list[Path] = []
-    breaches = []
-    for given in map(Path, inputs):
-        found = [given]
-        if given.is_dir():
-            found = sorted(file for file in given.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        elif not given.exists() and glob.has_magic(str(given)):
-            found = sorted(file for name in glob.glob(str(given), recursive=True) if (file := Path(name)).is_file())
-        if not found:
-            breaches.append(
-                f"{given}: no *.jsonl, *.txt or *.parquet in this folder, or no file matches this pattern.\n"
-                "  Give JSONL, plain text or Parquet files; the first two may be compressed (.gz, .zst, .bz2, .xz)."
-            )
-        for file in found:
-            if not file.is_file():
-                breaches.append(f"{file}: no such file.\n  Give the path of a text file or a folder of them.")
-            elif file.stat().st_size == 0:
-                breaches.append(f"{file}: the file is empty.\n  Add text to it, or remove it from the inputs.")
-            else:
-                breaches += _lacking(file)
-                files.append(file)
-    if breaches:
-        raise ConfigError(*dict.fromkeys(breaches))
-    return files
-
-
-def _lacking(file: Path) -> list[str]:
-    """Return an error if a file's format needs a package that is not installed."""
-    needed = {".zst": "zstandard", ".parquet": "pyarrow"}.get(file.suffix)
-    if needed is not None:
-        try:
-            __import__(needed)
-        except ImportError:
-            return [f"{file}: {file.suffix} needs {needed}, which is not installed.\n  pip install 'igla-mega[data]'"]
-    return []
-
-
 def whole(files: Iterable[Path]) -> list[Input]:
     """Return an input for every whole file."""
     return [Input(str(file), file.stat().st_size) for file in files]
@@ -205,8 +156,8 @@ def line_start(file: str | Path, offset: int, size: int) -> int:
 class How(NamedTuple):
     """Options that determine the records of a file."""
 
-    text_key: str = "text"
-    """Key or column of the text."""
+    text_key: str | None = "text"
+    """Key or column of the text; None for rows with all their columns."""
     text_documents: str = "file"
     """Unit that forms a document of plain text: `file` or `line`."""
     language_key: str | None = None
@@ -236,7 +187,7 @@ def _blocks_of_one(inputs: Sequence[Input], number: int, how: How, start: Positi
     given = inputs[number]
     begin = start if number == start.file else Position(number, 0, 0)
     if given.kind == ROWS:
-        return _row_blocks(given, begin, how.text_key, how.language_key)
+        return _row_blocks(given, begin, how)
     if given.kind == TEXT and how.text_documents == "file":
         return _text_blocks(given, begin)
     return _line_blocks(given, begin, TEXT if given.kind == TEXT else LINES)
@@ -432,85 +383,28 @@ class _Chunks:
                 any_member, rest, unpacker = True, unpacker.unused_data, None
 
 
-def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str | None) -> Iterator[Block]:
-    """Yield blocks of Parquet rows."""
-    import pyarrow
-    from pyarrow import parquet
+def _row_blocks(given: Input, begin: Position, how: How) -> Iterator[Block]:
+    """Yield blocks of the rows of a Parquet or Arrow file."""
+    number, row, first, counted, size = begin.file, begin.offset, begin.offset, begin.taken, 0
+    data: list[tuple[Any, Any]] = []
 
-    number, row, first, counted = begin.file, 0, 0, begin.taken
-    data: list[tuple[str | None, str | None]] = []
-
-    def block(damage: str | None = None) -> Block:
+    def block(taken: int, damage: str | None = None) -> Block:
         """Return a block of the collected rows and start a new collection."""
-        nonlocal counted, data
-        taken = given.size if damage is not None else given.size * row // max(file.metadata.num_rows, 1)
-        rows, data = data, []
+        nonlocal counted, data, first, size
+        rows, data, before, first, size = data, [], first, row, 0
         taken, counted = taken - counted, taken
         after = Position(number, row, row, counted) if damage is None else Position(number + 1, 0, 0)
-        return Block(ROWS, given.path, first + 1, rows, after, taken, damage, files=(number, number))
+        return Block(ROWS, given.path, before + 1, rows, after, taken, damage, files=(number, number))
 
     try:
-        # Without these two, pyarrow reads whole column chunks, which can be gigabytes.
-        refuse_special(given.path)
-        file = parquet.ParquetFile(given.path, pre_buffer=False, buffer_size=BLOCK_BYTES)
-        schema = file.schema_arrow
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        yield block(f"not a Parquet file, or truncated ({_first_line(error)})")
+        for batch in read_rows(given.path, given.size, how.text_key, how.language_key, begin.offset):
+            data += batch.rows
+            row = batch.after
+            size += batch.num_bytes
+            if size >= BLOCK_BYTES or batch.is_last:
+                yield block(batch.taken)
+    except Damaged as error:
+        yield block(given.size, str(error))
         return
-    with file:
-        columns = _columns(given.path, schema, text_key, language_key)
-        size = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row + rows <= begin.offset:
-                row += rows
-                first = row
-                continue
-            try:
-                for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
-                    row += len(batch)
-                    if row <= begin.offset:
-                        first = row
-                        continue
-                    texts = batch.column(text_key).to_pylist()
-                    tags = batch.column(columns[1]).to_pylist() if len(columns) > 1 else [None] * len(texts)
-                    data += zip(texts, tags, strict=True)
-                    size += batch.nbytes
-                    if size >= BLOCK_BYTES or row == file.metadata.num_rows:
-                        yield block()
-                        size, first = 0, row
-            except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
-                yield block(f"damaged Parquet data ({_first_line(error)})")
-                return
-        if row != file.metadata.num_rows:
-            yield block(f"damaged Parquet data ({row} rows, but its metadata records {file.metadata.num_rows})")
-
-
-def _columns(path: str, schema: Any, text_key: str, language_key: str | None) -> list[str]:
-    """Return the columns to read.
-
-    Raises:
-        ConfigError: the text column is missing, ambiguous or not of strings.
-    """
-    from pyarrow import types
-
-    if text_key not in schema.names:
-        raise ConfigError(
-            f"{path}: no column `{text_key}` (its columns: {', '.join(schema.names[:8]) or 'none'}).\n"
-            "  Set data.text_key (--json-keys) to the column of the text."
-        )
-    if twice := [name for name in (text_key, language_key) if schema.names.count(name) > 1]:
-        raise ConfigError(f"{path}: several columns `{twice[0]}`.\n  Set data.text_key (--json-keys) to another.")
-    held = schema.field(text_key).type
-    held = held.value_type if types.is_dictionary(held) else held
-    if not (types.is_string(held) or types.is_large_string(held)):
-        raise ConfigError(
-            f"{path}: column `{text_key}` contains {held}, not strings.\n"
-            "  Set data.text_key (--json-keys) to the column of the text."
-        )
-    return [text_key, language_key] if language_key in schema.names and language_key else [text_key]
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    if data:
+        yield block(given.size)

@@ -17,7 +17,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import regular
 from igla_mega.data.indexed import IndexedWriter, publish, token_dtype
 from igla_mega.data.journal import Journal, Lock, replace_file
-from igla_mega.data.raw_files import LINES
+from igla_mega.data.raw_files import LINES, TEXT
 from igla_mega.data.tokenizer import Tokenizer, version
 from igla_mega.prepare import fast, formats, giant
 from igla_mega.prepare.bar import progress as show_progress
@@ -25,8 +25,9 @@ from igla_mega.prepare.bar import say
 from igla_mega.prepare.duplicates import Duplicates
 from igla_mega.prepare.encoding import Encoded, Job, encode_all, num_workers
 from igla_mega.prepare.filters import Filters
-from igla_mega.prepare.formats import Input, OnError, Position, input_files
+from igla_mega.prepare.formats import Broken, Input, OnError, Position
 from igla_mega.prepare.manifest import damage, digest_of, index_entry, manifest_path, read_manifest
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import texts_of
 from igla_mega.prepare.state import Quarantine, State
 
@@ -118,14 +119,14 @@ def preprocess(
     If it is interrupted, the same call resumes and produces the same bytes as an uninterrupted one.
 
     Args:
-        inputs: files, patterns or folders of JSONL, plain text or Parquet, compressed or not.
+        inputs: files, patterns or folders of JSONL, plain text (both also compressed), Parquet or Arrow.
 
     Raises:
         ConfigError: an input is missing, empty or damaged, or has a broken record; or the output cannot be written, or
             another process is writing it.
     """
     options, settings = options or Options(), settings or Settings()
-    files = input_files(inputs)
+    files = input_files(inputs, say if settings.progress else None)
     if options.append_eod and tokenizer.eod_id is None:
         raise ConfigError(
             f"{tokenizer.path}: this tokenizer has no end-of-document token to append.\n"
@@ -205,6 +206,8 @@ class _Preparation:
             "shard_bytes": settings.shard_bytes,
         }
         self.job_digest = self._digest(options)
+        self.first_broken: Broken | None = None
+        """First broken record of the input that is being read."""
 
     def open_journal(self) -> Journal:
         """Return the journal of this job, also accepting one of a run with `on_error: stop`."""
@@ -317,6 +320,7 @@ class _Preparation:
                     output.shard(state)
         if state.documents == 0 and self.settings.part[1] == 1:  # one of several parts may be empty
             raise ConfigError(self._nothing(state))
+        self._refuse_fruitless(state)
 
     def _sample(self) -> list[str]:
         """Return texts from the beginning of up to eight inputs, and from the middle of large plain JSONL files."""
@@ -370,12 +374,22 @@ class _Preparation:
             yield block, texts_of(block, self.options.text_key, self.options.language_key).texts
 
     def _take(self, encoded: Encoded, state: State, output: _Output | None) -> None:
-        """Write an encoded block and add it to the state."""
+        """Write an encoded block and add it to the state.
+
+        Raises:
+            ConfigError: a broken record under `on_error: stop`, or the file before this one has nothing else.
+        """
+        if encoded.files[0] != state.file:
+            self._refuse_fruitless(state)
+            self.first_broken = None
         for broken in encoded.broken:
+            self.first_broken = self.first_broken or broken
             if self.options.on_error == "stop":
+                other_key = broken.reason.startswith("no key ")
+                key = "Set data.text_key (--json-keys) if the text has another key. " if other_key else ""
                 raise ConfigError(
                     f"{broken.place}: {broken.reason}.\n"
-                    "  Fix it, or drop such records: data.on_error=skip or =quarantine (--on-error; also"
+                    f"  {key}Fix it, or drop such records: data.on_error=skip or =quarantine (--on-error; also"
                     " data.skip_broken_lines, --skip-broken-lines)."
                 )
             if output is not None and output.quarantine is not None:
@@ -383,6 +397,26 @@ class _Preparation:
         if output is not None:
             output.writer.add_parts(encoded.tokens, encoded.lengths)
         state.take(encoded)
+
+    def _refuse_fruitless(self, state: State) -> None:
+        """Refuse an input of which every record was skipped: that is a wrong key or a damaged file, not a broken line.
+
+        Raises:
+            ConfigError: the input that was read last has no text.
+        """
+        if not state.file_broken or state.file_texts:
+            return
+        given = self.given[state.file]
+        # Of a file that is cut among several parts, one may hold nothing but a broken line.
+        cut = (given.start, given.stop) not in ((0, None), (0, given.size))
+        whole_text = given.kind == TEXT and self.options.text_documents == "file"
+        if cut or whole_text:
+            return
+        first = f"; the first: {self.first_broken.reason}" if self.first_broken else ""
+        raise ConfigError(
+            f"{given.path}: no text in any of its records ({state.file_broken:,} broken{first}).\n"
+            "  Set data.text_key (--json-keys) to the key of the text, or remove the file from the inputs."
+        )
 
     def _verified(self, journal: Journal) -> list[dict[str, Any]]:
         """Return the finished shards whose bytes match the journal, and cut the journal after them."""

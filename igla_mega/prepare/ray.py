@@ -13,6 +13,7 @@ from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.merge import merge
 from igla_mega.prepare.preprocess import Options, Settings, part_prefix, preprocess
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.sources import options_of, source_files
 
 TRIES = 10
@@ -54,6 +55,7 @@ def preprocess_on_ray(
     parts = cluster.parts or max(2, 2 * len(ray.nodes()))
     # Loaded here first: a wrong path is reported once, not by every task.
     load_tokenizer(tokenizer)
+    inputs = input_files(inputs, say if settings.progress else None)
     cores = settings.workers or 1
 
     @ray.remote(num_cpus=min(cores, int(ray.cluster_resources().get("CPU", 1))), max_retries=TRIES)

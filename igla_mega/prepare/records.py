@@ -8,6 +8,20 @@ from igla_mega.data.raw_files import LINES, ROWS, TEXT
 from igla_mega.prepare.formats import Block, Broken, Texts, fast_loads
 
 
+class Sentences(str):
+    """Text given as a list of strings, joined; each string is encoded by itself, as Megatron-LM's tool does."""
+
+    parts: tuple[str, ...]
+    """The strings that are not empty."""
+
+    def __new__(cls, parts: Iterable[str]) -> "Sentences":
+        """Join the strings."""
+        kept = tuple(filter(None, parts))
+        joined = super().__new__(cls, "".join(kept))
+        joined.parts = kept
+        return joined
+
+
 def texts_of(block: Block, text_key: str, language_key: str | None = None) -> Texts:
     """Return the texts of a block in order, without empty ones, and the records that hold no text."""
     if block.kind == LINES:
@@ -75,13 +89,11 @@ def _of_records(block: Block, language_key: str | None) -> Texts:
         if text is None:
             read.broken.append(Broken(place, "the text is null", ""))
             continue
-        if isinstance(text, bytes | bytearray):
-            try:
-                text = text.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 (byte {text[error.start]:#04x} at column {error.start + 1})"
-                read.broken.append(Broken(place, reason, _shown(text)))
-                continue
+        try:
+            text = Sentences(map(_decoded, text)) if isinstance(text, list) else _decoded(text)
+        except ValueError as error:
+            read.broken.append(Broken(place, str(error), _shown(text) if isinstance(text, bytes | bytearray) else ""))
+            continue
         if text:
             read.texts.append(text)
             if language_key is not None:
@@ -89,6 +101,18 @@ def _of_records(block: Block, language_key: str | None) -> Texts:
         elif block.kind != TEXT or not isinstance(block.data, bytes | bytearray):
             empty += 1
     return read._replace(empty=empty)
+
+
+def _decoded(text: Any) -> str:
+    """Return a text given as a string or as UTF-8 bytes; raise ValueError if it is neither."""
+    if isinstance(text, str):
+        return text
+    if text is None:
+        raise ValueError("one of the strings of the text is null")
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {text[error.start]:#04x} at column {error.start + 1})") from None
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -113,6 +137,11 @@ def _text(record: dict[str, Any], text_key: str) -> str:
     if text_key not in record:
         raise ValueError(f"no key `{text_key}` (its keys: {', '.join(map(repr, list(record)[:8])) or 'none'})")
     text = record[text_key]
+    if isinstance(text, list):
+        other = next((part for part in text if not isinstance(part, str)), "")
+        if other != "":
+            raise ValueError(f"`{text_key}` is a JSON array with a {_json_type(other)}, not of strings")
+        text = Sentences(text)
     if not isinstance(text, str):
         raise ValueError(f"`{text_key}` is a JSON {_json_type(text)}, not a string")
     if not text.isascii():
@@ -129,6 +158,6 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _shown(line: bytes) -> str:
+def _shown(line: bytes | bytearray) -> str:
     """Return a record as text for the quarantine, at most 100,000 bytes of it."""
     return line[:100_000].decode("utf-8", errors="backslashreplace")

@@ -21,7 +21,8 @@ from igla_mega.data import chat, pairs
 from igla_mega.data.indexed import IndexedWriter, token_dtype
 from igla_mega.data.prepared import TARGETS, sample_prefixes
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
-from igla_mega.prepare.preprocess import input_files
+from igla_mega.prepare.bar import say
+from igla_mega.prepare.raw.inputs import input_files
 
 FORMAT = 1
 """Version of the output; raised when the same input would produce other bytes."""
@@ -44,7 +45,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         inputs = data.sources[name]
         if prefix == inputs:
             continue
-        files = input_files([inputs] if isinstance(inputs, str) else inputs)
+        files = input_files([inputs] if isinstance(inputs, str) else inputs, say if progress else None)
         template = _template(recipe, files, tokenizer)
         stamp = _stamp(recipe, files, tokenizer, template)
         if _is_done(prefix, stamp):

@@ -24,6 +24,8 @@ class State:
         self.position: list[int] = [0, 0, 0, 0]
         self.documents = self.tokens = self.empty = self.broken = 0
         self.characters = self.text_bytes = self.input_bytes = self.since_shard = self.aside = 0
+        self.file = self.file_texts = self.file_broken = 0
+        """Number of the input that was read last, and of its records with and without a text."""
         self.dropped: Counter = Counter()
         self.languages: Counter = Counter()
         self.digests = [""] * num_inputs
@@ -37,6 +39,7 @@ class State:
         counts.remove("since_shard")
         return (
             all(isinstance(entry.get(name), int) and 0 <= entry[name] < 1 << 63 for name in counts)
+            and entry["file"] < max(num_inputs, 1)
             and all(isinstance(entry.get(name), str) for name in ("sha256", "lengths_sha256"))
             and all(isinstance(entry.get(name), dict) for name in ("dropped", "languages"))
             and all(isinstance(entry.get(name), list) for name in ("position", "digests"))
@@ -59,6 +62,10 @@ class State:
     def take(self, encoded: Encoded) -> None:
         """Add an encoded block."""
         self.position = list(encoded.after)
+        if encoded.files[0] != self.file:
+            self.file, self.file_texts, self.file_broken = encoded.files[0], 0, 0
+        self.file_texts += len(encoded.lengths) + sum(encoded.dropped.values())
+        self.file_broken += len(encoded.broken)
         self.documents += len(encoded.lengths)
         self.tokens += int(encoded.lengths.sum(dtype=np.int64))
         self.empty += encoded.empty
@@ -91,7 +98,8 @@ class State:
 
     def entry(self) -> dict[str, Any]:
         """Return the totals and the position as the journal records them."""
-        return {**self.summary(), "position": self.position, "aside": self.aside}
+        of_file = {name: getattr(self, name) for name in ("file", "file_texts", "file_broken")}
+        return {**self.summary(), **of_file, "position": self.position, "aside": self.aside}
 
 
 class Quarantine:

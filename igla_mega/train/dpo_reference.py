@@ -130,7 +130,7 @@ def _pass(engine: Engine, pairs: Pairs, name: str, share: BatchShard, advance) -
         # Tensor- and context-parallel peers hold the same sums: only one may enter the all-reduce below.
         for number, report in enumerate(reports if mesh.tensor.rank == 0 and mesh.context.rank == 0 else []):
             rows = first + share.rows(number)
-            kept = rows < count  # the last batch is filled up with the first pair
+            kept = rows < count  # the last batch is filled up with empty pairs
             result[rows[kept]] = report.cpu().view(-1, 2)[kept]
         advance(min(share.global_batch, count - first))
     dist.all_reduce(result, group=mesh.host_group)

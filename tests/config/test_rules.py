@@ -159,6 +159,11 @@ def test_a_sound_recipe_has_no_breach():
             "Use at most 0.0003; a tenth of it is usual.",
         ),
         (
+            {"data": {"document_packing": "best_fit"}},
+            "data.document_packing: best_fit packs whole documents, which requires data.document_mask. "
+            "Set data.document_mask=true.",
+        ),
+        (
             {"data": {"mix": {"web": 0, "code": 0}}},
             "data.mix: no weight is above 0 (web, code). Give at least one source a weight.",
         ),
@@ -325,6 +330,14 @@ def test_a_sound_recipe_has_no_breach():
         (
             {"distributed": {"cuda_graphs": True, "strategy": "FSDP"}},
             "distributed.cuda_graphs: true with strategy FSDP: layers cannot be recorded. Set cuda_graphs=false.",
+        ),
+        (
+            {
+                **{"base_model": "b", "lora": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
+                "distributed": {"tensor_parallel": 2},
+            },
+            "distributed.tensor_parallel: 2 leaves 344 weights of down_proj on a rank, not a multiple of NF4's 64. "
+            "Use fewer tensor-parallel ranks, or leave `quantization` out.",
         ),
         (
             {"name": "../x"},

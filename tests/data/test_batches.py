@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.batches import BatchShard, Corpus, Sampling, split_point
+from igla_mega.data.batches import BatchShard, Corpus, Sampling
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.micro_batch import SEQUENCES
+from igla_mega.data.windows import split_point
 
 LENGTH = 16
 
@@ -133,6 +134,23 @@ def test_a_validation_split_shorter_than_a_window_is_one_masked_row(prefixes):
     (batch,) = data.validation_batches("web", BatchShard(1, 1), 10)
     assert batch.loss_mask.sum() == 49
     assert batch.labels[0, :49].tolist() == list(range(1951, 2000))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 16])
+def test_each_held_out_target_counts_once_whatever_the_batch(prefixes, batch):
+    data = corpus(prefixes, document_mask=False)
+    steps = -(-data.num_validation_samples("web") // batch)
+    found = [b.labels[b.loss_mask > 0] for b in data.validation_batches("web", BatchShard(batch, 1), steps)]
+    assert torch.cat(found).tolist() == list(range(1801, 1801 + 12 * LENGTH))
+
+
+def test_a_source_of_weight_zero_is_not_opened(prefixes, tmp_path, write_dataset):
+    # Nothing of one document can be held out; a file that is not there cannot be opened.
+    one = str(write_dataset(tmp_path / "one", [[1] * 50]))
+    data = corpus({**prefixes, "one": one, "none": "none"}, mix={"web": 1.0, "one": 0, "none": 0.0})
+    assert set(data.readers) == {"web", "code"} == set(data.validation_names())
+    with pytest.raises(ConfigError, match="holds out 1 of the 1 documents of one"):
+        corpus({**prefixes, "one": one}, mix={"web": 1.0, "one": 0.1})
 
 
 def test_without_a_validation_share_no_source_is_evaluated(prefixes):

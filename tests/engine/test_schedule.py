@@ -22,17 +22,25 @@ def test_the_rate_rises_linearly_to_its_peak(kind):
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [0, 1, 10, 99])
-def test_the_last_update_takes_min_lr_and_none_takes_more_than_the_peak_or_rises_after_it(kind, warmup):
+def test_min_lr_is_reached_after_the_last_update_and_none_takes_more_than_the_peak_or_rises_after_it(kind, warmup):
     course = rates(kind, warmup=warmup)
-    assert course[99] == pytest.approx(LOW)
+    assert course[100] == pytest.approx(LOW) and course[99] > LOW
     assert max(course) <= PEAK * (1 + 1e-12)
     assert all(later <= earlier for earlier, later in zip(course[warmup:], course[warmup + 1 :], strict=False))
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_no_update_of_any_run_has_a_rate_of_zero(kind):
+    for total in range(1, 25):
+        for warmup in range(total + 1):
+            course = rates(kind, total=total, warmup=warmup, low=0.0)[:total]
+            assert min(course) > 0 and max(course) == pytest.approx(PEAK), (total, warmup)
+
+
 def test_halfway_both_shapes_are_halfway():
-    # 90 updates after the warm-up: 45 of them are made with step 54.
-    assert rates("cosine")[54] == pytest.approx((PEAK + LOW) / 2)
-    assert rates("linear")[54] == pytest.approx((PEAK + LOW) / 2)
+    # 90 updates after the warm-up: 45 of them are made before step 55.
+    assert rates("cosine")[55] == pytest.approx((PEAK + LOW) / 2)
+    assert rates("linear")[55] == pytest.approx((PEAK + LOW) / 2)
 
 
 def test_constant_stays_at_the_peak():
@@ -49,9 +57,9 @@ def test_a_run_that_is_all_warm_up_ends_at_the_peak():
     assert rates(total=10, warmup=10)[9] == pytest.approx(PEAK)
 
 
-@pytest.mark.parametrize(("total", "warmup"), [(100, 0), (100, 20), (37, 5)])
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (100, 0), (100, 20), (37, 5)])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_the_course_is_that_of_transformers_one_update_ahead(kind, total, warmup):
+def test_the_course_is_that_of_transformers_after_a_warm_up_that_is_one_update_ahead(kind, total, warmup):
     transformers = pytest.importorskip("transformers")
     make = {
         "cosine": transformers.get_cosine_schedule_with_warmup,
@@ -60,9 +68,28 @@ def test_the_course_is_that_of_transformers_one_update_ahead(kind, total, warmup
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     schedule = make(optimizer, num_warmup_steps=warmup, num_training_steps=total)
     theirs = []
-    for _ in range(total + 1):
+    for _ in range(total):
         theirs.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    # Theirs gives the first update a rate of 0 and none the last value; ours uses the rate after each update.
-    assert rates(kind, total=total, warmup=warmup, low=0.0)[:total] == pytest.approx(theirs[1:], abs=1e-12)
+    ours = rates(kind, total=total, warmup=warmup, low=0.0)[:total]
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], abs=1e-12)
+    # Theirs gives the first update of a warm-up a rate of 0.
+    assert ours[:warmup] == pytest.approx(theirs[1 : warmup + 1], abs=1e-12)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (100, 0), (37, 5)])
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_the_course_after_the_warm_up_is_megatron_s(kind, total, warmup):
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    schedule = OptimizerParamScheduler(
+        optimizer, 0.0, PEAK, LOW, warmup, total, kind, start_wd=0.0, end_wd=0.0, wd_incr_steps=0,
+        wd_incr_style="constant", use_checkpoint_opt_param_scheduler=False,
+    )  # fmt: skip
+    theirs = []
+    for _ in range(total):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        schedule.step(1)
+    assert rates(kind, total=total, warmup=warmup)[warmup:total] == pytest.approx(theirs[warmup:], abs=1e-12)

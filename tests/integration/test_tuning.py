@@ -292,6 +292,19 @@ def test_preferences_are_learned_and_the_run_says_how_much(preferred):
     assert "the chosen answer is more likely in" in said
 
 
+def test_the_loss_on_held_out_pairs_does_not_depend_on_the_batch_size(recipe_of, tmp_path):
+    # Three are held out. Without a reference the loss of a pair is that of the policy's own margin.
+    text = TUNING.replace("num_batches: 1", "num_batches: 16") + "dpo: {beta: 0.3, reference_free: true}\n"
+    found = []
+    for batch in (1, 4, 16):
+        given = [f"training.batch_size={batch}", "distributed.micro_batch_size=1", "training.total_steps=1"]
+        tiny = "training.learning_rate=1e-12"
+        train(recipe_of(text, *given, tiny, "data.validation_fraction=0.06"), tmp_path / str(batch))
+        *_, last = [entry for entry in lines(tmp_path / str(batch), "metrics.jsonl") if "validation_loss" in entry]
+        found.append([last["validation_loss"]["pairs"], *last["validation"].values()])
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("reference", ["model", "cached"])
 def test_every_reference_gives_the_same_steps(reference, preferred, recipe_of, tmp_path):
     text = TUNING + f"dpo: {{beta: 0.3, reference: {reference}}}\n"

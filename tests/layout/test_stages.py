@@ -3,7 +3,7 @@ import pytest
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
 from igla_mega.config.schema import Recipe
-from igla_mega.layout.stages import Stage
+from igla_mega.layout.stages import Stage, drawn_data
 from igla_mega.plan.choose import stages_of
 
 BASE = {
@@ -93,3 +93,15 @@ def test_all_phases_lie_on_the_layout_of_the_longest():
 def test_a_warm_up_longer_than_a_phase_is_refused():
     with pytest.raises(ConfigError, match=r"warmup_steps: 3 is more than the 2 steps of phase first"):
         stages({"training": {"warmup_steps": 3}})
+
+
+def test_a_source_of_weight_zero_is_drawn_where_a_phase_or_the_fisher_names_it():
+    data = {"mix": {"web": 1.0, "code": 0.0, "old": 0}, "sources": {"web": "w", "code": "c", "old": "o"}}
+
+    def drawn(**change) -> set[str]:
+        return set(drawn_data(Recipe.model_validate({**BASE, "data": data, **change})).sources)
+
+    assert drawn() == {"web"}
+    assert drawn(curriculum={"phases": [PHASES[0]]}) == {"web", "code"}
+    assert drawn(base_model="b", continual={"base_data": "old"}) == {"web", "old"}
+    assert set(drawn_data(Recipe.model_validate({"data": {"sources": {"a": "a"}}})).sources) == {"a"}

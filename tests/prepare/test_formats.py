@@ -11,8 +11,10 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.raw_files import LINES
 from igla_mega.prepare import formats, giant
-from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, input_files, line_start, share, whole
+from igla_mega.prepare.formats import Block, How, Input, Position, blocks_of, line_start, share, whole
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
+from igla_mega.prepare.raw import rows
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import texts_of
 
 zstandard = pytest.importorskip("zstandard")
@@ -61,6 +63,12 @@ def test_a_packed_file_cut_short_is_named_and_what_was_whole_is_kept_when_asked(
     sound.write_bytes(jsonl(["sound"]))
     with pytest.raises(ConfigError, match=r"a\.jsonl.*: truncated: the .* data ends before its end mark"):
         prepared([cut, sound], tmp_path, tokenizer)
+    if packing == ".bz2":  # one block, of which nothing is whole
+        with pytest.raises(
+            ConfigError, match=r"a\.jsonl\.bz2: no text in any of its records \(1 broken; the first: trunc"
+        ):
+            prepared([cut, sound], tmp_path, tokenizer, on_error="quarantine")
+        return
     counts, found = prepared([cut, sound], tmp_path, tokenizer, on_error="quarantine")
     assert found[-1] == "sound"
     assert found[:-1] == [f"{i} {text}" for i, text in enumerate(texts * 8)][: len(found) - 1]
@@ -101,10 +109,13 @@ def test_a_null_row_and_a_damaged_parquet_are_broken_records(tokenizer, tmp_path
     file = write_parquet(tmp_path / "a.parquet", {"text": ["one", None, "two"]})
     with pytest.raises(ConfigError, match=r"a\.parquet: row 2: the text is null"):
         prepared([file], tmp_path, tokenizer)
+    assert prepared([file], tmp_path, tokenizer, on_error="skip")[1] == ["one", "two"]
     cut = tmp_path / "b.parquet"
     cut.write_bytes(file.read_bytes()[:-6])
-    counts, found = prepared([file, cut], tmp_path, tokenizer, on_error="skip")
-    assert (counts.broken, found) == (2, ["one", "two"])
+    with pytest.raises(
+        ConfigError, match=r"b\.parquet: no text in any of its records \(1 broken; the first: not a Parq"
+    ):
+        prepared([file, cut], tmp_path, tokenizer, name="cut", on_error="skip")
 
 
 def test_plain_text_is_a_document_a_file_or_a_line(tokenizer, tmp_path):
@@ -163,7 +174,7 @@ def test_a_document_of_one_token_stays(tokenizer, tmp_path):
 def test_reading_goes_on_at_any_block_as_if_it_had_not_stopped(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "BLOCK_BYTES", 700)
     monkeypatch.setattr(formats, "_PACKED_CHUNK", 97)
-    monkeypatch.setattr(formats, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 7)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts)))
     (tmp_path / "c.txt").write_text("\n".join(texts))

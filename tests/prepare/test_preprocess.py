@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,16 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.schema import Recipe
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import train_bpe
+from igla_mega.layout.stages import drawn_data
+from igla_mega.plan.resolve import resolve
 from igla_mega.prepare import formats
-from igla_mega.prepare.preprocess import Options, Settings, input_files, preprocess
+from igla_mega.prepare.check import check_prepared
+from igla_mega.prepare.preprocess import Options, Settings, preprocess
+from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.sources import prepare_sources, unigram_entropy
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -133,7 +139,7 @@ def test_missing_and_empty_inputs_are_told_together(jsonl, tmp_path):
     assert len(raised.value.breaches) == 3
     assert "none.jsonl: no such file" in message
     assert "empty.jsonl: the file is empty" in message
-    assert "folder: no *.jsonl, *.txt or *.parquet in this folder" in message
+    assert "folder: no *.jsonl, *.txt, *.parquet or *.arrow in this folder" in message
 
 
 def test_a_place_that_cannot_be_written_is_told_in_words(jsonl, tokenizer, tmp_path):
@@ -156,7 +162,8 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokeni
 
 
 def test_prepare_writes_every_source_and_a_manifest(jsonl, tokenizer, tmp_path, capsys):
-    data = section(tmp_path, tokenizer, {"web": str(jsonl), "code": [str(jsonl), str(jsonl)]})
+    copy = shutil.copy(jsonl, tmp_path / "copy.jsonl")
+    data = section(tmp_path, tokenizer, {"web": str(jsonl), "code": [str(jsonl), str(copy)]})
     prefixes = prepare_sources(data)
     assert prefixes == source_prefixes(data) == {n: str(tmp_path / "prepared" / n) for n in ("web", "code")}
     manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())["sources"]
@@ -236,3 +243,28 @@ def test_preparation_imports_neither_torch_nor_transformers():
     code = "import sys, igla_mega.prepare.preprocess as p; print({'torch', 'transformers', 'rich'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "set()"
+
+
+def test_epochs_said_before_a_run_count_no_held_out_token_and_a_source_of_weight_zero_is_left_alone(
+    jsonl, tokenizer, tmp_path, capsys
+):
+    recipe = Recipe.model_validate(
+        {
+            "model": {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "intermediate_size": 64, "vocab_size": 400},
+            "training": {"total_steps": 10, "batch_size": 4, "sequence_length": 16},
+            "data": {
+                "sources": {"web": str(jsonl), "none": "none.jsonl"},
+                "mix": {"web": 1.0, "none": 0},
+                "tokenizer": tokenizer.path,
+                "prepared": str(tmp_path / "prepared"),
+                "validation_fraction": 0.5,
+            },
+        }
+    )
+    prefixes = prepare_sources(drawn_data(recipe), progress=False)
+    assert list(prefixes) == ["web"]
+    check_prepared(recipe, resolve(recipe, 1, "cpu").layouts[0])
+    said = capsys.readouterr().out
+    reader = IndexedReader(prefixes["web"])
+    training = reader.document_start(reader.num_documents // 2)
+    assert f"640 of {training:,} tokens, {640 / training:.2f} epochs" in " ".join(said.split())

@@ -5,12 +5,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import Dpo
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import BatchShard
 from igla_mega.data.conversations import Conversations, Pairs
 from igla_mega.data.tokenizer import train_bpe
+from igla_mega.distributed.mesh import Axis
+from igla_mega.objective import dpo
 from igla_mega.prepare import toy_tasks
 from igla_mega.prepare.samples import prepare_samples
 
@@ -92,7 +96,46 @@ def test_pairs_come_in_another_order_each_epoch_and_carry_their_reference(folder
 def test_the_pass_over_all_pairs_meets_each_in_the_order_of_the_file(folder):
     data = pairs(folder)
     batches = list(data.all_pairs("own", BatchShard(8, 4)))
-    assert len(batches) == 6 and len({tuple(row.tolist()) for b in batches for row in b.tokens[0::2]}) == 20
+    chosen = [
+        (tokens.tolist(), targets)
+        for batch in batches
+        for tokens, targets in zip(batch.tokens[0::2], batch.loss_mask[0::2].sum(1), strict=True)
+    ]
+    assert len(batches) == 6 and len({tuple(tokens) for tokens, targets in chosen if targets}) == 20
+    assert [int(targets) > 0 for _, targets in chosen] == [True] * 20 + [False] * 4
+
+
+def held_out_value(data, batch: int, data_parallel: int, forward) -> list[float]:
+    """Return loss and metrics on the held-out part by the sums of all micro-batches, as `engine.step.measure` does."""
+    sums, steps = 0, -(-data.num_validation_samples("own") // batch)
+    for rank in range(data_parallel):
+        for one in data.validation_batches("own", BatchShard(batch, 1, data_parallel, rank), steps):
+            # A model whose log-probability of a token depends on the token and its place.
+            costs = (one.labels % 7 + one.position_ids % 3 + 1) / 10
+            sums = sums + forward(one, -(costs * one.loss_mask).t())
+    return (sums / sums[1]).tolist()
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_the_loss_on_held_out_samples_is_one_value_for_every_batch_and_layout(count, folder):
+    def of_pairs(batch, log_probs):
+        return dpo._loss(batch, Dpo(), Axis(None, 1, 0), log_probs)[2]
+
+    def of_tokens(batch, log_probs):
+        return torch.stack([-log_probs.double().sum(), batch.loss_mask.double().sum()])
+
+    preferences = pairs(folder, count * 2, validation_fraction=0.5)
+    draw = np.random.default_rng(0)
+    preferences.reference = {"own": draw.normal(-3, 1, (count * 2, 2)).astype(np.float32)}
+    talks = conversations(folder, count * 2, validation_fraction=0.5)
+    unpacked = conversations(folder, count * 2, validation_fraction=0.5, pack=False)
+    for data, forward in ((preferences, of_pairs), (talks, of_tokens), (unpacked, of_tokens)):
+        values = [
+            held_out_value(data, batch, ranks, forward) for batch in (1, 2, 4, 16) for ranks in (1, 2) if batch >= ranks
+        ]
+        for value in values[1:]:
+            assert value == pytest.approx(values[0], rel=1e-12)
+    assert talks.num_validation_samples("own") > 1 and preferences.num_validation_samples("own") == count
 
 
 def test_what_is_up_to_date_is_not_prepared_again_and_another_limit_prepares_it(folder, capsys):

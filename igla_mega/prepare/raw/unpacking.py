@@ -10,6 +10,10 @@ PIECE_BYTES = 1 << 20
 """Maximum size of a piece; zstd's may be larger."""
 
 
+class Damaged(Exception):
+    """Error for a file whose rest cannot be read."""
+
+
 class Unpacker:
     """Decompressor of one member of a compressed file, whose pieces are small however much a chunk expands to."""
 

@@ -1,0 +1,1 @@
+"""Find and open the files of raw text."""
