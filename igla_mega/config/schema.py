@@ -345,7 +345,7 @@ class Data(Section):
     max_prompt_length: Count | None = None
     """Maximum length of the prompt, in tokens. At least 1; unset, `max_length`."""
     too_long: Literal["error", "cut", "skip"] = "error"
-    """Action for a conversation or prompt above its limit: an error, truncation (cut), or leaving it out (skip)."""
+    """Action for a conversation or pair above its limit: an error, truncation (cut), or leaving it out (skip)."""
     chat_template: str | None = None
     """Path of the Jinja template for the turns of a conversation, or `plain`; unset, the template of the tokenizer."""
     packing: bool = True

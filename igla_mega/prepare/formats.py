@@ -82,7 +82,7 @@ class Block:
     first: int
     """Number of the first record in its file, from 1."""
     data: Any
-    """Bytes for lines, a list of (file, bytes) for whole text files, a list of (text, language) for rows."""
+    """Bytes for lines, a list of (file, bytes) for whole text files, a list of (text or row, language) for rows."""
     after: Position
     """Position at which reading continues after the block."""
     input_bytes: int
@@ -202,8 +202,8 @@ def line_start(file: str | Path, offset: int, size: int) -> int:
 class How(NamedTuple):
     """Options that determine the records of a file."""
 
-    text_key: str = "text"
-    """Key or column of the text."""
+    text_key: str | None = "text"
+    """Key or column of the text; None for rows with all their columns."""
     text_documents: str = "file"
     """Unit that forms a document of plain text: `file` or `line`."""
     language_key: str | None = None
@@ -421,13 +421,13 @@ class _Chunks:
                 any_member, rest, unpacker = True, unpacker.unused_data, None
 
 
-def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str | None) -> Iterator[Block]:
+def _row_blocks(given: Input, begin: Position, text_key: str | None, language_key: str | None) -> Iterator[Block]:
     """Yield blocks of Parquet rows."""
     import pyarrow
     from pyarrow import parquet
 
     number, row, first, counted = begin.file, 0, 0, begin.taken
-    data: list[tuple[str | None, str | None]] = []
+    data: list[tuple[Any, str | None]] = []
 
     def block(damage: str | None = None) -> Block:
         """Return a block of the collected rows and start a new collection."""
@@ -460,8 +460,8 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
                     if row <= begin.offset:
                         first = row
                         continue
-                    texts = batch.column(text_key).to_pylist()
-                    tags = batch.column(columns[1]).to_pylist() if len(columns) > 1 else [None] * len(texts)
+                    texts = batch.to_pylist() if columns is None else batch.column(text_key).to_pylist()
+                    tags = batch.column(columns[1]).to_pylist() if len(columns or ()) > 1 else [None] * len(texts)
                     data += zip(texts, tags, strict=True)
                     size += batch.nbytes
                     if size >= BLOCK_BYTES or row == file.metadata.num_rows:
@@ -474,14 +474,18 @@ def _row_blocks(given: Input, begin: Position, text_key: str, language_key: str 
             yield block(f"damaged Parquet data ({row} rows, but its metadata records {file.metadata.num_rows})")
 
 
-def _columns(path: str, schema: Any, text_key: str, language_key: str | None) -> list[str]:
-    """Return the columns to read.
+def _columns(path: str, schema: Any, text_key: str | None, language_key: str | None) -> list[str] | None:
+    """Return the columns to read; None for all.
 
     Raises:
         ConfigError: the text column is missing, ambiguous or not of strings.
     """
     from pyarrow import types
 
+    if text_key is None:
+        if len(set(schema.names)) < len(schema.names):
+            raise ConfigError(f"{path}: several columns of one name.\n  Rename one of them.")
+        return None
     if text_key not in schema.names:
         raise ConfigError(
             f"{path}: no column `{text_key}` (its columns: {', '.join(schema.names[:8]) or 'none'}).\n"
