@@ -329,7 +329,7 @@ def _marked(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> Sample:
     begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     special = np.isin(tokens, specials)
     targets = np.zeros(len(tokens), dtype=bool)
-    for begin, body_end, end in spans:
+    for begin, body_end, end, _ in spans:
         inside = (begins >= begin) & (ends <= end) & (ends > begins)
         # The end of the turn follows the answer's text: it is a target up to its last special token. Text after that,
         # such as a newline, is written by the template and never has to be generated.

@@ -37,6 +37,8 @@ class Span(NamedTuple):
     """End of the answer's text."""
     end: int
     """End of the turn."""
+    opening: int
+    """Start of the text in which the answer is searched: `begin`, or that of a header which the answer continues."""
 
 
 def rendered(
@@ -93,7 +95,7 @@ def _refuse_lost(conversation: Conversation, spans: Sequence[Span], text: str, p
     begin = 0
     for index, message in enumerate(conversation.messages):
         if index in at:
-            searched, begin = text[at[index].begin : at[index].end], at[index].end
+            searched, begin = text[at[index].opening : at[index].end], at[index].end
         else:
             searched = text if message["role"] == "system" else text[begin:]
         if lost := lost_part(message, searched, trained=index in at):
@@ -117,9 +119,12 @@ def _answer_spans(conversation: Conversation, template: Template, text: str, pla
                 f"{place}: turn {index + 1}: the chat template renders earlier turns differently when more follow, so "
                 "the answer cannot be located.\n  Use a template that only appends, or conversations with one answer."
             )
-        # Where the template has moved the text, `_refuse_lost` finds out.
-        found = text_end(messages[index]["content"] or "", after[len(before) :])
-        yield Span(len(before), len(before) + max(found, 0), len(after))
+        begin, content = len(before), messages[index]["content"] or ""
+        found, opening = text_end(content, after[begin:]), begin
+        if found < 0:  # a header may end with `<think>`, which the text begins with, too
+            opening = len(template.render(messages[:index], tools=tools).removesuffix(tail))
+            found = max(text_end(content, after[opening:]) - (begin - opening), 0)  # if not found, it is refused later
+        yield Span(begin, begin + found, len(after), opening)
 
 
 def _next_header(conversation: Conversation, index: int, template: Template, place: str) -> str:

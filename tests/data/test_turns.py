@@ -149,6 +149,15 @@ def test_thinking_that_a_template_drops_from_context_is_no_loss(folder):
     assert spoken(folder / "tokr1", {"messages": talk}) == ["ran<|im_end|>"]
 
 
+def test_thinking_may_begin_in_the_header(folder):
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    talk = [ASKED, turn("assistant", "<think>\nbig dog</think>sat on")]
+    assert spoken(folder / "tokml", {"messages": talk}, source) == ["big dog</think>sat on<|im_end|>"]
+
+
 def test_a_typed_end_token_is_not_doubled(folder):
     for content in ("sat on<|im_end|>", "sat on<|im_end|>\n", "sat on"):
         assert spoken(folder / "tokml", {"messages": [ASKED, turn("assistant", content)]}) == ["sat on<|im_end|>"]
