@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from igla_mega.config.errors import ConfigError
@@ -13,6 +13,7 @@ from igla_mega.data.pairs import Pair
 END = 9
 ENDS = frozenset({END, 8})
 LENGTHS = st.integers(1, 20)
+EXAMPLES = settings(max_examples=60, deadline=None)
 WAYS = st.sampled_from(["error", "skip", "cut"])
 
 
@@ -30,6 +31,7 @@ def of_an_answer(short: np.ndarray, whole: np.ndarray) -> bool:
     return len(short) > 1 and short.tolist() == [*whole[: len(short) - 1].tolist(), END]
 
 
+@EXAMPLES
 @given(st.data(), LENGTHS, LENGTHS, LENGTHS, st.integers(1, 45), st.none() | st.integers(1, 25), WAYS, st.booleans())
 def test_a_pair_is_whole_or_refused_with_its_numbers_or_left_out_or_cut(
     data, prompt, chosen, rejected, most, most_prompt, way, has_end
@@ -60,6 +62,7 @@ def test_a_pair_is_whole_or_refused_with_its_numbers_or_left_out_or_cut(
             assert len(kept.prompt) == min(prompt, most_prompt or prompt, max(most // 2, most - longest))
 
 
+@EXAMPLES
 @given(st.data(), LENGTHS, LENGTHS, st.integers(10, 45))
 def test_a_pair_is_left_out_only_if_its_answers_would_become_equal(data, chosen, rejected, most):
     pair = Pair(text(data, 20, None), text(data, chosen), text(data, rejected))
@@ -68,6 +71,7 @@ def test_a_pair_is_left_out_only_if_its_answers_would_become_equal(data, chosen,
         assert pair.chosen[: room - 1].tolist() == pair.rejected[: room - 1].tolist()
 
 
+@EXAMPLES
 @given(st.data(), st.lists(st.tuples(st.integers(0, 12), LENGTHS), min_size=1, max_size=4), st.integers(1, 60), WAYS)
 @example(None, [(0, 1)], 1, "cut")
 def test_a_conversation_is_whole_or_refused_or_left_out_or_ends_with_an_answer(data, turns, most, way):

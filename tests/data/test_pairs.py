@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import chat_tokenizers
 import numpy as np
@@ -110,6 +111,15 @@ def test_tools_and_calls_are_in_the_prompt_and_the_answer(tmp_path):
     prompt, chosen, rejected = (tokenizer.decode(part) for part in pair)
     assert prompt.startswith('<|im_start|>system\nTools: [{"type": "function"') and prompt.endswith("assistant\n")
     assert chosen == '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>' and rejected == "ran<|im_end|>"
+
+
+def test_an_answer_ends_before_the_header_that_a_template_always_writes(tmp_path):
+    chat_tokenizers.make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "tokml")
+    template = load_template(tmp_path / "tokml", Path(__file__).parents[1] / "cases" / "generation_header.jinja")
+    pair = pairs.pair_of({**TURNS, "prompt": QUESTION}, tokenizer, template, "f:1")
+    prompt, *answers = (tokenizer.decode(part) for part in pair)
+    assert prompt.endswith("f?<|im_end|>\n<|im_start|>assistant\n") and answers == ["yes<|im_end|>", "no<|im_end|>"]
 
 
 REFUSED = {

@@ -1,11 +1,14 @@
 """Rendered conversations: the text is that of transformers, turns end where they end, and nothing is lost unsaid."""
 
 import functools
+import importlib.util
+import re
 from pathlib import Path
 
 import chat_tokenizers
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igla_mega.config.errors import ConfigError
@@ -109,6 +112,40 @@ def test_tools_are_rendered_as_by_transformers(folder, name):
     assert text == expected
 
 
+TRL = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
+"""Templates of public models, as TRL has them, with the assistant's text marked by `{% generation %}`."""
+HEADERS = r"</?think>|<\|start\|>assistant|<\|tool_response>|<\|turn>model"
+"""What some of these marks count as the assistant's, although the generation prompt has it, or the other way round."""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in TRL.glob("*_training.jinja")))
+def test_targets_are_those_of_trls_templates_or_the_template_is_refused(folder, name):
+    import transformers
+
+    tokenizer, template = load_tokenizer(folder / "tokl2"), chat.load_template(folder / "tokl2", TRL / name)
+    reference = transformers.AutoTokenizer.from_pretrained(folder / "tokl2")
+    for line in (
+        {"messages": [ASKED, ANSWER]},
+        {"messages": [ASKED, ANSWER, turn("user", "again"), ANSWER]},
+        *RENDERED.values(),
+    ):
+        try:
+            sample = chat.tokenize(conversation_of(line, "f:1"), tokenizer, template, "f:1")
+        except ConfigError as error:
+            assert "the chat template" in str(error)
+            continue
+        expected = reference.apply_chat_template(
+            line["messages"],
+            tools=line.get("tools"),
+            chat_template=(TRL / name).read_text(),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert sample.tokens.tolist() == expected["input_ids"]
+        other = sample.targets != np.array(expected["assistant_masks"], dtype=bool)
+        assert not re.sub(HEADERS, "", tokenizer.decode(sample.tokens[other])).strip(), line
+
+
 def test_a_call_without_text_is_a_target(folder):
     line = {"messages": [ASKED, turn("assistant", None, tool_calls=[CALL]), turn("tool", "42"), ANSWER]}
     call = '<tool_call>{"name": "area", "arguments": {"radius": 2}}</tool_call><|im_end|>'
@@ -167,6 +204,7 @@ def test_a_typed_end_token_is_not_doubled(folder):
 TEXTS = st.text(st.sampled_from("abc \n\"'{}<é"), min_size=1).filter(lambda text: text.strip())
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(TEXTS, min_size=2, max_size=6), st.data())
 def test_only_turns_that_are_targets_are_trained_on_and_wholly(folder, texts, data):
     talk = [turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts[: len(texts) // 2 * 2])]
