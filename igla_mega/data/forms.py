@@ -235,13 +235,14 @@ def tools_of(entry: Mapping[str, Any], place: str) -> list[Any] | None:
 def _function(tool: Any) -> dict[str, Any]:
     """Return the function of a tool or of a call, empty if it has no name."""
     function = tool.get("function", tool) if isinstance(tool, dict) else None
-    named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
-    return function if named else {}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return {}
+    return function if function["name"] else {}
 
 
 def present(entry: Mapping[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
     """Return an object without the keys that are null, or empty and not among those to keep."""
-    empty = ("", [], {})
+    empty: tuple[Any, ...] = ("", [], {})
     return {k: v for k, v in entry.items() if v is not None and (k in kept or not any(v == e for e in empty))}
 
 

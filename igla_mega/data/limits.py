@@ -9,7 +9,7 @@ end token, or two equal answers.
 """
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the ids that may end an answer: the special tokens and the end-of-document token."""
-    known = getattr(tokenizer.engine, "get_added_tokens_decoder", dict)()
+    known: dict[int, Any] = getattr(tokenizer.engine, "get_added_tokens_decoder", dict)()
     special = {number for number, token in known.items() if token.special}
     return frozenset(special if tokenizer.eod_id is None else special | {tokenizer.eod_id})
 

@@ -461,7 +461,7 @@ def _row_blocks(given: Input, begin: Position, text_key: str | None, language_ke
                         first = row
                         continue
                     texts = batch.to_pylist() if columns is None else batch.column(text_key).to_pylist()
-                    tags = batch.column(columns[1]).to_pylist() if len(columns or ()) > 1 else [None] * len(texts)
+                    tags = batch.column(columns[1]).to_pylist() if columns and len(columns) > 1 else [None] * len(texts)
                     data += zip(texts, tags, strict=True)
                     size += batch.nbytes
                     if size >= BLOCK_BYTES or row == file.metadata.num_rows:
