@@ -53,9 +53,6 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         if _is_done(prefix, stamp):
             continue
         counts = _write(recipe, files, prefix, tokenizer, template)
-        if not counts["samples"]:
-            what = "every line is too long and left out" if counts["left_out"] else "its files have no lines"
-            raise ConfigError(f"data.sources.{name}: {what}.\n  Raise data.max_length, or give other files.")
         _seal(prefix, {"digest": stamp, **counts})
         if progress:
             notes = [f"; {counts[key]:,} too long and {key.replace('_', ' ')}" for key in ("left_out", "cut")]
@@ -84,7 +81,11 @@ def _has_turns(entry: dict) -> bool:
 def _write(
     recipe: Recipe, files: list[Path], prefix: str, tokenizer: Tokenizer, template: chat.ChatTemplate | None
 ) -> Counter[str]:
-    """Write one source; return the number of samples written, of these cut, and left out."""
+    """Write one source; return the number of samples written, of these cut, and left out.
+
+    Raises:
+        ConfigError: a line is invalid, or no sample is left; an earlier dataset is then unchanged.
+    """
     counts = Counter(samples=0, left_out=0, cut=0)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     data, dtype, ends = recipe.data, token_dtype(tokenizer.vocab_size), limits.end_ids(tokenizer)
@@ -111,6 +112,12 @@ def _write(
             tokens.add(np.concatenate(documents).astype(dtype), np.array([len(part) for part in documents]))
             if targets is not None and isinstance(kept, chat.Sample):
                 targets.add(kept.targets.astype(np.uint8), np.array([len(kept.tokens)]))
+        if not counts["samples"]:
+            what = "every line is too long and left out" if counts["left_out"] else "its files have no lines"
+            name = Path(prefix).name
+            raise ConfigError(f"data.sources.{name}: {what}.\n  Raise data.max_length, or give other files.")
+        # Before the new files get their names: after a kill in between, the old digest must not vouch for them.
+        Path(f"{prefix}.json").unlink(missing_ok=True)
     return counts
 
 

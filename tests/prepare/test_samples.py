@@ -194,8 +194,6 @@ def test_the_case_of_long_pairs(small, tmp_path, capsys):
     ):
         prepared(small, "tok", file, tmp_path / "error", form="dpo")
     assert not list(tmp_path.glob("error/own.json"))
-    with pytest.raises(ConfigError, match=r"own: every line is too long and left out"):
-        prepared(small, "tok", file, tmp_path / "skip", form="dpo", too_long="skip")
     capsys.readouterr()
     texts, counts = prepared(small, "tok", file, tmp_path / "cut", form="dpo", too_long="cut")
     assert counts == {"samples": 12, "left_out": 0, "cut": 12}
@@ -204,6 +202,10 @@ def test_the_case_of_long_pairs(small, tmp_path, capsys):
         prompt, *answers = texts[3 * number : 3 * number + 3]
         assert answers == [pair["chosen"] + "<|endoftext|>", pair["rejected"] + "<|endoftext|>"], "answers are whole"
         assert prompt and pair["prompt"].endswith(prompt)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()}
+    with pytest.raises(ConfigError, match=r"own: every line is too long and left out"):
+        prepared(small, "tok", file, tmp_path / "cut", form="dpo", too_long="skip")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == written, "nothing is replaced"
 
 
 @pytest.mark.parametrize("name", ["dpo_exact.jsonl", "dpo_over.jsonl"])
