@@ -51,15 +51,11 @@ def rendered(
     """
     if template is None:
         raise ConfigError(f"{place}: contains messages, but there is no chat template.\n  Set data.chat_template.")
-    messages = conversation.messages
+    conversation = _filled(conversation, template)
     try:
-        text = template.render(messages, tools=conversation.tools)
+        text = template.render(conversation.messages, tools=conversation.tools)
         spans = list(_answer_spans(conversation, template, text, place))
     except jinja2.TemplateError as error:
-        if any(message["content"] is None for message in messages):
-            # Calls of tools without a text: some templates require that the content is null, others that it is a text.
-            messages = [{**message, "content": message["content"] or ""} for message in messages]
-            return rendered(replace(conversation, messages=messages), tokenizer, template, place)
         raise ConfigError(f"{place}: the chat template fails: {error}.\n  Fix or remove the line.") from None
     refuse_surrogates(text, place)
     single = _without_typed_ends(conversation, spans, text, tokenizer)
@@ -67,6 +63,24 @@ def rendered(
         return rendered(single, tokenizer, template, place)
     _refuse_lost(conversation, spans, text, place)
     return text, spans
+
+
+def _filled(conversation: Conversation, template: Template) -> Conversation:
+    """Return the conversation with empty texts for contents that are null, if its template requires them.
+
+    Of calls of tools without a text, some templates require that the content is null. Others fail, or write `None`.
+    """
+    if all(message["content"] is not None for message in conversation.messages):
+        return conversation
+    messages = [{**message, "content": message["content"] or ""} for message in conversation.messages]
+    texts = []
+    for given in (messages, conversation.messages):
+        try:
+            texts.append(template.render(given, tools=conversation.tools))
+        except jinja2.TemplateError:
+            texts.append("None")
+    filled, null = (text.count("None") for text in texts)
+    return replace(conversation, messages=messages) if filled < null else conversation
 
 
 def _without_typed_ends(

@@ -146,10 +146,23 @@ def test_targets_are_those_of_trls_templates_or_the_template_is_refused(folder, 
         assert not re.sub(HEADERS, "", tokenizer.decode(sample.tokens[other])).strip(), line
 
 
-def test_a_call_without_text_is_a_target(folder):
+CONTENTS = {
+    "joined": "{{ '' + m['content'] }}{{ m.tool_calls and calls(m) or '' }}",
+    "printed": "{{ m['content'] }}{{ m.tool_calls and calls(m) or '' }}",
+    "null": "{% if m['content'] is none %}{{ calls(m) }}{% else %}{{ m['content'] }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_call_without_text_is_a_target(folder, name):
+    source = (
+        "{% macro calls(m) %}{{ m.tool_calls[0].function | tojson }}{% endmacro %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}" + CONTENTS[name] + "{{ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     line = {"messages": [ASKED, turn("assistant", None, tool_calls=[CALL]), turn("tool", "42"), ANSWER]}
-    call = '<tool_call>{"name": "area", "arguments": {"radius": 2}}</tool_call><|im_end|>'
-    assert spoken(folder / "toktools", line) == [call, "sat on<|im_end|>"]
+    call = '{"name": "area", "arguments": {"radius": 2}}<|im_end|>'
+    assert spoken(folder / "toktools", line, source) == [call, "sat on<|im_end|>"]
 
 
 LOST = {
