@@ -110,8 +110,12 @@ def _refuse_lost(conversation: Conversation, spans: Sequence[Span], text: str, p
     for index, message in enumerate(conversation.messages):
         if index in at:
             searched, begin = text[at[index].opening : at[index].end], at[index].end
-        else:
-            searched = text if message["role"] == "system" else text[begin:]
+        elif message["role"] == "system":  # which some templates write into a later turn
+            searched = text
+        else:  # in its place: a tool's answer that is dropped may be repeated by the assistant
+            stop = next((at[later].begin for later in conversation.trained if later > index), len(text))
+            searched = text[begin:stop]
+            begin += max(text_end(message["content"] or "", searched), 0)
         if lost := lost_part(message, searched, trained=index in at):
             raise ConfigError(
                 f"{place}: turn {index + 1}: the chat template does not render `{lost}` of the {message['role']}, or "

@@ -176,7 +176,20 @@ LOST = {
     "turn 1: .*`content` of the system": ("tokl2", {"messages": [turn("system", "big"), ASKED, ANSWER]}),
     "turn 3: .*`content` of the tool": (
         "tokl2",
-        {"messages": [ASKED, turn("assistant", "so"), turn("tool", "42"), ANSWER]},
+        {"messages": [ASKED, turn("assistant", "so"), turn("tool", "42"), turn("assistant", "42, so")]},
+    ),
+    "turn 5: .*`content` of the tool": (
+        "tokl2",
+        {
+            "messages": [
+                ASKED,
+                turn("assistant", "so"),
+                turn("user", "42"),
+                turn("assistant", "so", weight=0),
+                turn("tool", "42"),
+                ANSWER,
+            ]
+        },
     ),
     "System role not supported": ("toknosys", {"messages": [turn("system", "big"), ASKED, ANSWER]}),
 }
