@@ -36,7 +36,7 @@ HARMLESS = frozenset(
     metadata meta comment comments notes redacted toxic moderation openai_moderation
     """.split()  # noqa: SIM905 (a list of strings would fill a page)
 )
-"""Keys of a line or a turn that say nothing about its text; ignored."""
+"""Keys of a line or a turn that say nothing about its text, also with `-` for `_`; ignored."""
 
 _SHARE_GPT = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 _FORM_KEYS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output"})
@@ -248,7 +248,7 @@ def present(entry: Mapping[str, Any], kept: Collection[str] = ()) -> dict[str, A
 
 def refuse_unknown(entry: Mapping[str, Any], known: Collection[str], place: str) -> None:
     """Raise ConfigError naming a key that is neither used nor harmless."""
-    if unknown := [key for key in entry if key not in known and key not in HARMLESS]:
+    if unknown := [key for key in entry if key not in known and key.replace("-", "_") not in HARMLESS]:
         raise ConfigError(
             f"{place}: {unknown[0]!r} would be dropped: this form uses {', '.join(sorted(known))}.\n"
             "  Remove the key if it is not to be learned from, or write its content into the turns."

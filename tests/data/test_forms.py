@@ -65,7 +65,7 @@ READ = {
     "train false": ({"messages": [*TALK, AGAIN[0], {**AGAIN[1], "train": False}]}, TALK + AGAIN, (1,)),
     "weight of the user": ({"messages": [{**ASKED, "weight": 0.0}, {**ANSWER, "weight": 1.0}]}, TALK, (1,)),
     "harmless keys": (
-        {"messages": TALK, "id": 7, "source": "web", "score": 0.5, "images": [], "tools": None},
+        {"messages": TALK, "id": 7, "source": "web", "score": 0.5, "chosen-rating": 2, "images": [], "tools": None},
         TALK,
         (1,),
     ),
