@@ -343,9 +343,9 @@ class Data(Section):
     max_length: Count | None = None
     """Maximum length of prompt and answer together, in tokens. At least 1; unset, `training.sequence_length`."""
     max_prompt_length: Count | None = None
-    """Maximum length of the prompt, in tokens. At least 1; unset, `max_length`."""
+    """Maximum length of the prompt of a pair, in tokens. At least 1; unset, only `max_length` applies."""
     too_long: Literal["error", "cut", "skip"] = "error"
-    """Action for a conversation or prompt above its limit: an error, truncation (cut), or leaving it out (skip)."""
+    """Action for a conversation or pair above its limit: an error, truncation (cut), or leaving it out (skip)."""
     chat_template: str | None = None
     """Path of the Jinja template for the turns of a conversation, or `plain`; unset, the template of the tokenizer."""
     packing: bool = True

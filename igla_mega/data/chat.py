@@ -1,39 +1,31 @@
 """Tokenize conversations with the tokenizer's chat template, and mark the assistant's tokens as targets.
 
-Accepted forms of a JSONL line:
-    {"messages": [{"role": "system" | "user" | "assistant", "content": text}, ...]}
-    {"prompt": text, "completion": text}, or both as lists of messages
-    {"instruction": text, "input": text, "output": text}, input optional (Alpaca); also `system`
+`forms` reads the lines of a data set, `turns` renders them.
 
 The target mask follows the same rules for every template. Targets are the tokens of the assistant's text and of the end
 of the turn, up to its last special token (a newline after that belongs to the template); in a turn without a special
-token, up to its end. Turn headers, system text and user text are not targets. The borders of an answer are found by
-rendering the conversation up to them, so a template whose shorter rendering is not a prefix of the longer one is
-rejected. The tokens are those of the whole rendered text; a token that straddles the beginning of an answer is not a
-target.
+token, up to its end. Turn headers, system text and user text are not targets. The tokens are those of the whole
+rendered text; a token that straddles the beginning of an answer is not a target.
 """
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import read_text, regular
+from igla_mega.config.files import read_text
+from igla_mega.data.forms import Conversation, Message
 from igla_mega.data.tokenizer import Tokenizer
+from igla_mega.data.turns import Span, rendered, special_ids
 from igla_mega.untrusted import trial
 from igla_mega.untrusted.child import no_panic
 from igla_mega.untrusted.sandbox import MAX_SOURCE_BYTES, Sandbox
-
-Message = dict[str, str]
-TooLong = Literal["error", "cut", "skip"]
-ROLES = ("system", "user", "assistant")
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -43,8 +35,6 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
 """Template for tokenizers without special turn tokens: plain headers, and end-of-document tokens after answers."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Sample(NamedTuple):
@@ -65,16 +55,18 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
     environment: Sandbox
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """Return the text of a conversation.
 
         Raises:
             jinja2.TemplateError: the template rejects it, fails on it, or exceeds the sandbox's limits.
         """
         try:
-            self.environment.begin(messages)
+            self.environment.begin(messages, tools)
             return self.compiled.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special_tokens
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self.special_tokens
             )
         except jinja2.TemplateError:
             raise
@@ -115,7 +107,7 @@ def _compiled(place: str, source: str, special_tokens: Mapping[str, str]) -> Cha
 
 def _try(template: ChatTemplate, tokenizer: Tokenizer | None) -> None:
     """Render short conversations and tokenize what comes out; a template may reject them."""
-    turns = [{"role": role, "content": f"{role}: 1 + 1?\n"} for role in ROLES]
+    turns = [{"role": role, "content": f"{role}: 1 + 1?\n"} for role in ("system", "user", "assistant")]
     for messages in (turns[1:], turns, [*turns, *turns[1:] * 4]):
         with contextlib.suppress(jinja2.TemplateError):
             text = template.render(messages)
@@ -172,159 +164,52 @@ def _text(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
-def read_conversations(file: str | Path) -> Iterator[tuple[str, list[Message] | tuple[str, str]]]:
-    """Yield (`file:line`, messages or a plain prompt and completion) for every line of a JSONL file.
-
-    Raises:
-        ConfigError: a line has no accepted form, or the turns of a conversation are not in order.
-    """
-    for place, entry in json_lines(file):
-        yield place, conversation_of(entry, place)
-
-
-def json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:line`, object) for every line of a JSONL file that is not blank.
-
-    Raises:
-        ConfigError: the file cannot be read, or a line is not a JSON object.
-    """
-    try:
-        with open(file, encoding="utf-8", opener=regular) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.isspace():
-                    continue
-                place = f"{file}:{number}"
-                try:
-                    entry = json_text.loads(line)
-                except ValueError as error:
-                    raise ConfigError(f"{place}: not JSON ({error}).\n  Fix or remove the line.") from None
-                if not isinstance(entry, dict):
-                    raise ConfigError(f"{place}: not a JSON object.\n  Fix or remove the line.")
-                yield place, entry
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}).\n  Give a JSONL file.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 ({error.reason}).\n  Save it as UTF-8.") from None
-
-
-def conversation_of(entry: Mapping[str, Any], place: str) -> list[Message] | tuple[str, str]:
-    """Return the messages of one line, or its plain prompt and completion.
-
-    Raises:
-        ConfigError: the line has no accepted form, or its turns are not in order.
-    """
-    if "messages" in entry:
-        return checked(entry["messages"], place)
-    if "prompt" in entry and "completion" in entry:
-        prompt, completion = entry["prompt"], entry["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return checked([*prompt, *completion], place)
-        if isinstance(prompt, str) and isinstance(completion, str) and completion:
-            refuse_surrogates(prompt + completion, place)
-            return prompt, completion
-        raise ConfigError(
-            f"{place}: prompt and completion are not both texts or both lists of messages.\n  Fix or remove the line."
-        )
-    if "instruction" in entry and "output" in entry:
-        user = "\n".join(str(part) for part in (entry["instruction"], entry.get("input")) if part)
-        system = [{"role": "system", "content": entry["system"]}] if entry.get("system") else []
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": entry["output"]}]
-        return checked([*system, *turns], place)
-    known = "`messages`, `prompt` and `completion`, or `instruction` and `output`"
-    keys = ", ".join(sorted(entry)) or "none"
-    raise ConfigError(f"{place}: not a conversation: its keys are {keys}.\n  Use {known}.")
-
-
-def checked(messages: Any, place: str, *, answered: bool = True) -> list[Message]:
-    """Return messages after checking their order: an optional system text, then user and assistant alternately.
-
-    Args:
-        place: `file:line` for the errors.
-        answered: True to require at least one turn by the assistant.
-
-    Raises:
-        ConfigError: the messages are malformed or out of order.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ConfigError(f"{place}: messages: not a list of turns.\n  Fix or remove the line.")
-    for number, message in enumerate(messages, 1):
-        turn = f"{place}: turn {number}"
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ConfigError(f'{turn}: not a {{"role": ..., "content": text}}.\n  Fix or remove the line.')
-        refuse_surrogates(message["content"], turn)
-        role = message.get("role")
-        if role not in ROLES:
-            raise ConfigError(f"{turn}: role {role!r} is not one of {', '.join(ROLES)}.\n  Fix or remove the line.")
-        if role == "system" and number > 1:
-            raise ConfigError(f"{turn}: system text after the first turn.\n  Move it to the start.")
-        if number > 1 and role == messages[number - 2]["role"]:
-            raise ConfigError(f"{turn}: two turns in a row by the {role}.\n  Join them, or remove one.")
-    if answered and not any(message["role"] == "assistant" for message in messages):
-        raise ConfigError(f"{place}: no turn by the assistant, so there are no targets.\n  Remove the line.")
-    return messages
-
-
-def refuse_surrogates(text: str, place: str) -> None:
-    """Raise ConfigError on an unpaired surrogate, which JSON escapes can express and no tokenizer accepts."""
-    if not text.isascii() and _SURROGATE.search(text):
-        raise ConfigError(f"{place}: contains half of a surrogate pair (invalid Unicode).\n  Fix or remove the line.")
-
-
 def tokenize(
-    conversation: list[Message] | tuple[str, str],
+    conversation: Conversation | list[Message] | tuple[str, str],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     place: str,
-    *,
-    max_length: int | None = None,
-    too_long: TooLong = "error",
-) -> Sample | None:
+) -> Sample:
     """Return the tokens of a conversation and the mask of those written by the assistant.
 
     Args:
-        template: may be None only if every conversation is a plain prompt and completion. These are concatenated and
-            followed by the end-of-document token, which is a target.
-        max_length: maximum number of tokens of a sample.
-        too_long: a longer sample is an error (`error`), cut at its end (`cut`), or dropped (`skip`).
-
-    Returns:
-        The sample, or None if it is dropped or has no target left after the cut.
+        conversation: a plain prompt and completion are concatenated and followed by the end-of-document token, which is
+            a target. In a list of messages all of the assistant's turns are targets.
+        template: may be None only if every conversation is a plain prompt and completion.
 
     Raises:
-        ConfigError: the sample is too long, or the template rejects the conversation or changes earlier turns.
+        ConfigError: the template rejects the conversation, drops a part of it or changes earlier turns.
     """
+    if isinstance(conversation, list):
+        answers = tuple(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+        conversation = Conversation(conversation, answers)
     if isinstance(conversation, tuple):
         sample = _plain(*conversation, tokenizer)
     else:
-        if template is None:
-            raise ConfigError(f"{place}: contains messages, but there is no chat template.\n  Set data.chat_template.")
-        sample = _rendered(conversation, tokenizer, template, place)
-    if max_length is None or len(sample.tokens) <= max_length:
-        return sample
-    if too_long == "error":
-        raise ConfigError(
-            f"{place}: {len(sample.tokens)} tokens exceed data.max_length {max_length}.\n"
-            "  Raise it, shorten the conversation, or set data.too_long to `cut` or `skip`."
-        )
-    cut = Sample(sample.tokens[:max_length], sample.targets[:max_length])
-    return cut if too_long == "cut" and cut.targets[1:].any() else None
+        sample = _marked(*rendered(conversation, tokenizer, template, place), tokenizer)
+    if not sample.targets[1:].any():
+        raise ConfigError(f"{place}: the assistant's turns are empty, so there are no targets.\n  Remove the line.")
+    return sample
 
 
 def _plain(prompt: str, completion: str, tokenizer: Tokenizer) -> Sample:
     """Return prompt, completion and end-of-document token, the last two as targets."""
-    end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-    context, answer = tokenizer.encode(prompt), [*tokenizer.encode(completion), *end]
+    context, answer = tokenizer.encode(prompt), ended(completion, tokenizer)
     tokens = np.array([*context, *answer], dtype=np.int64)
     return Sample(tokens, np.arange(len(tokens)) >= len(context))
 
 
-def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTemplate, place: str) -> Sample:
-    """Return the tokens of rendered messages, with the assistant's turns as targets."""
-    try:
-        text = template.render(messages)
-        spans = list(_answer_spans(messages, template, text, place))
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"{place}: the chat template fails: {error}.\n  Fix or remove the line.") from None
+def ended(answer: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of a plain answer with one end-of-document token, also if the text ends in it already."""
+    ids = tokenizer.encode(answer)
+    if tokenizer.eod_id is None:
+        return ids
+    typed = tokenizer.encode(answer.rstrip()) if tokenizer.eod_id in ids else []
+    return typed if typed[-1:] == [tokenizer.eod_id] else [*ids, tokenizer.eod_id]
+
+
+def _marked(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> Sample:
+    """Return the tokens of a rendered text, with the given turns as targets."""
     specials = special_ids(tokenizer)
     with no_panic(tokenizer.path):
         encoding = tokenizer.engine.encode(text, add_special_tokens=False)
@@ -332,7 +217,7 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
     begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     special = np.isin(tokens, specials)
     targets = np.zeros(len(tokens), dtype=bool)
-    for begin, body_end, end in spans:
+    for begin, body_end, end, _ in spans:
         inside = (begins >= begin) & (ends <= end) & (ends > begins)
         # The end of the turn follows the answer's text: it is a target up to its last special token. Text after that,
         # such as a newline, is written by the template and never has to be generated.
@@ -340,43 +225,4 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
         if len(closing):
             inside[closing[-1] + 1 :] = False
         targets |= inside
-    if not targets[1:].any():
-        raise ConfigError(f"{place}: the assistant's turns are empty, so there are no targets.\n  Remove the line.")
     return Sample(tokens, targets)
-
-
-def special_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of the special tokens, which ordinary text does not produce, int64.
-
-    Raises:
-        ConfigError: the tokenizer's library reports no character offsets.
-    """
-    if not hasattr(tokenizer.engine, "get_added_tokens_decoder"):
-        raise ConfigError(
-            f"data.tokenizer: {tokenizer.path} does not report the character offsets of its tokens, so turns cannot be"
-            " located.\n  Save it as a tokenizer.json."
-        )
-    added = tokenizer.engine.get_added_tokens_decoder()
-    return np.array([number for number, token in added.items() if token.special], dtype=np.int64)
-
-
-def _answer_spans(
-    messages: Sequence[Message], template: ChatTemplate, text: str, place: str
-) -> Iterator[tuple[int, int, int]]:
-    """Yield the character offsets of each assistant turn: start of the answer, end of its text, end of the turn."""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = template.render(messages[:index], add_generation_prompt=True)
-        after = template.render(messages[: index + 1])
-        if not after.startswith(before) or not text.startswith(after):
-            raise ConfigError(
-                f"{place}: turn {index + 1}: the chat template renders earlier turns differently when more follow, so "
-                "the answer cannot be located.\n  Use a template that only appends, or conversations with one answer."
-            )
-        # Stripped, since many templates trim the content. If a template rewrites it, it is not found, and the whole
-        # turn is searched for the special token that closes it.
-        content = message["content"].strip()
-        found = text.find(content, len(before), len(after)) if content else len(before)
-        body_end = found + len(content) if found >= 0 else len(before)
-        yield len(before), body_end, len(after)

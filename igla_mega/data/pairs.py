@@ -1,37 +1,43 @@
 """Read and tokenize preference pairs: a prompt, the chosen answer and the rejected answer.
 
-Accepted forms of a JSONL line:
+Accepted forms of a line:
     {"prompt": text, "chosen": text, "rejected": text}
     {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
     {"chosen": [messages], "rejected": [messages]}: the prompt is the common beginning of both
+    {"prompt": text, "chosen": [messages], "rejected": [messages]}: the text is the user's turn before the answers, and
+        may be in the lists, too (UltraFeedback)
+    {"chosen": text, "rejected": text}, each a dialogue with "\\n\\nHuman:" and "\\n\\nAssistant:" (HH-RLHF): the prompt
+        is the common beginning up to the last "\\n\\nAssistant:" in it
+    {"conversations": [messages], "chosen": message, "rejected": message} (ShareGPT)
 
-Messages are rendered by the tokenizer's chat template. Plain text is the concatenation of prompt, answer and
-end-of-document token. Both answers follow the same prompt tokens.
-
-Lengths, in tokens: a prompt longer than `max_prompt_length` is an error, or keeps its end (`cut`), or drops its pair
-(`skip`). An answer is truncated where prompt and answer together exceed `max_length`.
+Messages are as in `forms`, and rendered by the tokenizer's chat template; `tools` are rendered, too. Plain text is the
+concatenation of prompt, answer and end-of-document token. Both answers follow the same prompt tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import (
-    ChatTemplate,
-    Message,
-    Sample,
-    TooLong,
+from igla_mega.data.chat import Sample, ended
+from igla_mega.data.forms import (
+    Conversation,
     checked,
-    json_lines,
+    conversation,
+    present,
+    refuse_other_prompt,
     refuse_surrogates,
-    special_ids,
+    refuse_unknown,
+    tools_of,
 )
 from igla_mega.data.packing import Row, fill_row
 from igla_mega.data.tokenizer import Tokenizer
+from igla_mega.data.turns import Template, rendered, special_ids
+
+_ASSISTANT = "\n\nAssistant:"
+_KEYS = ("prompt", "chosen", "rejected")
 
 
 class Pair(NamedTuple):
@@ -42,126 +48,133 @@ class Pair(NamedTuple):
     rejected: np.ndarray
 
 
-def read_pairs(
-    file: str | Path,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    too_long: TooLong = "error",
-) -> Iterator[tuple[str, Pair | None]]:
-    """Yield (`file:line`, pair) for every line of a JSONL file, with None for a pair that is dropped.
+def pair_of(line: Mapping[str, Any], tokenizer: Tokenizer, template: Template | None, place: str) -> Pair:
+    """Return the tokens of one line.
+
+    Args:
+        place: `file:line` for the errors.
 
     Raises:
-        ConfigError: a line is not a pair, its answers are equal, or its prompt is too long.
+        ConfigError: the line is not a preference pair, a key would be dropped, or its answers are equal.
     """
-    for place, entry in json_lines(file):
-        pair = _tokens(entry, tokenizer, template, place)
-        yield place, limited(pair, place, max_length=max_length, max_prompt_length=max_prompt_length, too_long=too_long)
-
-
-def limited(
-    pair: Pair, place: str, *, max_length: int, max_prompt_length: int, too_long: TooLong = "error"
-) -> Pair | None:
-    """Return a pair cut to the limits, or None if it is dropped.
-
-    Raises:
-        ConfigError: the prompt is too long or leaves no room for an answer, or the answers are equal after the cut.
-    """
-    prompt = pair.prompt
-    if len(prompt) > max_prompt_length:
-        if too_long == "error":
-            raise ConfigError(
-                f"{place}: the prompt alone has {len(prompt)} tokens, more than the {max_prompt_length} of "
-                "data.max_prompt_length.\n  Raise it, shorten the prompt, or set data.too_long to `cut` or `skip`."
-            )
-        if too_long == "skip":
-            return None
-        prompt = prompt[len(prompt) - max_prompt_length :]
-    room = max_length - len(prompt)
-    if room < 1:
+    entry = present(line, ("prompt",))
+    keys = ", ".join(sorted(entry)) or "none"
+    if missing := [key for key in ("chosen", "rejected") if key not in entry]:
         raise ConfigError(
-            f"{place}: the prompt's {len(prompt)} tokens leave no room for an answer in the {max_length} of "
-            "data.max_length.\n  Raise it, or lower data.max_prompt_length."
-        )
-    # Two answers that differ only beyond the limit carry no preference once both are cut.
-    cut = Pair(prompt, pair.chosen[:room], pair.rejected[:room])
-    if np.array_equal(cut.chosen, cut.rejected):
-        if too_long == "skip":
-            return None
-        raise ConfigError(
-            f"{place}: chosen and rejected are the same within the {max_length} tokens of data.max_length.\n"
-            "  Raise it, or remove the line."
-        )
-    return cut
-
-
-def _tokens(entry: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None, place: str) -> Pair:
-    """Return the tokens of one line; raise ConfigError if it is not a preference pair."""
-    missing = [key for key in ("chosen", "rejected") if not entry.get(key)]
-    if missing:
-        raise ConfigError(
-            f"{place}: not a preference pair: `{missing[0]}` is missing or empty.\n  Fix or remove the line."
+            f"{place}: not a preference pair: `{missing[0]}` is missing or empty; its keys are {keys}.\n"
+            "  Use `prompt`, `chosen` and `rejected`."
         )
     if entry["chosen"] == entry["rejected"]:
         raise ConfigError(f"{place}: chosen equals rejected, so there is no preference.\n  Remove the line.")
-    forms = {type(entry[key]) for key in ("prompt", "chosen", "rejected") if key in entry}
-    if forms == {str} and "prompt" in entry:
-        refuse_surrogates(entry["prompt"] + entry["chosen"] + entry["rejected"], place)
-        return _plain(entry["prompt"], entry["chosen"], entry["rejected"], tokenizer)
-    if forms != {list}:
+    if isinstance(entry["chosen"], str) and isinstance(entry["rejected"], str):
+        pair = _plain(*_texts(entry, place), tokenizer)
+    else:
+        prompt, chosen, rejected = _turns(entry, place)
+        tools = tools_of(entry, place)
+        both = {"chosen": [*prompt, *chosen], "rejected": [*prompt, *rejected]}
+        parts = [
+            _rendered(_answered(turns, len(prompt), tools, f"{place}: {name}"), tokenizer, template, f"{place}: {name}")
+            for name, turns in both.items()
+        ]
+        if parts[0][0] != parts[1][0]:
+            raise ConfigError(f"{place}: the chat template renders the prompt differently before the two answers.")
+        pair = _tokens(parts[0][0], [answer for _, answer in parts], tokenizer)
+    if np.array_equal(pair.chosen, pair.rejected):
         raise ConfigError(
-            f"{place}: prompt, chosen and rejected are neither three texts nor lists of messages.\n  Fix the line."
+            f"{place}: chosen and rejected are the same tokens, so there is no preference.\n  Remove the line."
         )
-    if template is None:
-        raise ConfigError(f"{place}: contains messages, but there is no chat template.\n  Set data.chat_template.")
-    prompt, chosen, rejected = _turns(entry, place)
-    try:
-        context = template.render(prompt, add_generation_prompt=True)
-        answers = [template.render([*prompt, *answer]) for answer in (chosen, rejected)]
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"{place}: the chat template fails: {error}.\n  Fix or remove the line.") from None
-    if not all(answer.startswith(context) for answer in answers):
+    if not len(pair.prompt):
+        raise ConfigError(f"{place}: the prompt is empty, so nothing precedes the answers.\n  Remove the line.")
+    return pair
+
+
+def _texts(entry: Mapping[str, Any], place: str) -> tuple[str, str, str]:
+    """Return prompt, chosen answer and rejected answer of a line of texts."""
+    refuse_unknown(entry, _KEYS, place)
+    chosen, rejected = entry["chosen"], entry["rejected"]
+    if "prompt" in entry:
+        prompt = entry["prompt"]
+    else:
+        shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of texts, not of paths)
+        begin = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
+        if _ASSISTANT not in shared:
+            raise ConfigError(
+                f"{place}: two texts without `prompt`, and without {_ASSISTANT!r} in their common beginning, as HH-RLHF"
+                " has it.\n  Write what precedes both answers as `prompt`, and the answers alone as the other two."
+            )
+        prompt, chosen, rejected = chosen[:begin], chosen[begin:], rejected[begin:]
+    if not isinstance(prompt, str) or not chosen.strip() or not rejected.strip():
         raise ConfigError(
-            f"{place}: the chat template renders the prompt differently when an answer follows.\n"
-            "  Use a template that only appends."
+            f"{place}: prompt, chosen and rejected are neither three texts nor lists of messages, or an answer is "
+            "empty.\n  Fix or remove the line."
         )
-    # Prompt and answers are tokenized separately: a merge across the border would give the answers different prompts,
-    # and the difference of their log-probabilities would no longer be that of the answers alone.
-    ids = np.array(tokenizer.encode(context), dtype=np.int64)
-    ends = [_answer(answer[len(context) :], tokenizer) for answer in answers]
-    return Pair(ids, *ends)
+    refuse_surrogates(prompt + chosen + rejected, place)
+    return prompt, chosen, rejected
 
 
 def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer) -> Pair:
     """Return the tokens of a pair of plain texts, with the end-of-document token after each answer."""
-    end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-    context, *answers = (np.array(ids, dtype=np.int64) for ids in tokenizer.encode_batch([prompt, chosen, rejected]))
-    return Pair(context, *(np.append(answer, end).astype(np.int64) for answer in answers))
+    parts = (tokenizer.encode(prompt), ended(chosen, tokenizer), ended(rejected, tokenizer))
+    return Pair(*(np.array(ids, dtype=np.int64) for ids in parts))
 
 
-def _answer(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the tokens of an answer up to its last special token, without what the template appends after the turn."""
-    ids = np.array(tokenizer.encode(text), dtype=np.int64)
-    special = np.flatnonzero(np.isin(ids, special_ids(tokenizer)))
-    return ids[: special[-1] + 1] if len(special) else ids
-
-
-def _turns(entry: Mapping[str, Any], place: str) -> tuple[list[Message], list[Message], list[Message]]:
-    """Return the messages of the prompt, the chosen answer and the rejected answer."""
-    if "prompt" in entry:
-        prompt = entry["prompt"]
-        chosen, rejected = entry["chosen"], entry["rejected"]
-    else:
-        both = zip(entry["chosen"], entry["rejected"], strict=False)
-        shared = next((i for i, (a, b) in enumerate(both) if a != b), min(len(entry["chosen"]), len(entry["rejected"])))
-        prompt, chosen, rejected = entry["chosen"][:shared], entry["chosen"][shared:], entry["rejected"][shared:]
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        whole = checked([*prompt, *answer], f"{place}: {name}")
-        if not answer or whole[len(prompt)]["role"] != "assistant":
-            raise ConfigError(f"{place}: {name}: does not begin with an assistant turn.\n  Fix or remove the line.")
+def _turns(entry: Mapping[str, Any], place: str) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the turns of the prompt, the chosen answer and the rejected answer of a line of messages."""
+    refuse_unknown(entry, (*_KEYS, "conversations", "messages", "system", "tools"), place)
+    chosen, rejected = ([given] if isinstance(given := entry[key], dict) else given for key in ("chosen", "rejected"))
+    prompt = entry.get("prompt", entry.get("conversations"))
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or not isinstance(prompt, list | str | None):
+        raise ConfigError(
+            f"{place}: prompt, chosen and rejected are neither three texts nor lists of messages.\n  Fix the line."
+        )
+    # UltraFeedback has the chosen conversation a second time.
+    if entry.get("messages", chosen) != chosen or {"prompt", "conversations"} <= entry.keys():
+        raise ConfigError(f"{place}: `messages` or `conversations` would be dropped.\n  Remove the key.")
+    chosen, rejected = checked(chosen, f"{place}: chosen"), checked(rejected, f"{place}: rejected")
+    if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        prompt = [{"role": "user", "content": prompt}]
+    elif not isinstance(prompt, list):
+        both = enumerate(zip(chosen, rejected, strict=False))
+        shared = next((i for i, (a, b) in both if a != b), min(len(chosen), len(rejected)))
+        if prompt is not None:
+            refuse_other_prompt(prompt, chosen[:shared], place)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if "system" in entry:
+        prompt = [{"role": "system", "content": entry["system"]}, *prompt]
     return prompt, chosen, rejected
+
+
+def _answered(turns: list[Any], first: int, tools: list[Any] | None, place: str) -> Conversation:
+    """Return a prompt and one answer as a conversation whose answer is the target."""
+    found = conversation(turns, place, {}, first=first)
+    answers = tuple(i for i in range(first, len(turns)) if found.messages[i]["role"] == "assistant")
+    if answers[:1] != (first,) or answers[-1] != len(turns) - 1:
+        raise ConfigError(
+            f"{place}: does not begin with an assistant turn, or end with one.\n  Fix or remove the line."
+        )
+    if found.trained != answers:
+        raise ConfigError(
+            f"{place}: `weight: 0` or `train: false` in the answer of a pair.\n  Remove the key or the line."
+        )
+    return Conversation(found.messages, answers, tools)
+
+
+def _rendered(answered: Conversation, tokenizer: Tokenizer, template: Template | None, place: str) -> tuple[str, str]:
+    """Return the text of the prompt and of the answer."""
+    text, spans = rendered(answered, tokenizer, template, place)
+    return text[: spans[0].begin], text[spans[0].begin : spans[-1].end]
+
+
+def _tokens(context: str, texts: Sequence[str], tokenizer: Tokenizer) -> Pair:
+    """Return the tokens of rendered prompt and answers, each answer up to its last special token."""
+    # Prompt and answers are tokenized separately: a merge across the border would give the answers different prompts,
+    # and the difference of their log-probabilities would no longer be that of the answers alone.
+    answers = []
+    for text in texts:
+        ids = np.array(tokenizer.encode(text), dtype=np.int64)
+        special = np.flatnonzero(np.isin(ids, special_ids(tokenizer)))
+        answers.append(ids[: special[-1] + 1] if len(special) else ids)
+    return Pair(np.array(tokenizer.encode(context), dtype=np.int64), *answers)
 
 
 def rows_of(pairs: Sequence[Pair], sequence_length: int, pad_id: int) -> list[Row]:

@@ -83,7 +83,7 @@ class Block:
     first: int
     """Number of the first record in its file, from 1."""
     data: Any
-    """Bytes for lines, a list of (file, bytes) for whole text files, a list of (text, language) for rows."""
+    """Bytes for lines, a list of (file, bytes) for whole text files, a list of (text or row, language) for rows."""
     after: Position
     """Position at which reading continues after the block."""
     input_bytes: int

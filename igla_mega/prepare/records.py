@@ -1,11 +1,56 @@
-"""Extract the texts from the records of a block."""
+"""Extract the texts from the records of a block, or whole JSON objects and rows."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+from igla_mega.config.errors import ConfigError
 from igla_mega.data.raw_files import LINES, ROWS, TEXT
-from igla_mega.prepare.formats import Block, Broken, Texts, fast_loads
+from igla_mega.prepare.formats import Block, Broken, How, Texts, blocks_of, fast_loads, whole
+
+
+def objects_of(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`file:line` or `file: row N`, JSON object or Parquet row) for every record of files.
+
+    Raises:
+        ConfigError: a file is damaged or plain text, or a record is not a JSON object.
+    """
+    for block in blocks_of(whole(files), How(text_key=None)):
+        if block.damage is not None:
+            raise ConfigError(f"{block.file}: {block.damage}.\n  Copy or download the file again.")
+        if block.kind == TEXT:
+            raise ConfigError(f"{block.file}: plain text, not JSON objects.\n  Give JSONL or Parquet.")
+        if block.kind == ROWS:
+            yield from (
+                (f"{block.file}: row {n}", _unpacked(row)) for n, (row, _) in enumerate(block.data, block.first)
+            )
+        for number, line in enumerate(block.data.split(b"\n") if block.kind == LINES else (), block.first):
+            if line and not line.isspace() and line.strip() != b"\xef\xbb\xbf":
+                yield _object(line, f"{block.file}:{number}")
+
+
+def _object(line: bytes, place: str) -> tuple[str, dict[str, Any]]:
+    """Return the place and the JSON object of a line."""
+    try:
+        return place, _record(line)
+    except ValueError as error:
+        way_out = "Fix or remove the line."
+        if line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            way_out = "Write one object per line: jq -c '.[]' FILE.json > FILE.jsonl"
+        raise ConfigError(f"{place}: {error}.\n  {way_out}") from None
+
+
+def _unpacked(value: Any) -> Any:
+    """Return a Parquet value as JSON has it: bytes as text, and objects without the keys that other rows have."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {key: _unpacked(inner) for key, inner in value.items() if inner is not None}
+    return [_unpacked(inner) for inner in value] if isinstance(value, list) else value
 
 
 class Sentences(str):

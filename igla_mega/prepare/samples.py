@@ -1,14 +1,16 @@
-"""Prepare conversations and preference pairs: from JSONL to indexed datasets.
+"""Prepare conversations and preference pairs: from JSONL and Parquet to indexed datasets.
 
 A conversation is one document of `<prefix>`; its target mask is the same document of `<prefix>.targets` (uint8). A pair
-is three documents: prompt, chosen, rejected. `<prefix>.json` records a digest of the inputs and options.
+is three documents: prompt, chosen, rejected. `<prefix>.json` records a digest of the inputs and options, and how many
+lines are too long and left out or cut.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,16 @@ from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import write_text
 from igla_mega.config.schema import Recipe
-from igla_mega.data import chat, pairs
+from igla_mega.data import chat, forms, limits, pairs
 from igla_mega.data.indexed import IndexedWriter, token_dtype
 from igla_mega.data.prepared import TARGETS, sample_prefixes
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.raw.inputs import input_files
+from igla_mega.prepare.records import objects_of
+from igla_mega.prepare.sources import source_files
 
-FORMAT = 1
+FORMAT = 2
 """Version of the output; raised when the same input would produce other bytes."""
 
 
@@ -42,21 +46,20 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         raise ConfigError("data.tokenizer: not set.\n  Give a Hugging Face folder or a tokenizer.json.")
     tokenizer = load_tokenizer(data.tokenizer)
     for name, prefix in prefixes.items():
-        inputs = data.sources[name]
-        if prefix == inputs:
+        if prefix == data.sources[name]:
             continue
-        files = input_files([inputs] if isinstance(inputs, str) else inputs, say if progress else None)
+        files = input_files(source_files(data, name), say if progress else None)
         template = _template(recipe, files, tokenizer)
         stamp = _stamp(recipe, files, tokenizer, template)
         if _is_done(prefix, stamp):
             continue
-        num_samples, left_out = _write(recipe, files, prefix, tokenizer, template)
-        if not num_samples:
-            raise ConfigError(f"data.sources.{name}: every line is too long and left out.\n  Raise data.max_length.")
-        _seal(prefix, {"digest": stamp, "samples": num_samples, "left_out": left_out})
+        counts = _write(recipe, files, prefix, tokenizer, template)
+        _seal(prefix, {"digest": stamp, **counts})
         if progress:
-            note = f"; {left_out:,} too long and left out" if left_out else ""
-            print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}{note}", file=sys.stderr, flush=True)
+            notes = [f"; {counts[key]:,} too long and {key.replace('_', ' ')}" for key in ("left_out", "cut")]
+            note = "".join(note for note in notes if not note.startswith("; 0 "))
+            said = f"{name}: {counts['samples']:,} {recipe.form.replace('_', ' ')}{note}"
+            print(said, file=sys.stderr, flush=True)
     return prefixes
 
 
@@ -65,66 +68,58 @@ def _template(recipe: Recipe, files: list[Path], tokenizer: Tokenizer) -> chat.C
     try:
         return chat.load_template(recipe.data.tokenizer or "", recipe.data.chat_template, loaded=tokenizer)
     except ConfigError:
-        if recipe.data.chat_template is not None or any(_has_turns(entry) for f in files for _, entry in _lines(f)):
+        if recipe.data.chat_template is not None or any(_has_turns(entry) for _, entry in objects_of(files)):
             raise
         return None
-
-
-def _lines(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the lines of a JSONL file with their places."""
-    return chat.json_lines(file)
 
 
 def _has_turns(entry: dict) -> bool:
     """Return True if a line consists of messages and so needs a chat template."""
     plain = {"prompt", "completion", "chosen", "rejected"} & entry.keys()
-    return not plain or any(isinstance(entry[key], list) for key in plain)
+    return not plain or "conversations" in entry or any(isinstance(entry[key], list | dict) for key in plain)
 
 
 def _write(
     recipe: Recipe, files: list[Path], prefix: str, tokenizer: Tokenizer, template: chat.ChatTemplate | None
-) -> tuple[int, int]:
-    """Write one source; return the number of samples written and left out."""
-    written = left_out = 0
+) -> Counter[str]:
+    """Write one source; return the number of samples written, of these cut, and left out.
+
+    Raises:
+        ConfigError: a line is invalid, or no sample is left; an earlier dataset is then unchanged.
+    """
+    counts = Counter(samples=0, left_out=0, cut=0)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    dtype, max_length = token_dtype(tokenizer.vocab_size), recipe.data.max_length or recipe.sequence_length
-    if recipe.form == "instructions":
-        with IndexedWriter(prefix, dtype) as tokens, IndexedWriter(prefix + TARGETS, np.dtype(np.uint8)) as targets:
-            for file in files:
-                for place, conversation in chat.read_conversations(file):
-                    sample = chat.tokenize(
-                        conversation,
-                        tokenizer,
-                        template,
-                        place,
-                        max_length=max_length,
-                        too_long=recipe.data.too_long,
-                    )
-                    if sample is None:
-                        left_out += 1
-                        continue
-                    tokens.add(sample.tokens.astype(dtype), np.array([len(sample.tokens)]))
-                    targets.add(sample.targets.astype(np.uint8), np.array([len(sample.tokens)]))
-                    written += 1
-        return written, left_out
-    if max_length is None:
+    data, dtype, ends = recipe.data, token_dtype(tokenizer.vocab_size), limits.end_ids(tokenizer)
+    most = limits.Limits(data.max_length or recipe.sequence_length, data.max_prompt_length, data.too_long)
+    talks = recipe.form == "instructions"
+    if most.max_length is None and not talks:
         raise ConfigError("data.max_length: not set, and the base model's maximum length is unknown.\n  Set it.")
-    with IndexedWriter(prefix, dtype) as tokens:
-        for file in files:
-            for _, pair in pairs.read_pairs(
-                file,
-                tokenizer,
-                template,
-                max_length=max_length,
-                max_prompt_length=recipe.data.max_prompt_length or max_length,
-                too_long=recipe.data.too_long,
-            ):
-                if pair is None:
-                    left_out += 1
-                    continue
-                tokens.add(np.concatenate(pair).astype(dtype), np.array([len(part) for part in pair]))
-                written += 1
-    return written, left_out
+    with IndexedWriter(prefix, dtype) as tokens, ExitStack() as stack:
+        targets = stack.enter_context(IndexedWriter(prefix + TARGETS, np.dtype(np.uint8))) if talks else None
+        for place, entry in objects_of(files):
+            whole: chat.Sample | pairs.Pair
+            kept: chat.Sample | pairs.Pair | None
+            if talks:
+                whole = chat.tokenize(forms.conversation_of(entry, place), tokenizer, template, place)
+                kept = limits.limit_sample(whole, most, ends, place)
+            else:
+                whole = pairs.pair_of(entry, tokenizer, template, place)
+                kept = limits.limit_pair(whole, most, ends, place)
+            counts["samples" if kept else "left_out"] += 1
+            counts["cut"] += kept is not None and kept is not whole
+            if kept is None:
+                continue
+            documents = [kept.tokens] if isinstance(kept, chat.Sample) else list(kept)
+            tokens.add(np.concatenate(documents).astype(dtype), np.array([len(part) for part in documents]))
+            if targets is not None and isinstance(kept, chat.Sample):
+                targets.add(kept.targets.astype(np.uint8), np.array([len(kept.tokens)]))
+        if not counts["samples"]:
+            what = "every line is too long and left out" if counts["left_out"] else "its files have no lines"
+            name = Path(prefix).name
+            raise ConfigError(f"data.sources.{name}: {what}.\n  Raise data.max_length, or give other files.")
+        # Before the new files get their names: after a kill in between, the old digest must not vouch for them.
+        Path(f"{prefix}.json").unlink(missing_ok=True)
+    return counts
 
 
 def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: chat.ChatTemplate | None) -> str:

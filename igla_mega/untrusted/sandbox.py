@@ -76,13 +76,12 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
-    def begin(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Start counting for a rendering of these messages."""
-        size = _MESSAGE * len(messages)
+    def begin(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> None:
+        """Start counting for a rendering of these messages and tools."""
+        size = _MESSAGE * len(messages) + (len(repr(tools)) if tools else 0)
         for message in messages:
             for value in message.values():
-                if type(value) is str:
-                    size += len(value)
+                size += len(value) if type(value) is str else len(repr(value))
         self.units = _MAX_UNITS + _UNITS_PER_CHARACTER * size
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import chat
+from igla_mega.data import chat, forms
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
 
 CHATML = (
@@ -36,7 +36,7 @@ ZEPHYR = (
 TEMPLATES = {"chatml": CHATML, "llama 3": LLAMA3, "zephyr": ZEPHYR}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
-SYSTEM, USER, ASSISTANT = ({"role": role} for role in chat.ROLES)
+SYSTEM, USER, ASSISTANT = ({"role": role} for role in forms.ROLES[:3])
 CONVERSATIONS = {
     "one turn": [{**USER, "content": "What is 2 + 2?"}, {**ASSISTANT, "content": "4, as ever."}],
     "system": [
@@ -135,20 +135,45 @@ def test_the_plain_template_ends_an_answer_with_the_end_of_document(folder):
 
 def test_plain_prompts_and_alpaca(folder):
     tokenizer, plain = load_tokenizer(folder), chat.load_template(folder, "plain")
-    pair = chat.conversation_of({"prompt": "2 + 2 =", "completion": " 4"}, "f:1")
+    pair = forms.conversation_of({"prompt": "2 + 2 =", "completion": " 4"}, "f:1")
     assert pieces(chat.tokenize(pair, tokenizer, None, "f:1"), tokenizer) == [
         (False, "2 + 2 ="),
         (True, " 4<|endoftext|>"),
     ]
     alpaca = {"instruction": "Add.", "input": "2, 2", "output": "4"}
-    turns = chat.conversation_of(alpaca, "f:1")
+    turns = forms.conversation_of(alpaca, "f:1")
     assert pieces(chat.tokenize(turns, tokenizer, plain, "f:1"), tokenizer) == [
         (False, "### user\nAdd.\n2, 2\n### assistant\n"),
         (True, "4<|endoftext|>"),
         (False, "\n"),
     ]
-    lists = {"prompt": [{**USER, "content": "a"}], "completion": [{**ASSISTANT, "content": "b"}]}
-    assert chat.conversation_of(lists, "f:1") == [{**USER, "content": "a"}, {**ASSISTANT, "content": "b"}]
+
+
+@pytest.mark.parametrize("completion", [" 4", " 4<|endoftext|>", " 4<|endoftext|>\n"])
+def test_a_plain_answer_has_one_end_token(folder, completion):
+    tokenizer = load_tokenizer(folder)
+    sample = chat.tokenize(("2 + 2 =", completion), tokenizer, None, "f:1")
+    assert pieces(sample, tokenizer) == [(False, "2 + 2 ="), (True, " 4<|endoftext|>")]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_of_a_prompt_nothing_is_a_target_as_with_trl(folder, tmp_path, name):
+    import transformers
+    from trl.data_utils import common_prefix_length
+
+    path = with_template(folder, name, tmp_path)
+    prompt, completion = CONVERSATIONS["several turns"][:-1], CONVERSATIONS["several turns"][-1:]
+    reference = transformers.AutoTokenizer.from_pretrained(path)
+    context = reference.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = reference.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+    begin = common_prefix_length(context, whole)
+    tokenizer = load_tokenizer(path)
+    line = forms.conversation_of({"prompt": prompt, "completion": completion}, "f:1")
+    sample = chat.tokenize(line, tokenizer, chat.load_template(path), "f:1")
+    assert sample.tokens.tolist() == whole and not sample.targets[:begin].any()
+    # TRL also trains on the newline that some templates write after a turn, and on the end of the header where its
+    # tokens are others than those of the prompt alone.
+    assert not reference.decode(np.array(whole[begin:])[~sample.targets[begin:]]).strip()
 
 
 BROKEN = {
@@ -166,39 +191,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("words", BROKEN)
-def test_a_broken_conversation_names_file_line_and_turn(tmp_path, words):
-    file = tmp_path / "c.jsonl"
-    good = json.dumps({"messages": CONVERSATIONS["one turn"]})
-    file.write_text(f"{good}\n\n{json.dumps({'messages': BROKEN[words]})}\n")
+def test_a_broken_conversation_names_line_and_turn(words):
     with pytest.raises(ConfigError, match=f"c.jsonl:3.*{words}"):
-        list(chat.read_conversations(file))
+        forms.conversation_of({"messages": BROKEN[words]}, "c.jsonl:3")
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
-        ('{"text": "a"}', "its keys are text"),
-        ('{"prompt": 1, "completion": 2}', "not both texts or both lists"),
-    ],
+    [({"text": "a"}, "its keys are text"), ({"prompt": 1, "completion": 2}, "not both texts or both lists")],
 )
-def test_a_line_that_is_no_conversation_is_refused(tmp_path, line, words):
-    (tmp_path / "c.jsonl").write_text(line + "\n")
+def test_a_line_that_is_no_conversation_is_refused(line, words):
     with pytest.raises(ConfigError, match=f"c.jsonl:1: .*{words}"):
-        list(chat.read_conversations(tmp_path / "c.jsonl"))
-
-
-def test_a_long_conversation_is_refused_cut_or_left_out(folder):
-    tokenizer, plain = load_tokenizer(folder), chat.load_template(folder, "plain")
-    messages = CONVERSATIONS["several turns"]
-    whole = chat.tokenize(messages, tokenizer, plain, "f:7")
-    with pytest.raises(ConfigError, match=rf"f:7: {len(whole.tokens)} tokens exceed data.max_length 40"):
-        chat.tokenize(messages, tokenizer, plain, "f:7", max_length=40)
-    cut = chat.tokenize(messages, tokenizer, plain, "f:7", max_length=40, too_long="cut")
-    assert cut.tokens.tolist() == whole.tokens[:40].tolist() and cut.targets.tolist() == whole.targets[:40].tolist()
-    assert chat.tokenize(messages, tokenizer, plain, "f:7", max_length=40, too_long="skip") is None
-    assert chat.tokenize(messages, tokenizer, plain, "f:7", max_length=8, too_long="cut") is None, "no target is left"
+        forms.conversation_of(line, "c.jsonl:1")
 
 
 def test_a_tokenizer_without_a_template_says_how_to_give_one(folder):

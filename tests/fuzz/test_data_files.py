@@ -17,13 +17,13 @@ from hostile import altered, damaged, refused, scratch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from igla_mega.data import chat, journal, pairs, raw_files
+from igla_mega.data import chat, forms, journal, limits, pairs, raw_files
 from igla_mega.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.manifest import damage, index_entry, modified_inputs
 from igla_mega.prepare.merge import merge
-from igla_mega.prepare.records import texts_of
+from igla_mega.prepare.records import objects_of, texts_of
 from igla_mega.prepare.state import State
 
 LINES = [
@@ -244,9 +244,31 @@ CONVERSATIONS = [
     {"prompt": "a", "completion": "b"},
     {"instruction": "a", "input": "b", "output": "c", "system": "d"},
     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}],
+        "tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {}}}}}],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, "b"]}}}],
+                "train": True,
+            },
+            {"role": "tool", "content": "c", "name": "f"},
+            {"role": "assistant", "content": "b", "reasoning_content": "d"},
+        ]
+    },
 ]
 PAIRS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {
+        "prompt": "a",
+        "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}],
+    },
     {
         "prompt": [{"role": "user", "content": "a"}],
         "chosen": [{"role": "assistant", "content": "b"}],
@@ -254,31 +276,39 @@ PAIRS = [
     },
 ]
 TEXTS = [*hostile.ATOMS, "\ud800", "assistant", {"role": "assistant", "content": "\udfff"}]
+RENDERS_ALL = (
+    "{{ tools | tojson }}{% for m in messages %}{{ m['role'] ~ (m | tojson) ~ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
 
 
 @given(st.sampled_from(CONVERSATIONS).flatmap(lambda c: altered(c, TEXTS)))
 def test_an_altered_conversation_is_refused_or_tokenized(entry):
     if isinstance(entry, dict):
-        template = chat.load_template(scratch() / "tokenizer", "plain")
-        conversation = refused(chat.conversation_of, entry, "f:1")
-        if conversation is not None:
+        conversation = refused(forms.conversation_of, entry, "f:1")
+        put("all.jinja", RENDERS_ALL.encode())
+        for given in ("plain", scratch() / "all.jinja") if conversation is not None else ():
+            template = chat.load_template(scratch() / "tokenizer", given)
             sample = refused(chat.tokenize, conversation, tokenizer(), template, "f:1")
             assert sample is None or len(sample.tokens) == len(sample.targets)
 
 
 @given(st.sampled_from(PAIRS).flatmap(lambda p: altered(p, TEXTS)))
 def test_an_altered_preference_pair_is_refused_or_tokenized(entry):
-    file = put("pairs.jsonl", json.dumps(entry).encode() + b"\n")
+    if not isinstance(entry, dict):
+        return
     template = chat.load_template(scratch() / "tokenizer", "plain")
-    limits = {"max_length": 64, "max_prompt_length": 32, "too_long": "skip"}
-    refused(lambda: list(pairs.read_pairs(file, tokenizer(), template, **limits)))
+    pair = refused(pairs.pair_of, entry, tokenizer(), template, "f:1")
+    if pair is not None:
+        assert all(map(len, pair)) and pair.chosen.tolist() != pair.rejected.tolist()
+        limits.limit_pair(pair, limits.Limits(64, 32, "cut"), limits.end_ids(tokenizer()), "f:1")
 
 
 @given(damaged(b"".join(json.dumps(entry).encode() + b"\n" for entry in CONVERSATIONS)))
 @example(b"[" * 100_000)
 def test_damaged_lines_of_conversations_are_refused(content):
     file = put("sft.jsonl", content)
-    refused(lambda: list(chat.read_conversations(file)))
+    refused(lambda: [forms.conversation_of(entry, place) for place, entry in objects_of([file])])
 
 
 @given(st.data())

@@ -25,6 +25,8 @@ from igla_mega.data import blend, chat, document_packing, indexed, journal, toke
 from igla_mega.layout import hardware
 from igla_mega.plan import base_model, calibration
 from igla_mega.prepare import formats, manifest
+from igla_mega.prepare.raw import inputs
+from igla_mega.prepare.records import objects_of
 from igla_mega.train import consolidation
 from igla_mega.train.trackers import rewind
 
@@ -71,9 +73,9 @@ READERS = {
     "tokenizer.model": lambda file: tokenizer.load_tokenizer(placed(file, "a.model") / "a.model"),
     "ranks": tokenizer._ranks,
     "template": lambda file: chat.load_template(file.parent, file),
-    "conversations": lambda file: list(chat.json_lines(file)),
+    "conversations": lambda file: list(objects_of(inputs.input_files([file]))),
     "text for a tokenizer": lambda file: tokenizer.train_bpe([file], 300, file.parent / "new"),
-    "input of prepare": lambda file: formats.input_files([file]),
+    "input of prepare": lambda file: inputs.input_files([file]),
     "corpus": first_damage,
     "packed corpus": lambda file: first_damage(placed(file, "a.jsonl.gz") / "a.jsonl.gz"),
     "Parquet": lambda file: first_damage(placed(file, "a.parquet") / "a.parquet"),

@@ -1,8 +1,14 @@
 """Conversations and pairs, from JSONL to batches."""
 
 import ast
+import bz2
+import gzip
+import itertools
 import json
+import lzma
+from pathlib import Path
 
+import chat_tokenizers
 import numpy as np
 import pytest
 import torch
@@ -12,13 +18,16 @@ from igla_mega.config.features import Dpo
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import BatchShard
 from igla_mega.data.conversations import Conversations, Pairs
-from igla_mega.data.tokenizer import train_bpe
+from igla_mega.data.indexed import IndexedReader
+from igla_mega.data.prepared import TARGETS
+from igla_mega.data.tokenizer import load_tokenizer, train_bpe
 from igla_mega.distributed.mesh import Axis
 from igla_mega.objective import dpo
 from igla_mega.prepare import toy_tasks
 from igla_mega.prepare.samples import prepare_samples
 
 LENGTH = 48
+CASES = Path(__file__).parents[1] / "cases"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +165,17 @@ def test_what_is_up_to_date_is_not_prepared_again_and_another_limit_prepares_it(
         ({"messages": [{"role": "user", "content": "a"}]}, {"sft": {}}, "no turn by the assistant"),
         ({"prompt": "a", "completion": "two " * 90}, {"sft": {}}, "data.too_long"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, {"dpo": {}}, "chosen equals rejected"),
-        ({"prompt": "one " * 90, "chosen": "b", "rejected": "c"}, {"dpo": {}}, "max_prompt_length"),
+        ({"prompt": "one " * 90, "chosen": "b", "rejected": "c"}, {"dpo": {}}, "data.max_length 48"),
+        (
+            {"prompt": "one " * 9, "chosen": "b", "rejected": "c"},
+            {"dpo": {}, "data": {"max_prompt_length": 8}},
+            "more than the 8 of data.max_prompt_length",
+        ),
+        (
+            [{"prompt": "a", "completion": "b"}],
+            {"sft": {}},
+            "a JSON array, not an object.\n  Write one object per line",
+        ),
     ],
 )
 def test_a_line_that_nothing_can_be_learned_from_is_refused_with_its_place(line, changes, said, folder):
@@ -175,3 +194,268 @@ def test_what_is_rejected_at_laptop_scale_does_not_parse_and_what_is_chosen_does
         with pytest.raises(SyntaxError):
             ast.parse(text)
     assert toy_tasks._broken(code, 0) in broken
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The tokenizers that the cases name."""
+    made = tmp_path_factory.mktemp("tokenizers")
+    chat_tokenizers.make(made)
+    return made
+
+
+def prepared(small, name: str, file: Path, out: Path, **changes) -> tuple[list[str], dict]:
+    """Prepare a file of conversations, or of pairs with `dpo`; return its documents as text, and what is counted.
+
+    Targets of a conversation are in brackets.
+    """
+    form = {changes.pop("form", "sft"): {}}
+    data = {"sources": {"own": str(file)}, "tokenizer": str(small / name), "prepared": str(out), "max_length": 64}
+    made = Recipe.model_validate({"base_model": "any", "data": {**data, **changes}, **form})
+    prefix = prepare_samples(made)["own"]
+    tokenizer, reader = load_tokenizer(small / name), IndexedReader(prefix)
+    targets = IndexedReader(prefix + TARGETS) if "sft" in form else None
+    starts, texts = reader.document_starts(0, reader.num_documents), []
+    for first, stop in itertools.pairwise(starts):
+        ids, text, before = reader.tokens(first, stop), "", False
+        for token, target in zip(ids, targets.tokens(first, stop) if targets else [False] * len(ids), strict=True):
+            text += ("" if before == target else "[" if target else "]") + tokenizer.decode([token])
+            before = target
+        texts.append(text + "]" * bool(before))
+    counts = json.loads(Path(f"{prefix}.json").read_text())
+    return texts, {key: counts[key] for key in ("samples", "left_out", "cut")}
+
+
+def lines_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (CASES / name).read_text(encoding="utf-8-sig").splitlines()]
+
+
+def test_the_case_of_long_pairs(small, tmp_path, capsys):
+    file, pairs = CASES / "dpo_long.jsonl", lines_of("dpo_long.jsonl")
+    with pytest.raises(
+        ConfigError, match=r"dpo_long.jsonl:1: the prompt's 60 and the chosen .* 32 tokens exceed .* 64"
+    ):
+        prepared(small, "tok", file, tmp_path / "error", form="dpo")
+    assert not list(tmp_path.glob("error/own.json"))
+    capsys.readouterr()
+    texts, counts = prepared(small, "tok", file, tmp_path / "cut", form="dpo", too_long="cut")
+    assert counts == {"samples": 12, "left_out": 0, "cut": 12}
+    assert capsys.readouterr().err == "own: 12 preference pairs; 12 too long and cut\n"
+    for number, pair in enumerate(pairs):
+        prompt, *answers = texts[3 * number : 3 * number + 3]
+        assert answers == [pair["chosen"] + "<|endoftext|>", pair["rejected"] + "<|endoftext|>"], "answers are whole"
+        assert prompt and pair["prompt"].endswith(prompt)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()}
+    with pytest.raises(ConfigError, match=r"own: every line is too long and left out"):
+        prepared(small, "tok", file, tmp_path / "cut", form="dpo", too_long="skip")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == written, "nothing is replaced"
+
+
+@pytest.mark.parametrize("name", ["dpo_exact.jsonl", "dpo_over.jsonl"])
+def test_the_cases_of_a_prompt_as_long_as_the_limit_or_longer(small, tmp_path, capsys, name):
+    with pytest.raises(ConfigError, match=rf"{name}:\d+: the prompt's \d+ and the \w+ answer's 2 tokens exceed .* 64"):
+        prepared(small, "tok", CASES / name, tmp_path / "error", form="dpo")
+    long = {i for i, pair in enumerate(lines_of(name)) if len(pair["prompt"].split()) > 9}
+    texts, counts = prepared(small, "tok", CASES / name, tmp_path / "skip", form="dpo", too_long="skip")
+    total = len(lines_of(name))
+    assert counts == {"samples": total - len(long), "left_out": len(long), "cut": 0}
+    assert f"; {len(long)} too long and left out\n" in capsys.readouterr().err
+    texts, counts = prepared(small, "tok", CASES / name, tmp_path / "cut", form="dpo", too_long="cut")
+    assert counts == {"samples": total, "left_out": 0, "cut": len(long)}
+    for number, pair in enumerate(lines_of(name)):
+        prompt, *answers = texts[3 * number : 3 * number + 3]
+        assert answers == [pair["chosen"] + "<|endoftext|>", pair["rejected"] + "<|endoftext|>"]
+        assert len(prompt.split()) == (62 if number in long else 2) and pair["prompt"].endswith(prompt)
+
+
+TOOL_TEXT = 'Tools: [{"type": "function", "function": {"name": "f", "parameters": {}}}]'
+EXPECTED = {
+    "tools": f"<|im_start|>system\n{TOOL_TEXT}<|im_end|>\n"
+    "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n[sat on<|im_end|>]\n",
+    "tool role": "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    '[<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>]\n'
+    "<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n[sat<|im_end|>]\n",
+    "template drops tool_calls": "the chat template does not render `tool_calls`",
+    "weight 0": "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nbad bad<|im_end|>\n"
+    "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n[sat on<|im_end|>]\n",
+    "thinking stripped by the template": "the chat template does not render `content` of the assistant",
+    "end token twice, plain": "the cat[ sat on<|endoftext|>]",
+    "begin and end typed": "<s>[INST] the cat [/INST][ sat on</s>]",
+    "assistant turns inside a prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nFEWSHOT<|im_end|>\n"
+    "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>]\n",
+}
+
+
+@pytest.mark.parametrize("case", lines_of("sft_cases.jsonl"), ids=lambda case: case["case"])
+def test_a_case_of_conversations(small, tmp_path, case):
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps(case["line"]) + "\n")
+    expected = EXPECTED[case["case"]]
+    if expected.startswith("the chat template"):
+        with pytest.raises(ConfigError) as caught:
+            prepared(small, case["tokenizer"], file, tmp_path, max_length=256)
+        assert expected in str(caught.value) and f"{file}:1: turn 2: " in str(caught.value)
+    else:
+        assert prepared(small, case["tokenizer"], file, tmp_path, max_length=256)[0] == [expected]
+
+
+def test_the_case_of_a_template_that_always_ends_with_a_header(small, tmp_path):
+    lines = lines_of("sft_bom.jsonl")
+    template = str(CASES / "generation_header.jinja")
+    texts, _ = prepared(small, "tokml", CASES / "sft_bom.jsonl", tmp_path, chat_template=template)
+    assert len(texts) == len(lines)
+    for text, line in zip(texts, lines, strict=True):
+        assert f"<|im_start|>assistant\n[{line['messages'][1]['content']}<|im_end|>]\n" in text
+
+
+def as_parquet(lines: list[dict], change=lambda table: table) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(change(pyarrow.Table.from_pylist(lines)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def cast_texts(name: str):
+    """A change of a table's columns of strings, also those within structs, to another type of strings."""
+
+    def other(kind):
+        import pyarrow
+        from pyarrow import types
+
+        if types.is_string(kind):
+            index = {"dictionary": lambda: pyarrow.dictionary(pyarrow.int32(), pyarrow.string())}
+            return index.get(name, getattr(pyarrow, name))()
+        if types.is_list(kind) and name != "string_view":  # which pyarrow does not write within lists
+            return pyarrow.list_(other(kind.value_type))
+        if types.is_struct(kind):
+            return pyarrow.struct([(field.name, other(field.type)) for field in kind])
+        return kind
+
+    def change(table):
+        import pyarrow
+
+        schema = pyarrow.schema([(field.name, other(field.type)) for field in table.schema])
+        return pyarrow.Table.from_pylist(table.to_pylist(), schema)
+
+    return change
+
+
+def jsonl(lines: list[dict]) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def zst(lines: list[dict]) -> bytes:
+    import zstandard
+
+    return zstandard.compress(jsonl(lines))
+
+
+KINDS = {
+    "BOM.jsonl": lambda lines: b"\xef\xbb\xbf" + jsonl(lines),
+    "blank lines.jsonl": lambda lines: b"\n \r\n" + jsonl(lines).replace(b"\n", b"\r\n\n") + b"\n\t",
+    "no line end.json": lambda lines: jsonl(lines)[:-1],
+    "one.jsonl.gz": lambda lines: gzip.compress(jsonl(lines)),
+    "members.jsonl.gz": lambda lines: b"".join(gzip.compress(jsonl([line])) for line in lines),
+    "BOM.jsonl.gz": lambda lines: gzip.compress(b"\xef\xbb\xbf" + jsonl(lines)),
+    "one.jsonl.bz2": lambda lines: bz2.compress(jsonl(lines)),
+    "one.jsonl.xz": lambda lines: lzma.compress(jsonl(lines)),
+    "one.jsonl.zst": zst,
+    "string.parquet": as_parquet,
+    "large.parquet": lambda lines: as_parquet(lines, cast_texts("large_string")),
+    "view.parquet": lambda lines: as_parquet(lines, cast_texts("string_view")),
+    "binary.parquet": lambda lines: as_parquet(lines, cast_texts("binary")),
+}
+FORMS = {
+    "sft": [talk(1), {"messages": [{"role": "system", "content": "two"}, *talk(2)["messages"]]}],
+    "completion": [{"prompt": "one ", "completion": "two"}, {"prompt": "three ", "completion": "two", "id": "7"}],
+    "ShareGPT": [
+        {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two", "weight": None}]}
+    ]
+    * 2,
+    "Alpaca": [
+        {"instruction": "one", "input": "", "output": "two"},
+        {"instruction": "one", "input": "a", "output": "b"},
+    ],
+    "pairs": [{"prompt": "one ", "chosen": "yes", "rejected": "no"}] * 2,
+    "UltraFeedback": [
+        {
+            "prompt": "1 one",
+            "chosen": talk(1)["messages"],
+            "rejected": [*talk(1)["messages"][:1], {"role": "assistant", "content": "no"}],
+            "score_chosen": 8.0,
+        }
+    ]
+    * 2,
+    "HH-RLHF": [{"chosen": "\n\nHuman: one\n\nAssistant: yes", "rejected": "\n\nHuman: one\n\nAssistant: no"}] * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def plainly(folder, tmp_path_factory):
+    """The documents of each form from plain JSONL."""
+    root, texts = tmp_path_factory.mktemp("plainly"), {}
+    for name, lines in FORMS.items():
+        (root / f"{name}.jsonl").write_bytes(jsonl(lines))
+        texts[name] = documents(folder, name, root / f"{name}.jsonl", root / name)
+    return texts
+
+
+def documents(folder, name: str, file: Path, out: Path) -> list[str]:
+    form = "dpo" if "chosen" in FORMS[name][0] else "sft"
+    texts, counts = prepared(folder, "tokenizer", file, out, form=form, chat_template="plain")
+    assert counts == {"samples": 2, "left_out": 0, "cut": 0}
+    return texts
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_is_the_same_from_every_kind_of_file(folder, plainly, tmp_path, name):
+    for kind, written in KINDS.items():
+        (tmp_path / kind).write_bytes(written(FORMS[name]))
+        assert documents(folder, name, tmp_path / kind, tmp_path / kind.partition(".")[0]) == plainly[name], kind
+
+
+def test_columns_that_are_dictionaries_are_texts(folder, plainly, tmp_path):
+    (tmp_path / "d.parquet").write_bytes(as_parquet(FORMS["pairs"], cast_texts("dictionary")))
+    assert documents(folder, "pairs", tmp_path / "d.parquet", tmp_path) == plainly["pairs"]
+
+
+BAD_FILES = {
+    "two.parquet": (
+        lambda: as_parquet([{"a": 1}], lambda t: t.append_column("a", t["a"])),
+        "several columns of one name",
+    ),
+    "cut.parquet": (lambda: as_parquet(FORMS["pairs"])[:-9], "not a Parquet file, or truncated"),
+    "cut.jsonl.gz": (lambda: gzip.compress(jsonl(FORMS["pairs"]))[:-9], "truncated: the .gz data ends"),
+    "words.txt": (lambda: b"one two\n", "plain text, not JSON objects"),
+    "latin.jsonl": (lambda: '{"prompt": "ä"}\n'.encode("latin-1"), "latin.jsonl:1: not UTF-8"),
+    "blank.jsonl": (lambda: b"\xef\xbb\xbf\n \n", "data.sources.own: its files have no lines"),
+    "null.parquet": (
+        lambda: as_parquet([{"prompt": "a", "completion": None}]),
+        "null.parquet: row 1: not a conversation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_without_conversations_is_refused_by_name(folder, tmp_path, name):
+    content, said = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(ConfigError, match=name if name != "blank.jsonl" else "own") as caught:
+        prepared(folder, "tokenizer", tmp_path / name, tmp_path)
+    assert said in str(caught.value)
+
+
+def test_a_long_conversation_is_cut_after_a_whole_answer(small, tmp_path, capsys):
+    turns = [{"role": role, "content": " ".join(["sat"] * 10)} for _ in range(4) for role in ("user", "assistant")]
+    (tmp_path / "long.jsonl").write_bytes(jsonl([{"messages": turns}, {"messages": turns[:2]}]))
+    with pytest.raises(ConfigError, match=r"long.jsonl:1: \d+ tokens exceed data.max_length 64"):
+        prepared(small, "tokml", tmp_path / "long.jsonl", tmp_path / "error")
+    whole, _ = prepared(small, "tokml", tmp_path / "long.jsonl", tmp_path / "whole", max_length=999)
+    texts, counts = prepared(small, "tokml", tmp_path / "long.jsonl", tmp_path / "cut", too_long="cut")
+    assert counts == {"samples": 2, "left_out": 0, "cut": 1} and texts[1] == whole[1]
+    assert whole[0].startswith(texts[0]) and texts[0].endswith("sat<|im_end|>]")
+    capsys.readouterr()
+    assert prepared(small, "tokml", tmp_path / "long.jsonl", tmp_path / "skip", too_long="skip")[0] == whole[1:]
+    assert capsys.readouterr().err == "own: 1 instructions; 1 too long and left out\n"

@@ -170,7 +170,7 @@ def _saved_files(folder: Path) -> list[str] | None:
     """
     file = folder / _STATE
     try:
-        state = json_text.loads(file.read_bytes())
+        state = json_text.read(file)
         names = [one["filename"] for one in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # another program's state
