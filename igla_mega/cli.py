@@ -109,6 +109,8 @@ def check(
         return
     from igla_mega.config import load, rules
     from igla_mega.data.blend import normalised
+    from igla_mega.data.prepared import refuse_other_bos
+    from igla_mega.layout.stages import parts_of
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
     assumed: list[str] = []
@@ -119,6 +121,8 @@ def check(
         resolve(loaded, nproc, _device(), base=base)
     if absent := rules.not_installed(loaded):
         raise ConfigError(*absent)
+    for part in parts_of(loaded):
+        refuse_other_bos(part)
     print(f"{loaded.name}: fine")
     notes = [*assumed, *rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
     for sentence in notes:
@@ -299,9 +303,12 @@ def train(
     """
     from igla_mega.config import rules
     from igla_mega.prepare import laptop
+    from igla_mega.train.continuity import refuse_unknown_keys
 
     _exit_on_signals()
     loaded = _load(recipe, scale, set_)
+    accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
+    refuse_unknown_keys(accepted)
     if refusals := [*rules.not_yet(loaded), *rules.not_installed(loaded)]:
         raise ConfigError(*refusals)
     run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
@@ -325,12 +332,11 @@ def train(
             from igla_mega.distributed.torchrun import torchrun
 
             raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run))
-    elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
-        _check_data(loaded, int(os.environ["WORLD_SIZE"]))
+    elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ:
+        _check_before_launch(loaded, int(os.environ["WORLD_SIZE"]), models)
     _quiet_libraries()
     from igla_mega import run as engine
 
-    accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
     raise typer.Exit(
         engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose, accepted=accepted)
     )
@@ -633,10 +639,14 @@ def _nodes(text: str) -> tuple[int, int]:
 def _check_before_launch(recipe, num_ranks: int, models: Path | None) -> None:
     """Find invalid inputs within a second, before ranks import torch."""
     from igla_mega.config.load import base_folder
+    from igla_mega.data.prepared import refuse_other_bos
+    from igla_mega.layout.stages import parts_of
 
     first = recipe.stages[0] if recipe.stages else recipe
     if first.base_model:
         base_folder(first.base_model, models)
+    for part in parts_of(recipe):
+        refuse_other_bos(part)
     if recipe.model is not None:  # else the layout depends on the base model, which ranks read
         _check_data(recipe, num_ranks)
 

@@ -424,9 +424,9 @@ def tokenize(
 
 def _plain(prompt: str, completion: str, tokenizer: Tokenizer) -> Sample:
     """Return prompt, completion and end-of-document token, the last two as targets."""
-    end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-    context, answer = tokenizer.encode(prompt), [*tokenizer.encode(completion), *end]
-    tokens = np.array([*context, *answer], dtype=np.int64)
+    context, answer = tokenizer.encode(prompt), tokenizer.encode(completion)
+    context = [*tokenizer.lead([*context, *answer]), *context]
+    tokens = np.array([*context, *answer, *tokenizer.tail(answer)], dtype=np.int64)
     return Sample(tokens, np.arange(len(tokens)) >= len(context))
 
 
@@ -451,6 +451,9 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
         if len(closing):
             inside[closing[-1] + 1 :] = False
         targets |= inside
+    if tokenizer.add_bos == "always":  # otherwise the template decides, as in transformers
+        lead = tokenizer.lead(tokens)
+        tokens, targets = np.append(lead, tokens).astype(np.int64), np.append(np.zeros(len(lead), bool), targets)
     if not targets[1:].any():
         raise ConfigError(f"{place}: the assistant's turns are empty, so there are no targets.\n  Remove the line.")
     return Sample(tokens, targets)

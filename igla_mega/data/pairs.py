@@ -130,15 +130,19 @@ def _tokens(entry: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTempla
     # Prompt and answers are tokenized separately: a merge across the border would give the answers different prompts,
     # and the difference of their log-probabilities would no longer be that of the answers alone.
     ids = np.array(tokenizer.encode(context), dtype=np.int64)
+    if tokenizer.add_bos == "always":  # otherwise the template decides, as in transformers
+        ids = np.append(tokenizer.lead(ids), ids).astype(np.int64)
     ends = [_answer(answer[len(context) :], tokenizer) for answer in answers]
     return Pair(ids, *ends)
 
 
 def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer) -> Pair:
     """Return the tokens of a pair of plain texts, with the end-of-document token after each answer."""
-    end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-    context, *answers = (np.array(ids, dtype=np.int64) for ids in tokenizer.encode_batch([prompt, chosen, rejected]))
-    return Pair(context, *(np.append(answer, end).astype(np.int64) for answer in answers))
+    context, *answers = tokenizer.encode_batch([prompt, chosen, rejected])
+    # Where the prompt is empty, an answer may bring its own begin-of-text token; both follow the same prompt.
+    context = [*min((tokenizer.lead([*context, *answer]) for answer in answers), key=len), *context]
+    parts = [context, *([*answer, *tokenizer.tail(answer)] for answer in answers)]
+    return Pair(*(np.array(part, dtype=np.int64) for part in parts))
 
 
 def _answer(text: str, tokenizer: Tokenizer) -> np.ndarray:

@@ -23,7 +23,7 @@ from igla_mega.data.prepared import TARGETS, sample_prefixes
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.prepare.preprocess import input_files
 
-FORMAT = 1
+FORMAT = 2
 """Version of the output; raised when the same input would produce other bytes."""
 
 
@@ -39,7 +39,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
     data, prefixes = recipe.data, sample_prefixes(recipe)
     if not data.tokenizer:
         raise ConfigError("data.tokenizer: not set.\n  Give a Hugging Face folder or a tokenizer.json.")
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer).with_bos(data.add_bos)
     for name, prefix in prefixes.items():
         inputs = data.sources[name]
         if prefix == inputs:
@@ -52,7 +52,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         num_samples, left_out = _write(recipe, files, prefix, tokenizer, template)
         if not num_samples:
             raise ConfigError(f"data.sources.{name}: every line is too long and left out.\n  Raise data.max_length.")
-        _seal(prefix, {"digest": stamp, "samples": num_samples, "left_out": left_out})
+        _seal(prefix, {"digest": stamp, "samples": num_samples, "left_out": left_out, "add_bos": tokenizer.bos_rule})
         if progress:
             note = f"; {left_out:,} too long and left out" if left_out else ""
             print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}{note}", file=sys.stderr, flush=True)
@@ -134,6 +134,7 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
         "tokenizer": tokenizer.digest(),
         "template": template.source if template else None,
         "form": recipe.form,
+        "bos": [tokenizer.bos, tokenizer.add_bos == "always"],  # `always` also applies to rendered messages
         "limits": [data.max_length or recipe.sequence_length, data.max_prompt_length, data.too_long],
     }
     return hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()
