@@ -453,7 +453,7 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer, template: ChatTempl
         targets |= inside
     if tokenizer.add_bos == "always":  # otherwise the template decides, as in transformers
         lead = tokenizer.lead(tokens)
-        tokens, targets = np.append(lead, tokens).astype(np.int64), np.append(np.zeros(len(lead), bool), targets)
+        tokens, targets = np.array([*lead, *tokens], dtype=np.int64), np.array([*(False for _ in lead), *targets])
     if not targets[1:].any():
         raise ConfigError(f"{place}: the assistant's turns are empty, so there are no targets.\n  Remove the line.")
     return Sample(tokens, targets)

@@ -131,7 +131,7 @@ def _tokens(entry: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTempla
     # and the difference of their log-probabilities would no longer be that of the answers alone.
     ids = np.array(tokenizer.encode(context), dtype=np.int64)
     if tokenizer.add_bos == "always":  # otherwise the template decides, as in transformers
-        ids = np.append(tokenizer.lead(ids), ids).astype(np.int64)
+        ids = np.array([*tokenizer.lead(ids), *ids], dtype=np.int64)
     ends = [_answer(answer[len(context) :], tokenizer) for answer in answers]
     return Pair(ids, *ends)
 

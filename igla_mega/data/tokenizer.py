@@ -84,7 +84,7 @@ class Tokenizer:
         """Rule with `auto` resolved, as manifests record it."""
         return "always" if self.bos else "never"
 
-    def lead(self, ids: Sequence[int]) -> list[int]:
+    def lead(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """Return the begin-of-text ids that the ids of a text lack."""
         bos = self.bos
         return [] if tuple(ids[: len(bos)]) == bos else list(bos)

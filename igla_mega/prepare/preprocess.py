@@ -17,6 +17,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.data.begin import AddBos
 from igla_mega.data.indexed import IndexedWriter, publish, token_dtype
 from igla_mega.data.journal import Journal, Lock, replace_file
+from igla_mega.data.prepared import recorded_bos
 from igla_mega.data.raw_files import LINES
 from igla_mega.data.tokenizer import Tokenizer, version
 from igla_mega.prepare import fast, formats, giant
@@ -230,6 +231,8 @@ class _Preparation:
         except ConfigError:
             return None
         if manifest is None or manifest["job"] != self.job_digest or damage(self.prefix):
+            return None
+        if recorded_bos(manifest) != self.options.add_bos:
             return None
         return _counts(manifest, 0.0)
 

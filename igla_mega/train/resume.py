@@ -145,10 +145,11 @@ def data_files(recipe: Recipe, corpus: Dataset, found: Found | None) -> dict[str
     """Return the files of a part's checkpoints, name -> text, that record its data.
 
     Args:
-        found: checkpoint of the part that the run resumes from. Its sources that are no longer read are kept, so that
-            they are compared if they come back.
+        found: checkpoint of the part that the run resumes from. Sources of text that are no longer read are kept, so
+            that they are compared if they come back.
     """
-    record = {**(data_of(found[0]) if found else {}), **data_record(recipe, corpus)}
+    earlier = data_of(found[0]) if found and recipe.form == "text" else {}
+    record = {**earlier, **data_record(recipe, corpus)}
     texts = {DATA: json.dumps(record, indent=1) + "\n"}
     if isinstance(corpus, Corpus) and corpus.mixes:
         texts[MIXES] = ledger(corpus.mixes)
