@@ -290,12 +290,13 @@ def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> d
         say(f"{checkpoint}: its tokenizer ({tokenizer}) does not exist; exported without one")
         return dict.fromkeys(_TOKEN_IDS)
     _carry(source if source.is_dir() else source.parent, hf_dir)
-    if (hf_dir / "tokenizer.json").exists():
-        carried, rule = load_tokenizer(hf_dir), bos_rule_of(checkpoint, recipe)
+    rule, described = bos_rule_of(checkpoint, recipe), (hf_dir / GENERATION).exists()
+    if (hf_dir / "tokenizer.json").exists() and (rule != "auto" or not described):
+        carried = load_tokenizer(hf_dir)
         if rule not in ("auto", carried.bos_rule):
             adds = "adds a begin-of-text token" if carried.bos else "adds no begin-of-text token"
             say(f"{hf_dir}: trained with data.add_bos: {rule}, but its tokenizer {adds}; give it texts as in training")
-        if not (hf_dir / GENERATION).exists():
+        if not described:
             begin = carried.begin.ids[-1] if carried.begin.ids else carried.eod_id
             _write_json(hf_dir / GENERATION, {"bos_token_id": begin, "eos_token_id": carried.eod_id})
     settings = read_json(hf_dir / GENERATION) if (hf_dir / GENERATION).exists() else {}

@@ -68,11 +68,14 @@ class Haystack:
         first, end = self.corpus.held_out(name)
         start = first + turn * length % (end - first)
         text: list[int] = []
+        left_out = 0
         while len(text) < length:
             stop = min(end, start + length - len(text))
             read = self.corpus.readers[name].tokens(start, stop).tolist()
-            # `or read`: a stretch of nothing but document ends must still make progress.
-            text += [token for token in read if token not in (self.end_of_document, *self.bos)] or read
+            kept = [token for token in read if token not in (self.end_of_document, *self.bos)]
+            left_out = 0 if kept else left_out + len(read)
+            # A source of nothing but document ends must still make progress.
+            text += kept if left_out < end - first else read
             start = first if stop == end else stop
         return text[:length]
 

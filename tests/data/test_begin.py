@@ -390,3 +390,32 @@ def test_the_tool_begins_documents_as_its_flags_say(make, tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["tool", *words, "--tokenizer-model", str(make("bos")), "--append-eod", *flags])
     assert tool.main() == 0
     assert (IndexedReader(tmp_path / "out_text_document").tokens(0, 1).tolist() == [1]) == first
+
+
+def test_a_rolled_text_and_a_needle_begin_once(make):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from igla_mega.evaluate.harness import EngineLM
+    from igla_mega.evaluate.needle import Haystack
+
+    class Asker:
+        def score(self, rows):
+            self.rows = [list(row.tokens) for row in rows]
+            return [type("Score", (), {"log_prob": 0.0, "not_likeliest": 0})() for _ in rows]
+
+    for processor, first in (("bos", 1), ("none", 2)):
+        tokenizer, asker = load_tokenizer(make(processor)), Asker()
+        for text in ("the cat", "<s>the cat") if first == 1 else ("the cat",):
+            EngineLM(tokenizer, 64, asker, 0).loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+            assert asker.rows == [[first, *tokenizer.encode("the cat")]], "its own token, else the end of the last text"
+
+    class Held:
+        readers = {"web": type("Reader", (), {"tokens": lambda self, a, b: np.array([1, 5, 6, 2] * 30)[a:b]})()}  # noqa: RUF012
+        validation_names = staticmethod(lambda: ["web"])
+        held_out = staticmethod(lambda name: (0, 120))
+
+    words = tuple(range(10, 30))
+    stack = Haystack(None, (40,), Held(), 0, words, (7,), (8,), (9,), end_of_document=2, bos=(1,))
+    context = list(stack.row(40, 50, 0).tokens)
+    assert context[0] == 1 and context.count(1) == 1 and 2 not in context and len(context) == 43
