@@ -109,6 +109,7 @@ def check(
         return
     from igla_mega.config import load, rules
     from igla_mega.data.blend import normalised
+    from igla_mega.data.prepared import refuse_other_bos
     from igla_mega.layout.stages import parts_of
     from igla_mega.plan.refusals import refusals
 
@@ -121,6 +122,8 @@ def check(
 
         base, assumed = shape_of_base(loaded)
         resolve(loaded, nproc, _device(), base=base)
+    for part in parts_of(loaded):
+        refuse_other_bos(part)
     print(f"{loaded.name}: fine")
     notes = [*assumed, *rules.warnings(loaded), *filter(None, [normalised(loaded.data.mix)])]
     if scale != "laptop" and not all(part.data.sources for part in parts_of(loaded)):
@@ -305,9 +308,12 @@ def train(
     """
     from igla_mega.plan.refusals import refusals
     from igla_mega.prepare import laptop
+    from igla_mega.train.continuity import refuse_unknown_keys
 
     _exit_on_signals()
     loaded = _load(recipe, scale, set_)
+    accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
+    refuse_unknown_keys(accepted)
     if found := refusals(loaded):
         raise ConfigError(*found)
     run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
@@ -336,7 +342,6 @@ def train(
     _quiet_libraries()
     from igla_mega import run as engine
 
-    accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
     raise typer.Exit(
         engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose, accepted=accepted)
     )
@@ -639,12 +644,16 @@ def _nodes(text: str) -> tuple[int, int]:
 def _check_before_launch(recipe, num_ranks: int, models: Path | None) -> None:
     """Find invalid inputs within a second, before ranks import torch, and before a base model is imported."""
     from igla_mega.config.load import base_folder
+    from igla_mega.data.prepared import refuse_other_bos
+    from igla_mega.layout.stages import parts_of
     from igla_mega.plan.resolve import resolve, shape_of_base
     from igla_mega.prepare.check import check_prepared
 
     first = recipe.stages[0] if recipe.stages else recipe
     if first.base_model:
         base_folder(first.base_model, models)
+    for part in parts_of(recipe):
+        refuse_other_bos(part)
     base, _ = shape_of_base(recipe, models)
     resolved = resolve(recipe, num_ranks, _device(), base=base)
     for number, part in enumerate(resolved.parts):

@@ -38,6 +38,7 @@ def main() -> int:
             options = Options(
                 text_key=key,
                 append_eod=args.append_eod,
+                add_bos=args.add_bos or ("auto" if args.tokenizer_hf_include_special_tokens else "never"),
                 on_error="skip" if args.skip_broken_lines else args.on_error,
                 text_documents=args.text_documents,
                 language_key=args.language_key,
@@ -79,7 +80,18 @@ def _arguments() -> argparse.Namespace:
         help="accepted for compatibility; the type is detected from the file",
     )
     add("--tokenizer-model", required=True, help="Hugging Face folder, tokenizer.json, SentencePiece or tiktoken file")
-    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document token, once")
+    add(
+        "--tokenizer-hf-include-special-tokens",
+        action="store_true",
+        help="Megatron's flag: begin each document as the tokenizer's own library does (the same as --add-bos auto)",
+    )
+    add(
+        "--add-bos",
+        choices=("auto", "always", "never"),
+        help="begin-of-text token in front of each document: as the tokenizer's own library does, always, or never "
+        "(default: never, as Megatron's tool; a recipe's data.add_bos is auto)",
+    )
     add("--workers", type=int, help="threads or processes; the output is the same for any number")
     add(
         "--on-error",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from igla_mega.checkpoint import store
 from igla_mega.checkpoint.base import BASE, base_note, base_of, digest_of_checkpoint, read_base
-from igla_mega.checkpoint.folder import read_recipe
+from igla_mega.checkpoint.folder import DATA, read_recipe
 from igla_mega.checkpoint.hf_names import Weight, weights_of
 from igla_mega.checkpoint.pieces import Pieces, Reader, read_whole
 from igla_mega.checkpoint.progress import Progress
@@ -24,7 +24,7 @@ from igla_mega.checkpoint.safetensors import appearing, finite, refuse_repeated_
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Lora, Moe
-from igla_mega.config.files import read_text, refuse_special
+from igla_mega.config.files import read_bytes, read_text, refuse_special
 from igla_mega.config.load import dump
 from igla_mega.config.schema import Model
 from igla_mega.model.lora import is_adapter, scaling
@@ -262,6 +262,7 @@ def merge(
     moe: Moe | None = None,
     quantized: torch.dtype | None = None,
     double: bool = True,
+    data: Path | None = None,
 ) -> None:
     """Write a checkpoint of the base with the adapters merged into it, one tensor in memory at a time.
 
@@ -271,6 +272,7 @@ def merge(
         quantized: type from which the base was quantized to NF4, if the adapters were trained on such a base; the
             adapters are then merged into the dequantized values, which are the ones they were trained with.
         double: True if the NF4 scales were quantized too.
+        data: checkpoint whose record of the data it was trained on is copied.
 
     Raises:
         ConfigError: `checkpoint` exists and is not empty.
@@ -304,6 +306,7 @@ def merge(
         dcp.save({w.native: lazy(w) for w in weights}, storage_writer=writer, no_dist=True)
         (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
         (temporary / "recipe.yaml").write_text(read_text(base / "recipe.yaml"))
+        _copy_record(data or base, temporary)
         store.write_manifest(temporary, {})
 
 
@@ -329,7 +332,14 @@ def merge_adapters(checkpoint: Path, merged: Path, base: Path | None = None) -> 
         moe=recipe.moe,
         quantized=DTYPES[recipe.distributed.precision] if quantization is not None else None,
         double=quantization is None or quantization.double_quant,
+        data=checkpoint,
     )
+
+
+def _copy_record(checkpoint: Path, folder: Path) -> None:
+    """Copy what a checkpoint records of the data it was trained on, if anything."""
+    if (checkpoint / DATA).is_file():
+        (folder / DATA).write_bytes(read_bytes(checkpoint / DATA))
 
 
 def export_adapters(checkpoint: Path, folder: Path) -> None:
@@ -374,5 +384,6 @@ def import_adapters(folder: Path, base: Path, checkpoint: Path) -> None:
         dcp.save(pieces, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=True)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        _copy_record(base, temporary)
         store.write_manifest(temporary, {})
     print(f"{checkpoint}: {len(matrices)} matrices of rank {section.rank}, for the base {base}")

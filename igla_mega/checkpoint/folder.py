@@ -4,10 +4,16 @@ from pathlib import Path
 
 from igla_mega.checkpoint import integrity, remote, store
 from igla_mega.checkpoint.pieces import Reader
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
+from igla_mega.data.begin import AddBos
 
+DATA = "data.json"
+"""File of a checkpoint: source -> fingerprint of its prepared data, and the entries `BOS` and `TOKENIZER_DIGEST`."""
+BOS, TOKENIZER_DIGEST = ".add_bos", ".tokenizer"
+"""Names of `DATA` that no source can have: the rule `always` or `never`, and the sha256 of the tokenizer's files."""
 TOKENIZER = "tokenizer"
 """Folder with the tokenizer of an imported model, in its checkpoint."""
 
@@ -95,3 +101,29 @@ def tokenizer_of(checkpoint: Path, recipe: Recipe) -> Path | None:
     """Return a checkpoint's tokenizer (folder or file): the stored one, else the recipe's; None if neither exists."""
     candidates = [checkpoint / TOKENIZER, *([Path(recipe.data.tokenizer)] if recipe.data.tokenizer else [])]
     return next((path for path in candidates if path.exists()), None)
+
+
+def data_of(checkpoint: Path) -> dict[str, str]:
+    """Return what a checkpoint records of its data; empty for an imported one, and before version 0.2.
+
+    Raises:
+        ConfigError: the record is damaged.
+    """
+    file = checkpoint / DATA
+    try:
+        record = json_text.read(file) if file.is_file() else {}
+        return {str(name): str(value) for name, value in record.items()}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: not a JSON object ({error}).\n  Use another checkpoint.") from None
+
+
+def bos_rule_of(checkpoint: Path, recipe: Recipe) -> AddBos:
+    """Return the rule for begin-of-text tokens of a checkpoint's texts: that of the data it was trained on, if known.
+
+    Args:
+        recipe: the one stored in the checkpoint.
+    """
+    if not (checkpoint / DATA).is_file() and recipe.data.sources and recipe.data.add_bos == "auto":
+        return "never"  # a run before version 0.2, whose data had none
+    rule = data_of(checkpoint).get(BOS)
+    return rule if rule in ("always", "never") else recipe.data.add_bos  # type: ignore[return-value]

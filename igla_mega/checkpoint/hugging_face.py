@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from igla_mega.checkpoint import load_model, store
-from igla_mega.checkpoint.folder import TOKENIZER, read_recipe, tokenizer_of
+from igla_mega.checkpoint.folder import TOKENIZER, bos_rule_of, read_recipe, tokenizer_of
 from igla_mega.checkpoint.hf_config import config_of, is_mixtral, model_of, read_json
 from igla_mega.checkpoint.hf_names import weights_of
 from igla_mega.checkpoint.pieces import Pieces, Reader
@@ -292,9 +292,15 @@ def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> d
         say(f"{checkpoint}: its tokenizer ({tokenizer}) does not exist; exported without one")
         return dict.fromkeys(_TOKEN_IDS)
     _carry(source if source.is_dir() else source.parent, hf_dir)
-    if not (hf_dir / GENERATION).exists() and (hf_dir / "tokenizer.json").exists():
-        end = load_tokenizer(hf_dir).eod_id
-        _write_json(hf_dir / GENERATION, {"bos_token_id": end, "eos_token_id": end})
+    rule, described = bos_rule_of(checkpoint, recipe), (hf_dir / GENERATION).exists()
+    if (hf_dir / "tokenizer.json").exists() and (rule != "auto" or not described):
+        carried = load_tokenizer(hf_dir)
+        if rule not in ("auto", carried.bos_rule):
+            adds = "adds a begin-of-text token" if carried.bos else "adds no begin-of-text token"
+            say(f"{hf_dir}: trained with data.add_bos: {rule}, but its tokenizer {adds}; give it texts as in training")
+        if not described:
+            begin = carried.begin.ids[-1] if carried.begin.ids else carried.eod_id
+            _write_json(hf_dir / GENERATION, {"bos_token_id": begin, "eos_token_id": carried.eod_id})
     settings = read_json(hf_dir / GENERATION) if (hf_dir / GENERATION).exists() else {}
     return {key: settings.get(key) for key in _TOKEN_IDS}
 

@@ -308,6 +308,10 @@ class Data(Section):
     compressed or not, `*` allowed; or an indexed data set, without .bin and .idx."""
     tokenizer: str | None = None
     """Path of the tokenizer: a folder, a tokenizer.json, a SentencePiece model or a file of tiktoken ranks."""
+    add_bos: Literal["auto", "always", "never"] = "auto"
+    """Rule for the begin-of-text token in front of each document, prompt and plain sample: if the tokenizer's own
+    library adds it (auto), always, or never. It is never doubled. In conversations the chat template decides, and
+    `always` adds it where the template does not."""
     prepared: str | None = None
     """Folder that `prepare` writes indexed data sets to and `train` reads them from."""
     text_key: str = "text"

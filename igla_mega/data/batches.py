@@ -118,6 +118,9 @@ class Sampling:
 class Corpus:
     """Text sources of a run: open files, their split by document, and the blend."""
 
+    mixes: Sequence[tuple[int, Mapping[str, float]]] = ()
+    """Mixes that the run follows, see `follow`."""
+
     def __init__(
         self,
         prefixes: Mapping[str, str | Path],
@@ -181,7 +184,7 @@ class Corpus:
 
     def follow(self, mixes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Draw with mixes that change during the run, see `changing_blend`; the sources of the last one are open."""
-        self.blend = changing_blend(mixes)
+        self.blend, self.mixes = changing_blend(mixes), mixes
         # The loader may have prepared micro-batches of the old blend.
         self._loader = open_loader(*self._loading)
 

@@ -116,41 +116,56 @@ def changing_blend(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> Blend:
 
 
 def recorded_mixes(
-    file: Path, mix: Mapping[str, float], consumed_samples: int, *, write: bool
+    file: Path,
+    mix: Mapping[str, float],
+    consumed_samples: int,
+    *,
+    write: bool,
+    kept: Path | None = None,
+    first: Mapping[str, float] | None = None,
 ) -> list[tuple[int, dict[str, float]]]:
     """Return the successive mixes of a run, with `mix` appended from `consumed_samples` on if it differs from the last.
 
-    The file is the ledger of the changes: a JSON list of {"first_sample": n, "mix": {...}, "consumed": {source: samples
-    before n}}. Entries after `consumed_samples`, left when a run resumes from an earlier checkpoint, are dropped.
+    The file is the ledger of the changes, see `ledger`. Entries after `consumed_samples`, left when a run resumes from
+    an earlier checkpoint, are dropped.
 
     Args:
         write: True to write the updated ledger back.
+        kept: ledger in the checkpoint that the run resumes from; it takes precedence over the file if it exists.
+        first: mix of the samples consumed so far, for a run that has neither.
 
     Raises:
         ConfigError: the file is damaged.
     """
+    source = kept if kept is not None and kept.is_file() else file
     try:
-        entries = json_text.read(file) if file.is_file() else []
+        entries = json_text.read(source) if source.is_file() else []
         mixes = [(int(e["first_sample"]), dict(e["mix"])) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or start another --run.") from None
-    mixes = [(first, weights) for first, weights in mixes if first == 0 or first < consumed_samples]
-    if not mixes or consumed_samples == 0:
+        raise ConfigError(f"{source}: not a list of mixes ({error}).\n  Restore it, or start another --run.") from None
+    mixes = [(start, weights) for start, weights in mixes if start == 0 or start < consumed_samples]
+    if consumed_samples == 0:
         mixes = [(0, dict(mix))]
-    elif Blend(mixes[-1][1]).shares != Blend(mix).shares:
+    mixes = mixes or [(0, dict(first or mix))]
+    if Blend(mixes[-1][1]).shares != Blend(mix).shares:
         mixes.append((consumed_samples, dict(mix)))
     if write:
-        entries = [
-            {
-                "first_sample": first,
-                "mix": weights,
-                "consumed": changing_blend(mixes[: number + 1]).consumed(first),
-            }
-            for number, (first, weights) in enumerate(mixes)
-        ]
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, (json.dumps(entries, indent=2) + "\n").encode())
+        replace_file(file, ledger(mixes).encode())
     return mixes
+
+
+def ledger(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> str:
+    """Return mixes as JSON: a list of {"first_sample": n, "mix": {...}, "consumed": {source: samples before n}}."""
+    entries = [
+        {
+            "first_sample": first,
+            "mix": weights,
+            "consumed": changing_blend(mixes[: number + 1]).consumed(first),
+        }
+        for number, (first, weights) in enumerate(mixes)
+    ]
+    return json.dumps(entries, indent=2) + "\n"
 
 
 def normalised(mix: Mapping[str, float]) -> str | None:

@@ -195,6 +195,7 @@ def tokenize(
 def _plain(prompt: str, completion: str, tokenizer: Tokenizer) -> Sample:
     """Return prompt, completion and end-of-document token, the last two as targets."""
     context, answer = tokenizer.encode(prompt), ended(completion, tokenizer)
+    context = [*tokenizer.lead([*context, *answer]), *context]
     tokens = np.array([*context, *answer], dtype=np.int64)
     return Sample(tokens, np.arange(len(tokens)) >= len(context))
 
@@ -225,4 +226,7 @@ def _marked(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> Sample:
         if len(closing):
             inside[closing[-1] + 1 :] = False
         targets |= inside
+    if tokenizer.add_bos == "always":  # otherwise the template decides, as in transformers
+        lead = tokenizer.lead(tokens)
+        tokens, targets = np.array([*lead, *tokens], dtype=np.int64), np.array([*(False for _ in lead), *targets])
     return Sample(tokens, targets)

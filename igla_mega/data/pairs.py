@@ -114,8 +114,10 @@ def _texts(entry: Mapping[str, Any], place: str) -> tuple[str, str, str]:
 
 def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer) -> Pair:
     """Return the tokens of a pair of plain texts, with the end-of-document token after each answer."""
-    parts = (tokenizer.encode(prompt), ended(chosen, tokenizer), ended(rejected, tokenizer))
-    return Pair(*(np.array(ids, dtype=np.int64) for ids in parts))
+    context, *answers = tokenizer.encode(prompt), ended(chosen, tokenizer), ended(rejected, tokenizer)
+    # Where the prompt is empty, an answer may bring its own begin-of-text token; both follow the same prompt.
+    context = [*min((tokenizer.lead([*context, *answer]) for answer in answers), key=len), *context]
+    return Pair(*(np.array(ids, dtype=np.int64) for ids in (context, *answers)))
 
 
 def _turns(entry: Mapping[str, Any], place: str) -> tuple[list[Any], list[Any], list[Any]]:
@@ -174,7 +176,10 @@ def _tokens(context: str, texts: Sequence[str], tokenizer: Tokenizer) -> Pair:
         ids = np.array(tokenizer.encode(text), dtype=np.int64)
         special = np.flatnonzero(np.isin(ids, special_ids(tokenizer)))
         answers.append(ids[: special[-1] + 1] if len(special) else ids)
-    return Pair(np.array(tokenizer.encode(context), dtype=np.int64), *answers)
+    prompt = tokenizer.encode(context)
+    if tokenizer.add_bos == "always":  # otherwise the template decides, as in transformers
+        prompt = [*tokenizer.lead(prompt), *prompt]
+    return Pair(np.array(prompt, dtype=np.int64), *answers)
 
 
 def rows_of(pairs: Sequence[Pair], sequence_length: int, pad_id: int) -> list[Row]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data.indexed import joined_path
+from igla_mega.data.begin import AddBos
+from igla_mega.data.indexed import joined_path, part_prefixes
 from igla_mega.data.raw_files import SUFFIXES
 from igla_mega.data.remote_files import cache_folder, is_remote, local_dataset
+from igla_mega.data.tokenizer import bos_rule_at
 from igla_mega.layout.stages import drawn_from
 
 TARGETS = ".targets"
@@ -94,3 +97,63 @@ def unknown_sources(recipe: Recipe) -> list[str]:
         for name in drawn_from(recipe)
         if name not in sources
     ]
+
+
+def refuse_other_bos(recipe: Recipe) -> None:
+    """Compare the rule for begin-of-text tokens of a recipe with that of its prepared data.
+
+    Raises:
+        ConfigError: they differ, or the rule is `always` and the tokenizer has no such token.
+    """
+    held, rule = prepared_bos(recipe), recipe.data.add_bos
+    if not held and rule != "always":
+        return
+    wanted = bos_rule_at(recipe.data.tokenizer, rule)
+    resolved = f" (auto, by the tokenizer {recipe.data.tokenizer})" if rule == "auto" else ""
+    breaches = [
+        f"data.sources.{name}: prepared with data.add_bos: {theirs}, but the recipe's data.add_bos is "
+        f"{wanted}{resolved}.\n  Set data.add_bos: {theirs}, or prepare the source again."
+        for name, theirs in held.items()
+        if wanted not in (None, theirs)
+    ]
+    if breaches:
+        raise ConfigError(*breaches)
+
+
+def bos_rule(recipe: Recipe) -> AddBos:
+    """Return the rule for begin-of-text tokens of a run's texts: its prepared data's if known, else the recipe's."""
+    rules = set(prepared_bos(recipe).values())
+    return rules.pop() if len(rules) == 1 else recipe.data.add_bos  # type: ignore[return-value]
+
+
+def prepared_bos(recipe: Recipe) -> dict[str, str]:
+    """Return the rule for begin-of-text tokens of each source that is prepared and records it: `always` or `never`."""
+    try:
+        prefixes = source_prefixes(recipe.data)
+    except ConfigError:
+        return {}  # reported where the data is opened
+    held = {}
+    for name in prefixes if recipe.form == "text" else drawn_from(recipe):
+        for part in part_prefixes(prefixes[name]) if name in prefixes else ():
+            if (record := _record(part)) is not None:
+                held[name] = recorded_bos(record)
+    return held
+
+
+def recorded_bos(record: Mapping[str, Any]) -> str:
+    """Return the rule for begin-of-text tokens of a manifest, or of the `<prefix>.json` of samples."""
+    # Before version 0.2 no dataset had them, and no manifest an entry.
+    options = record.get("options", record)
+    return str(options.get("add_bos", "never")) if isinstance(options, dict) else "never"
+
+
+def _record(prefix: str) -> dict[str, Any] | None:
+    """Return the manifest of a dataset, or the `<prefix>.json` of samples; None if it has neither."""
+    for suffix, key in ((".manifest.json", "job"), (".json", "digest")):
+        try:
+            record = json_text.read(f"{prefix}{suffix}")
+        except (OSError, ValueError):  # a damaged manifest is reported where the data is checked
+            continue
+        if isinstance(record, dict) and key in record:
+            return record
+    return None

@@ -4,6 +4,7 @@ Imports `transformers` only for a Hugging Face folder without a tokenizer.json.
 """
 
 import base64
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tokenizers
@@ -19,6 +20,7 @@ import tokenizers
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_bytes, regular
+from igla_mega.data.begin import NO_BEGIN, AddBos, Begin, of_hugging_face, of_sentencepiece, of_tiktoken
 from igla_mega.untrusted import trial
 from igla_mega.untrusted.child import no_panic
 
@@ -43,7 +45,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Conversion between text and token ids, without begin-of-text or end-of-text tokens."""
+    """Conversion between text and token ids; `encode` adds no special token, `encode_text` those of a begin."""
 
     path: str
     """Path or encoding name from which the tokenizer was loaded."""
@@ -61,6 +63,43 @@ class Tokenizer:
     """Added tokens, matched in a text before all others."""
     written: bytes | None = None
     """The tokenizer.json of a tokenizer that had to be converted, else None."""
+    begin: Begin = NO_BEGIN
+    """Begin-of-text tokens of the tokenizer."""
+    add_bos: AddBos = "auto"
+    """Rule by which texts begin with them: the recipe's `data.add_bos`."""
+
+    def with_bos(self, rule: AddBos) -> "Tokenizer":
+        """Return the tokenizer under another rule for begin-of-text tokens.
+
+        Raises:
+            ConfigError: the rule is `always`, and the tokenizer has no such token.
+        """
+        self.begin.under(rule, self.path)
+        return dataclasses.replace(self, add_bos=rule)
+
+    @property
+    def bos(self) -> tuple[int, ...]:
+        """Ids in front of a text under the rule."""
+        return self.begin.under(self.add_bos, self.path)
+
+    @property
+    def bos_rule(self) -> Literal["always", "never"]:
+        """Rule with `auto` resolved, as manifests record it."""
+        return "always" if self.bos else "never"
+
+    def lead(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """Return the begin-of-text ids that the ids of a text lack."""
+        bos = self.bos
+        return [] if tuple(ids[: len(bos)]) == bos else list(bos)
+
+    def tail(self, ids: Sequence[int]) -> list[int]:
+        """Return the end-of-document id that the ids of a text lack; empty if the tokenizer has none."""
+        return [] if self.eod_id is None or (len(ids) and ids[-1] == self.eod_id) else [self.eod_id]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode one text that a model reads from its beginning, such as a prompt."""
+        ids = self.encode(text)
+        return [*self.lead(ids), *ids]
 
     def encode(self, text: str) -> list[int]:
         """Encode one text."""
@@ -181,19 +220,20 @@ def _load_hugging_face(path: str | Path, file: Path) -> Tokenizer:
         else:
             engine = _converted(file.parent)
             written = engine.to_str().encode()
+        # A tokenizer.json often carries its model's length limits, which must not truncate or pad a corpus.
+        engine.no_truncation()
+        engine.no_padding()
+        vocabulary = engine.get_vocab(with_added_tokens=True)
+        begin = of_hugging_face(engine, file, vocabulary)
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     # The library raises plain Exception for malformed files, and for some a Rust panic, which is a BaseException.
     except BaseException as error:
         raise ConfigError(f"{file}: not a tokenizer.json ({error}).\n  Save the tokenizer again.") from None
-    # A tokenizer.json often carries its model's length limits, which must not truncate or pad a corpus.
-    engine.no_truncation()
-    engine.no_padding()
-    vocabulary = engine.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values(), default=-1) + 1
     added = tuple(token.content for token in engine.get_added_tokens_decoder().values())
     end = _end_of_document(file, vocabulary)
-    return Tokenizer(str(path), engine, size, end, _HuggingFace(engine), file, added, written)
+    return Tokenizer(str(path), engine, size, end, _HuggingFace(engine), file, added, written, begin)
 
 
 def _converted(folder: Path) -> tokenizers.Tokenizer:
@@ -216,7 +256,8 @@ def _load_sentencepiece(path: str | Path, file: Path) -> Tokenizer:
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"{file}: not a SentencePiece model ({error}).\n  Save the tokenizer again.") from None
     end = engine.eos_id() if engine.eos_id() >= 0 else None
-    return Tokenizer(str(path), engine, engine.get_piece_size(), end, _SentencePiece(engine), file)
+    codec, begin = _SentencePiece(engine), of_sentencepiece(engine, file)
+    return Tokenizer(str(path), engine, engine.get_piece_size(), end, codec, file, begin=begin)
 
 
 def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
@@ -247,7 +288,8 @@ def _load_tiktoken(path: str | Path, file: Path) -> Tokenizer:
             ) from None
     special = engine._special_tokens
     end = next((special[name] for name in (END_OF_DOCUMENT, *_OTHER_ENDS) if name in special), None)
-    return Tokenizer(str(path), engine, engine.max_token_value + 1, end, _Tiktoken(engine), file, tuple(special))
+    codec, size, begin = _Tiktoken(engine), engine.max_token_value + 1, of_tiktoken(special, file)
+    return Tokenizer(str(path), engine, size, end, codec, file, tuple(special), begin=begin)
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
@@ -425,6 +467,35 @@ def digest_at(path: str | Path | None) -> str | None:
     if file is None or not file.is_file() or file.name in _OLDER_FILES:
         return None
     return hashlib.sha256(read_bytes(file)).hexdigest()
+
+
+def content_digest(path: str | Path | None) -> str | None:
+    """Return a digest of a tokenizer's vocabulary files, also of one that requires a conversion; None without files."""
+    try:
+        file = tokenizer_file(path) if path else None
+    except ConfigError:
+        return None
+    if file is None or not file.is_file():
+        return None
+    digest = hashlib.sha256(read_bytes(file))
+    if file.name in _OLDER_FILES and (merges := file.with_name("merges.txt")).is_file():
+        digest.update(read_bytes(merges))
+    return digest.hexdigest()
+
+
+def bos_rule_at(path: str | Path | None, rule: AddBos) -> Literal["always", "never"] | None:
+    """Return a rule for begin-of-text tokens with `auto` resolved by a tokenizer; None where there is no tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer is invalid, or has no such token and the rule is `always`.
+    """
+    if rule == "never":
+        return rule
+    try:
+        tokenizer_file(path or "")
+    except ConfigError:
+        return None if rule == "auto" else rule
+    return load_tokenizer(path or "").with_bos(rule).bos_rule
 
 
 def _encoding_names() -> list[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from igla_mega.checkpoint.folder import TOKENIZER, read_recipe, resolve_checkpoint, tokenizer_of
+from igla_mega.checkpoint.folder import TOKENIZER, bos_rule_of, read_recipe, resolve_checkpoint, tokenizer_of
 from igla_mega.checkpoint.load_model import load_model, single_process_layout
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe, Tasks
@@ -112,7 +112,7 @@ def evaluate_tasks(checkpoint: Path, settings: Tasks, choose_layout: LayoutChoos
             f"{checkpoint}: the tokenizer ({recipe.data.tokenizer or 'none given'}) does not exist.\n"
             f"  Copy the Hugging Face tokenizer folder of the training data to {checkpoint / TOKENIZER}."
         )
-    tokenizer = load_tokenizer(path, recipe.model.vocab_size)
+    tokenizer = load_tokenizer(path, recipe.model.vocab_size).with_bos(bos_rule_of(checkpoint, recipe))
     device = host.prepare()
     init_process_groups(device, recipe.distributed.timeout_seconds)
     try:

@@ -8,7 +8,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+from igla_mega.checkpoint.folder import bos_rule_of, read_recipe, resolve_checkpoint
 from igla_mega.checkpoint.load_model import load_model
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
@@ -50,11 +50,11 @@ def generate(
     _check(prompt, max_new_tokens, temperature, top_k, top_p)
     checkpoint = resolve_checkpoint(checkpoint)
     tokenizer = _tokenizer(checkpoint, read_recipe(checkpoint))
-    ids = tokenizer.encode(prompt)
-    if not ids:
+    if not tokenizer.encode(prompt):
         raise ConfigError(
             f"--prompt: the tokenizer {tokenizer.path} encodes {prompt!r} to no tokens.\n  Use another text."
         )
+    ids = tokenizer.encode_text(prompt)
     pieces = []
     try:
         model, _ = load_model(checkpoint, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -179,7 +179,7 @@ def _next_logits(model: CausalLM, unread: Tensor, cache: StaticInferenceContext)
 
 
 def _tokenizer(checkpoint: Path, recipe: Recipe) -> Tokenizer:
-    """Load the tokenizer stored in the checkpoint, else the one that its recipe names."""
+    """Load the tokenizer stored in the checkpoint, else its recipe's; texts begin as the training data does."""
     assert recipe.model is not None, "a checkpoint has a model"
     beside = checkpoint / "tokenizer"
     path = beside if beside.is_dir() else recipe.data.tokenizer
@@ -188,7 +188,7 @@ def _tokenizer(checkpoint: Path, recipe: Recipe) -> Tokenizer:
             f"{checkpoint}: names no tokenizer (data.tokenizer in its recipe.yaml) and has no folder `tokenizer`.\n"
             "  Copy the Hugging Face tokenizer folder of the training data there."
         )
-    return load_tokenizer(path, recipe.model.vocab_size)
+    return load_tokenizer(path, recipe.model.vocab_size).with_bos(bos_rule_of(checkpoint, recipe))
 
 
 def _check(prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -24,14 +24,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Tasks
 from igla_mega.data.tokenizer import Tokenizer
 from igla_mega.engine.step import Engine
 from igla_mega.evaluate import scoring
 from igla_mega.evaluate.scoring import Row, Score
-from igla_mega.untrusted.child import no_panic
 
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
 """Default seeds of the harness, so that scores are comparable with published ones."""
@@ -97,12 +95,11 @@ def _answer(engine: Engine, question: tuple) -> list:
 
 
 class EngineLM(TemplateLM):
-    """The model as the harness sees it; text is encoded as the tokenizer of the exported Hugging Face folder does."""
+    """The model as the harness sees it; texts begin as those that the model was trained on."""
 
     def __init__(self, tokenizer: Tokenizer, longest: int, asker: Asker, seed: int):
         super().__init__()
         self._tokenizer, self._longest, self._asker, self._seed = tokenizer, longest, asker, seed
-        self._begin = _begin(tokenizer)
         self._encode = lru_cache(maxsize=200_000)(self._encoded)
 
     @property
@@ -112,7 +109,8 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self._begin is None else self._begin
+        # The context of a text without one: what comes before a text in training.
+        return self._tokenizer.bos[-1] if self._tokenizer.bos else self.eot_token_id
 
     @property
     def max_length(self) -> int:
@@ -123,18 +121,11 @@ class EngineLM(TemplateLM):
         return MAX_NEW_TOKENS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Return the token ids of a text, without a second begin token where the text already starts with one."""
-        if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._tokenizer.decode([self.prefix_token_id]))
-        return list(self._encode(string, add_special_tokens))
+        """Return the token ids of a text, with the begin-of-text token that the model was trained with."""
+        return list(self._encode(string, add_special_tokens is not False))
 
-    def _encoded(self, string: str, special: bool) -> tuple[int, ...]:
-        engine = self._tokenizer.engine
-        # Only a Hugging Face engine has a post-processor, which may put a begin token in front.
-        if special and hasattr(engine, "post_processor"):
-            with no_panic(self._tokenizer.path):
-                return tuple(engine.encode(string, add_special_tokens=True).ids)
-        return tuple(self._tokenizer.encode(string))
+    def _encoded(self, string: str, begins: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode_text(string) if begins else self._tokenizer.encode(string))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -156,7 +147,8 @@ class EngineLM(TemplateLM):
         windows: list[tuple] = []
         counts = []
         for request in requests:
-            ids = self.tok_encode(request.args[0])
+            # The first window gets the prefix token, which stands for the text's own begin-of-text token.
+            ids = self.tok_encode(request.args[0])[len(self._tokenizer.bos) :]
             rolled = utils.get_rolling_token_windows(ids, self.prefix_token_id, self._longest, 1)
             disjoint = [(None, *utils.make_disjoint_window(window)) for window in rolled]
             windows += disjoint
@@ -313,16 +305,6 @@ class Harness:
                     f"{self._place}: {name} generates with {json.dumps(other)}, but only temperature is supported. "
                     "Change its generation_kwargs, or remove it."
                 )
-
-
-def _begin(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the begin token (`bos_token`) that tokenizer_config.json names, or None."""
-    config = tokenizer.file.with_name("tokenizer_config.json")
-    if not config.is_file() or not hasattr(tokenizer.engine, "token_to_id"):
-        return None
-    named = json_text.read(config).get("bos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    return tokenizer.engine.token_to_id(named) if named else None
 
 
 @contextmanager

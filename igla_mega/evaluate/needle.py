@@ -46,6 +46,8 @@ class Haystack:
     closing: tuple[int, ...]
     end_of_document: int | None
     """Token id that is removed from the text, since attention may not reach across it."""
+    bos: tuple[int, ...] = ()
+    """Ids at the beginning of a context, which are removed from within the text."""
 
     def row(self, length: int, depth: float, sample: int) -> Row:
         """Return a context of `length` tokens and then the value; the fact comes after `depth` percent of the text."""
@@ -55,9 +57,9 @@ class Haystack:
         cue = draws.choice(self.words[NUM_WORDS:], CUE_TOKENS).tolist()
         question = [*self.opening, *cue, *self.middle]
         fact = [*question, *value, *self.closing]
-        text = self._text(length - len(fact) - len(question), sample)
+        text = self._text(length - len(self.bos) - len(fact) - len(question), sample)
         place = round(len(text) * depth / 100)
-        return Row([*text[:place], *fact, *text[place:], *question, *value], VALUE_TOKENS)
+        return Row([*self.bos, *text[:place], *fact, *text[place:], *question, *value], VALUE_TOKENS)
 
     def _text(self, length: int, sample: int) -> list[int]:
         """Return `length` tokens of held-out text; sources take turns, and a short one repeats from its beginning."""
@@ -66,11 +68,14 @@ class Haystack:
         first, end = self.corpus.held_out(name)
         start = first + turn * length % (end - first)
         text: list[int] = []
+        left_out = 0
         while len(text) < length:
             stop = min(end, start + length - len(text))
             read = self.corpus.readers[name].tokens(start, stop).tolist()
-            # `or read`: a stretch of nothing but document ends must still make progress.
-            text += [token for token in read if token != self.end_of_document] or read
+            kept = [token for token in read if token not in (self.end_of_document, *self.bos)]
+            left_out = 0 if kept else left_out + len(read)
+            # A source of nothing but document ends must still make progress.
+            text += kept if left_out < end - first else read
             start = first if stop == end else stop
         return text[:length]
 
@@ -84,7 +89,7 @@ def prepare(asked: Needle, corpus: Corpus, tokenizer: Tokenizer, sequence_length
     opening, middle, closing = (tuple(tokenizer.encode(text)) for text in (OPENING, MIDDLE, CLOSING))
     lengths = asked.lengths or tuple(sorted({sequence_length // 4 or 1, sequence_length // 2 or 1, sequence_length}))
     # The last 2: some text before and after the fact, or depths would have no meaning.
-    least = 2 * (len(opening) + CUE_TOKENS + len(middle)) + VALUE_TOKENS + len(closing) + 2
+    least = len(tokenizer.bos) + 2 * (len(opening) + CUE_TOKENS + len(middle)) + VALUE_TOKENS + len(closing) + 2
     if asked.lengths is None:
         lengths = tuple(length for length in lengths if length >= least) or lengths[-1:]
     breaches = [
@@ -101,7 +106,7 @@ def prepare(asked: Needle, corpus: Corpus, tokenizer: Tokenizer, sequence_length
         )
     if breaches:
         raise ConfigError(*breaches)
-    return Haystack(asked, lengths, corpus, seed, words, opening, middle, closing, tokenizer.eod_id)
+    return Haystack(asked, lengths, corpus, seed, words, opening, middle, closing, tokenizer.eod_id, tokenizer.bos)
 
 
 def measure(engine: Engine, haystack: Haystack) -> tuple[Grid, Grid]:
@@ -147,7 +152,8 @@ def _words(corpus: Corpus, tokenizer: Tokenizer) -> tuple[int, ...]:
     for name in names:
         first, end = corpus.held_out(name)
         counts.update(corpus.readers[name].tokens(first, min(end, first + _SAMPLED_TOKENS // len(names))).tolist())
-    counts.pop(tokenizer.eod_id if tokenizer.eod_id is not None else -1, None)
+    for token in (tokenizer.eod_id, *tokenizer.bos):
+        counts.pop(token, None)  # type: ignore[arg-type]
     frequent = sorted(counts, key=lambda token: (-counts[token], token))
     whole = [token for token in frequent[:2000] if _is_word(tokenizer.decode([token]))]
     chosen: Sequence[int] = whole if len(whole) >= NUM_WORDS + CUE_TOKENS else frequent

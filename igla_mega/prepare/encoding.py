@@ -35,6 +35,8 @@ class Job:
     """True to encode with gigatoken."""
     text_key: str = "text"
     append_eod: bool = True
+    bos: tuple[int, ...] = ()
+    """Ids in front of each document."""
     language_key: str | None = None
     filters: Filters = field(default_factory=Filters)
 
@@ -48,7 +50,7 @@ class Encoded:
     lengths: np.ndarray
     """Length of each document in tokens, int32 [documents]."""
     characters: int
-    """Number of characters of the documents, without end-of-document tokens."""
+    """Number of characters of the documents, without begin-of-text and end-of-document tokens."""
     text_bytes: int
     """Number of UTF-8 bytes of the documents."""
     empty: int
@@ -77,6 +79,7 @@ class Encoder:
         tokenizer = tokenizer or load_tokenizer(job.tokenizer, tried=True)
         self.eod_id = tokenizer.eod_id
         self.dtype = token_dtype(tokenizer.vocab_size)
+        self._bos = np.array(job.bos, self.dtype)
         self.engine: Any = engine or fast.FastTokenizer(tokenizer) if job.fast else tokenizer
 
     def encode(self, block: Block, unwanted: np.ndarray | None = None) -> Encoded:
@@ -101,11 +104,9 @@ class Encoder:
         dropped.update(by_filter)
         arrays, lengths = self._arrays(texts)
         full = lengths > 0
-        if self._eod is not None:
-            arrays, lengths = [self._with_ends(np.concatenate(arrays), lengths[full])] if full.any() else [], lengths
-            lengths = lengths[full] + 1
-        else:
-            lengths = lengths[full]
+        lengths = lengths[full]
+        if full.any() and (self._eod is not None or len(self._bos)):
+            arrays, lengths = self._framed(np.concatenate(arrays), lengths)
         return Encoded(
             arrays,
             lengths.astype(np.int32),
@@ -145,15 +146,25 @@ class Encoder:
             sizes.append(sum(map(len, parts)))
         return arrays, np.array(sizes, dtype=np.int64)
 
-    def _with_ends(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the ids with the end-of-document token inserted after each document."""
-        joined = np.empty(len(ids) + len(lengths), self.dtype)
-        ends = np.cumsum(lengths + 1) - 1
+    def _framed(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return ids and lengths of documents with the begin and end tokens that they lack."""
+        stops, width = np.cumsum(lengths), len(self._bos)
+        starts = stops - lengths
+        led = np.full(len(lengths), width > 0) & (lengths >= width)
+        for place, token in enumerate(self._bos):
+            led &= ids[np.minimum(starts + place, len(ids) - 1)] == token
+        ended = ids[stops - 1] == self._eod if self._eod is not None else np.ones(len(lengths), bool)
+        sizes = lengths + width * ~led + ~ended
+        joined = np.empty(int(sizes.sum()), self.dtype)
+        ends = np.cumsum(sizes)
         inside = np.ones(len(joined), dtype=bool)
-        inside[ends] = False
+        firsts = (ends - sizes)[~led]
+        for place, token in enumerate(self._bos):
+            joined[firsts + place], inside[firsts + place] = token, False
+        lasts = ends[~ended] - 1
+        joined[lasts], inside[lasts] = self._eod or 0, False
         joined[inside] = ids
-        joined[ends] = self._eod
-        return joined
+        return [joined], sizes
 
     def _encode_giant(self, block: Block, text: giant.LongText, digest: bytes, unwanted: np.ndarray | None) -> Encoded:
         """Encode a document that fills its block piece by piece, without ever holding its whole text."""
@@ -189,7 +200,10 @@ class Encoder:
             return encoded([], 0, [Broken(f"{block.file}:{block.first}", str(error), text.shown)], Counter())
         if not sum(map(len, arrays)):
             return encoded([], 1, [], Counter())
-        if self._eod is not None:
+        width = len(self._bos)
+        if not np.array_equal(np.concatenate([part[:width] for part in arrays])[:width], self._bos):
+            arrays.insert(0, self._bos)
+        if self._eod is not None and next(part[-1] for part in reversed(arrays) if len(part)) != self._eod:
             arrays.append(np.array([self._eod], self.dtype))
         return encoded(arrays, 0, [], Counter())
 

@@ -42,6 +42,7 @@ class _Manifest(BaseModel):
     job: str
     inputs: list[_Input]
     tokenizer: _Tokenizer
+    options: dict[str, Any] = {}
     shards: list[_Piece]
     index: _Piece
     documents: NonNegativeInt

@@ -13,6 +13,7 @@ import numpy as np
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedReader, IndexedWriter, joined_path, publish
 from igla_mega.data.journal import Lock, replace_file
+from igla_mega.data.prepared import recorded_bos
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.manifest import index_entry, manifest_path, read_manifest
 
@@ -64,6 +65,11 @@ def merge(
             breaches.append(
                 f"{part}: prepared with another tokenizer than {parts[0]}.\n"
                 "  Join only datasets prepared with the same tokenizer."
+            )
+        if manifest and manifests[0] and (theirs := recorded_bos(manifest)) != (first := recorded_bos(manifests[0])):
+            breaches.append(
+                f"{part}: prepared with data.add_bos: {theirs}, but {parts[0]} with {first}.\n"
+                "  Join only datasets prepared with the same rule: prepare one of them again."
             )
     if breaches:
         raise ConfigError(*breaches)

@@ -15,8 +15,10 @@ from typing import Any
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import regular
+from igla_mega.data.begin import AddBos
 from igla_mega.data.indexed import IndexedWriter, publish, token_dtype
 from igla_mega.data.journal import Journal, Lock, replace_file
+from igla_mega.data.prepared import recorded_bos
 from igla_mega.data.raw_files import LINES, TEXT
 from igla_mega.data.tokenizer import Tokenizer, version
 from igla_mega.prepare import fast, formats, giant
@@ -35,7 +37,7 @@ SHARD_BYTES = 256 << 20
 """Input bytes between two journal entries, the maximum that is repeated after a crash."""
 WORTH_A_WORKER_BYTES = 4 << 20
 """Input bytes per worker below which a further worker does not pay."""
-FORMAT = 2
+FORMAT = 3
 """Version of the output of `prepare`; raised when the same input would produce other bytes."""
 _FILES = [".bin", ".quarantine.jsonl", ".manifest.json", ".idx"]
 """Files of a dataset in the order in which they get their final names; the .idx marks it as complete."""
@@ -48,7 +50,9 @@ class Options:
     text_key: str = "text"
     """Key or column of the text in a record."""
     append_eod: bool = True
-    """True to append the end-of-document token to each document."""
+    """True to append the end-of-document token to each document that does not end in it."""
+    add_bos: AddBos = "auto"
+    """Rule for begin-of-text tokens in front of each document; a manifest records `auto` as what it resolves to."""
     on_error: OnError = "stop"
     """Handling of a record without text: `stop`, `skip`, or `quarantine` it in `<prefix>.quarantine.jsonl`."""
     text_documents: str = "file"
@@ -132,6 +136,8 @@ def preprocess(
             f"{tokenizer.path}: this tokenizer has no end-of-document token to append.\n"
             "  Name it as `eos_token` in its tokenizer_config.json, or do not append one (no --append-eod)."
         )
+    tokenizer = tokenizer.with_bos(options.add_bos)
+    options = dataclasses.replace(options, add_bos=tokenizer.bos_rule)
     given = formats.whole(files) if settings.part[1] == 1 else formats.share(files, *settings.part)
     work = _Preparation(str(prefix), given, tokenizer, options, settings)
     if (done := work.up_to_date()) is not None and not settings.dry_run:
@@ -230,6 +236,8 @@ class _Preparation:
             return None
         if manifest is None or manifest["job"] != self.job_digest or damage(self.prefix):
             return None
+        if recorded_bos(manifest) != self.options.add_bos:
+            return None
         return _counts(manifest, 0.0)
 
     def run(self, journal: Journal | None = None, lock: Lock | None = None) -> Counts:
@@ -307,6 +315,7 @@ class _Preparation:
             engine is not None,
             options.text_key,
             options.append_eod,
+            self.tokenizer.bos,
             options.language_key,
             options.filters,
         )

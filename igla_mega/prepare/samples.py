@@ -44,7 +44,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
     data, prefixes = recipe.data, sample_prefixes(recipe)
     if not data.tokenizer:
         raise ConfigError("data.tokenizer: not set.\n  Give a Hugging Face folder or a tokenizer.json.")
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer).with_bos(data.add_bos)
     for name, prefix in prefixes.items():
         if prefix == data.sources[name]:
             continue
@@ -54,7 +54,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         if _is_done(prefix, stamp):
             continue
         counts = _write(recipe, files, prefix, tokenizer, template)
-        _seal(prefix, {"digest": stamp, **counts})
+        _seal(prefix, {"digest": stamp, **counts, "add_bos": tokenizer.bos_rule})
         if progress:
             notes = [f"; {counts[key]:,} too long and {key.replace('_', ' ')}" for key in ("left_out", "cut")]
             note = "".join(note for note in notes if not note.startswith("; 0 "))
@@ -130,6 +130,7 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
         "tokenizer": tokenizer.digest(),
         "template": template.source if template else None,
         "form": recipe.form,
+        "bos": [tokenizer.bos, tokenizer.add_bos == "always"],  # `always` also applies to rendered messages
         "limits": [data.max_length or recipe.sequence_length, data.max_prompt_length, data.too_long],
     }
     return hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()

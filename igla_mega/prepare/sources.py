@@ -92,6 +92,7 @@ def options_of(data: DataSection) -> Options:
     near = getattr(cleaning, "near_duplicates", None)
     return Options(
         text_key=data.text_key,
+        add_bos=getattr(data, "add_bos", "auto"),
         on_error="skip" if data.skip_broken_lines and on_error == "stop" else on_error,
         text_documents=getattr(data, "text_documents", "file"),
         language_key=getattr(data, "language_key", None),

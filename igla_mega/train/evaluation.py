@@ -18,6 +18,7 @@ from igla_mega.checkpoint.progress import Progress
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe, Tasks
 from igla_mega.data.batches import Corpus, Dataset, on_device
+from igla_mega.data.prepared import bos_rule
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine.step import measure
@@ -94,7 +95,7 @@ def _tokenizer(recipe: Recipe, base: Path | None) -> Tokenizer:
             f"data.tokenizer: not given, but required by {' and '.join(keys)}.\n"
             "  Set it to the tokenizer of the prepared data, or remove these keys."
         )
-    return load_tokenizer(path, model.vocab_size)
+    return load_tokenizer(path, model.vocab_size).with_bos(bos_rule(recipe))
 
 
 def _longest(recipe: Recipe) -> int:
@@ -170,7 +171,7 @@ def _samples(run: Run, step: int) -> None:
     """Continue the prompts of the recipe, and log the texts."""
     began, section, tokenizer = time.perf_counter(), run.recipe.evaluation, run.prepared.tokenizer
     assert tokenizer is not None, "prepared before the first step"
-    prompts = [tokenizer.encode(prompt) for prompt in section.prompts]
+    prompts = [tokenizer.encode_text(prompt) for prompt in section.prompts]
     drawn = scoring.draw(
         partial(scoring.next_tokens, run.engine, temperature=section.prompts_temperature),
         prompts,

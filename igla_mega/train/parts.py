@@ -1,6 +1,5 @@
 """A part of a run: one model with its optimizer and objective, built and trained stage by stage."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from igla_mega.checkpoint.base import BASE, base_note, digest_of_checkpoint, ref
 from igla_mega.checkpoint.progress import Progress
 from igla_mega.config import load
 from igla_mega.config.schema import Recipe
-from igla_mega.data.batches import BatchShard, Corpus, Dataset, source_fingerprints
+from igla_mega.data.batches import BatchShard, Corpus, Dataset
 from igla_mega.data.conversations import Pairs
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine.build import build_engine, frozen_chunks, load_into, open_corpus
@@ -28,7 +27,7 @@ from igla_mega.plan.resolve import Resolved
 from igla_mega.train import consolidation, dpo_reference, evaluation, loop
 from igla_mega.train.metrics import peak_flops
 from igla_mega.train.phases import Learning, finishes
-from igla_mega.train.resume import DATA, Found, Start
+from igla_mega.train.resume import Found, Start, data_files
 from igla_mega.train.session import Session
 from igla_mega.train.state import Prepared, Run
 
@@ -164,7 +163,7 @@ def _build_engine(
 
     if found:
         restore(*found)
-    texts[DATA] = json.dumps(source_fingerprints(corpus), indent=1) + "\n"
+    texts |= data_files(recipe, corpus, found)
     return engine, texts, restore
 
 

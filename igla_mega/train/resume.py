@@ -1,31 +1,33 @@
 """Where a run starts: its newest complete checkpoint, or the beginning."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from igla_mega.checkpoint import store
+from igla_mega.checkpoint.folder import BOS, DATA, TOKENIZER_DIGEST, data_of
 from igla_mega.checkpoint.load import find_checkpoint
 from igla_mega.checkpoint.local import Local, folder_of
 from igla_mega.checkpoint.progress import Progress, Retention
 from igla_mega.checkpoint.remote import Remote
-from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, source_fingerprints
-from igla_mega.data.blend import recorded_mixes
+from igla_mega.data.blend import Blend, ledger, recorded_mixes
+from igla_mega.data.prepared import bos_rule
+from igla_mega.data.tokenizer import content_digest
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.layout.stages import Stage
+from igla_mega.layout.stages import MIX, Stage
 from igla_mega.plan.resolve import Resolved
-from igla_mega.train.continuity import refuse_another_run
+from igla_mega.train.continuity import refuse_another_run, refuse_unknown_keys
 from igla_mega.train.phases import next_stage
 from igla_mega.train.session import Session
 
-DATA = "data.json"
-"""File of a checkpoint: source -> fingerprint of the prepared data that it was trained on."""
+MIXES = "mix.json"
+"""File of the run folder and of a checkpoint: ledger of the mixes that the run has followed."""
 Found = tuple[Path, Progress]
 """A checkpoint, and how far the run was that wrote it."""
 
@@ -65,10 +67,12 @@ def find_start(
     find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
     progress = found[1] if found else Progress()
-    changes = _refuse_another_run(resolved, found, corpora, accepted) if found else []
+    if found is None:
+        refuse_unknown_keys(accepted, {f"data.sources.{name}" for own in resolved.parts for name in own.data.sources})
+    changes = _refuse_another_run(resolved, found, corpora, accepted, say) if found else []
     _refuse_other_batches(progress, stages)
-    if isinstance(corpora[0], Corpus) and recipe.stages is None and recipe.curriculum is None and recipe.data.mix:
-        corpora[0].follow(_mixes(recipe, session.run_dir, progress, mesh, say))
+    if isinstance(corpora[0], Corpus) and _follows_mixes(recipe) and recipe.data.mix:
+        corpora[0].follow(_mixes(recipe, session.run_dir, found, mesh, say))
     progress.stage = next_stage(stages, progress)
     part = stages[min(progress.stage, len(stages) - 1)].part
     # Where the checkpoint ends a part, the next one starts from its weights alone: optimizer and adapters are new.
@@ -89,7 +93,11 @@ def find_start(
 
 
 def _refuse_another_run(
-    resolved: Resolved, found: Found, corpora: Sequence[Dataset], accepted: Collection[str]
+    resolved: Resolved,
+    found: Found,
+    corpora: Sequence[Dataset],
+    accepted: Collection[str],
+    say: Callable[[str], None],
 ) -> list[str]:
     """Compare the recipe and the data with those that the checkpoint was written with; return accepted changes.
 
@@ -102,13 +110,62 @@ def _refuse_another_run(
     stage = min(progress.stage, len(resolved.stages) - 1)
     if resolved.stages[stage].part != part:
         stage = resolved.first_stage(part)
-    file = checkpoint / DATA
-    before = json_text.read(file) if file.is_file() else {}  # absent before version 0.2
-    now = source_fingerprints(corpora[stage])
-    data = {name: (before[name], now[name]) for name in before.keys() & now.keys()}
+    own = resolved.parts[part]
+    before, now = data_of(checkpoint), data_record(own, corpora[stage])
+    has_record = bool(before)
+    if not has_record:  # written before version 0.2, when no prepared data had begin-of-text tokens
+        before = {BOS: "never"}
+    data: dict = {name: (before[name], now[name]) for name in before.keys() & now.keys()}
     # `folder.read_recipe` would compare it with the tensors next to it: a node's own folder holds those of one rank.
     written = load_recipe(checkpoint / "recipe.yaml")
-    return refuse_another_run(written, resolved.parts[part], data, str(checkpoint), accepted)
+    if own.form != "text" and has_record:
+        # Every sample of every source is drawn once an epoch: another source changes which sample comes when.
+        lone = (name for name in before.keys() ^ now.keys() if not name.startswith("."))
+        data |= {name: (before.get(name), now.get(name)) for name in lone}
+    elif own.form == "text":
+        for name in sorted(written.data.sources.keys() ^ own.data.sources.keys()):
+            what = "a new source" if name in own.data.sources else "no longer a source"
+            say(f"data.sources.{name}: {what}; text is drawn by data.mix and its ledger ({MIXES})")
+    if not _follows_mixes(resolved.recipe) and own.form == "text" and _shares(written) != _shares(own):
+        data[".mix"] = (json.dumps(written.data.mix), json.dumps(own.data.mix))
+    return refuse_another_run(written, own, data, str(checkpoint), accepted)
+
+
+def data_record(recipe: Recipe, corpus: Dataset) -> dict[str, str]:
+    """Return what the checkpoints of a part record of its data."""
+    record = source_fingerprints(corpus)
+    if (digest := content_digest(recipe.data.tokenizer)) is not None:
+        record[TOKENIZER_DIGEST] = digest
+    if (rule := bos_rule(recipe)) != "auto":
+        record[BOS] = rule
+    return record
+
+
+def data_files(recipe: Recipe, corpus: Dataset, found: Found | None) -> dict[str, str]:
+    """Return the files of a part's checkpoints, name -> text, that record its data.
+
+    Args:
+        found: checkpoint of the part that the run resumes from. Sources of text that are no longer read are kept, so
+            that they are compared if they come back.
+    """
+    earlier = data_of(found[0]) if found and recipe.form == "text" else {}
+    record = {**earlier, **data_record(recipe, corpus)}
+    texts = {DATA: json.dumps(record, indent=1) + "\n"}
+    if isinstance(corpus, Corpus) and corpus.mixes:
+        texts[MIXES] = ledger(corpus.mixes)
+    return texts
+
+
+def _follows_mixes(recipe: Recipe) -> bool:
+    """Return True if a changed mix takes effect at the next step, False if it would reorder the data of a phase."""
+    return recipe.stages is None and recipe.curriculum is None
+
+
+def _shares(recipe: Recipe) -> Mapping[str, object] | None:
+    """Return the shares of a recipe's mix; None if its batches do not come from it."""
+    if recipe.curriculum is not None and not any(phase.source == MIX for phase in recipe.curriculum.phases):
+        return None
+    return Blend(recipe.data.mix).shares if any(recipe.data.mix.values()) else None
 
 
 def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local | None, Remote | None]:
@@ -124,12 +181,17 @@ def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local
 
 
 def _mixes(
-    recipe: Recipe, run_dir: Path, progress: Progress, mesh: Mesh, say: Callable[[str], None]
+    recipe: Recipe, run_dir: Path, found: Found | None, mesh: Mesh, say: Callable[[str], None]
 ) -> list[tuple[int, dict[str, float]]]:
     """Return the mixes that the run has followed; a changed mix takes effect at the next step."""
-    mixes = recorded_mixes(run_dir / "mix.json", recipe.data.mix, progress.samples, write=mesh.is_main)
-    if len(mixes) > 1 and mixes[-1][0] == progress.samples:
-        say(f"data.mix: changed from sample {progress.samples:,} on; every source continues where it was (mix.json)")
+    samples, kept, first = 0, None, None
+    if found is not None:
+        # The run folder may be lost, and the checkpoint restored from a remote one: it has its own ledger.
+        samples, kept = found[1].samples, found[0] / MIXES
+        first = load_recipe(found[0] / "recipe.yaml").data.mix
+    mixes = recorded_mixes(run_dir / MIXES, recipe.data.mix, samples, write=mesh.is_main, kept=kept, first=first)
+    if len(mixes) > 1 and mixes[-1][0] == samples:
+        say(f"data.mix: changed from sample {samples:,} on; every source continues where it was ({MIXES})")
     return mixes
 
 

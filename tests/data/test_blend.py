@@ -163,6 +163,22 @@ def test_the_ledger_of_mixes_notes_a_change_once_and_forgets_what_lies_behind_th
         record(file, one, 3, write=False)
 
 
+def test_the_ledger_in_a_checkpoint_takes_precedence_over_that_of_the_run_folder(tmp_path):
+    file, kept = tmp_path / "mix.json", tmp_path / "kept.json"
+    record = blend.recorded_mixes
+    one, two = {"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}
+    kept.write_text(blend.ledger([(0, one), (40, two)]))
+    for content in (None, "[{", blend.ledger([(0, two)])):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content)
+        assert record(file, one, 60, write=True, kept=kept) == [(0, one), (40, two), (60, one)]
+    file.unlink()
+    # A checkpoint of an earlier version has no ledger; its recipe has the mix that it was trained with.
+    assert record(file, two, 60, write=False, kept=tmp_path / "none", first=one) == [(0, one), (60, two)]
+    assert record(file, two, 0, write=False, kept=kept, first=one) == [(0, two)]
+
+
 def test_weights_are_normalised_and_that_is_said():
     assert blend.normalised(CARD) is None
     assert blend.normalised({"a": 2, "b": 6}) == (

@@ -95,6 +95,15 @@ def test_train_refuses_data_that_is_not_what_its_manifest_says(recipe, tmp_path,
     assert "prepared with another tokenizer" in said
 
 
+def test_train_and_check_refuse_data_of_another_rule_for_the_begin_of_text_token(recipe, tmp_path):
+    igla("prepare", recipe)
+    other = ("--set", "data.add_bos=always")
+    for verb in (("train", recipe, "--run", tmp_path / "run"), ("check", recipe)):
+        said = igla(*verb, *other, fails=True)
+        assert "data.sources.web: prepared with data.add_bos: never, but the recipe's data.add_bos is always." in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_weight_changed_in_mid_run_takes_effect_at_the_next_step_and_loses_nothing(recipe, tmp_path):
     igla("prepare", recipe)
     run = tmp_path / "run"

@@ -1,6 +1,7 @@
 """Every key of the schema has a stated effect on a run that is resumed; what would make it another run is refused."""
 
 import json
+import shutil
 import typing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.indexed import IndexedWriter
-from igla_mega.train.continuity import EFFECTS, effect_of, flat, refuse_another_run
+from igla_mega.train.continuity import EFFECTS, effect_of, flat, refuse_another_run, refuse_unknown_keys
 
 
 def leaves(section: type[BaseModel], prefix: str = ""):
@@ -100,6 +101,46 @@ def test_data_that_was_replaced_is_refused_with_both_fingerprints():
     assert len(refuse_another_run(recipe(), recipe(), {"web": ("aaaa", "bbbb")}, "CKPT", ("data.sources.web",))) == 1
 
 
+def test_a_changed_tokenizer_is_refused_with_both_digests_and_may_be_insisted_on():
+    data = {".tokenizer": ("aaaa", "bbbb"), ".add_bos": ("never", "always"), "web": ("c", "c")}
+    with pytest.raises(ConfigError) as refused:
+        refuse_another_run(recipe(), recipe(), data, "CKPT", ())
+    assert "data.tokenizer: the tokenizer's files differ: their sha256 was aaaa and is bbbb." in str(refused.value)
+    assert "data.add_bos: was never, is always." in str(refused.value)
+    assert "--accept-changes data.add_bos,data.tokenizer" in str(refused.value)
+    lines = refuse_another_run(recipe(), recipe(), data, "CKPT", ("data.tokenizer", "data.add_bos"))
+    assert [line.split(":")[0] for line in lines] == ["data.add_bos", "data.tokenizer"]
+
+
+def test_a_source_that_only_one_side_has_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"(?s)code: is no longer one of the sources\..*web: was not one of the sources"
+    ):
+        refuse_another_run(recipe(), recipe(), {"web": (None, "b"), "code": ("c", None)}, "CKPT", ())
+    accepted = ("data.sources.web", "data.sources.code")
+    assert len(refuse_another_run(recipe(), recipe(), {"web": (None, "b"), "code": ("c", None)}, "CKPT", accepted)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("data.tokeniser", "data.tokenizer"),
+        ("model.rope_tetha", "model.rope_theta"),
+        ("trainning.seed", "training.seed"),
+        ("data.sources.wbe", "data.sources.web"),
+        ("1", "Give the keys"),
+    ],
+)
+def test_an_unknown_key_that_is_accepted_is_refused_with_the_nearest(key, near):
+    with pytest.raises(ConfigError, match=rf"--accept-changes: no such key or source: {key}\.\n  .*{near}"):
+        refuse_another_run(recipe(), recipe(), {"web": ("a", "a")}, "CKPT", ("training.seed", key))
+
+
+@pytest.mark.parametrize("key", [*KEYS, *(key.split(".")[0] for key in KEYS), "data.sources.any", "stages.1.model"])
+def test_every_key_and_section_of_the_schema_can_be_accepted(key):
+    refuse_unknown_keys([key])
+
+
 def test_lists_of_sections_are_compared_entry_by_entry():
     assert flat({"a": [{"b": 1}, {"b": 2}], "c": [3, 4], "d": None}) == {"a.0.b": 1, "a.1.b": 2, "c": [3, 4]}
 
@@ -132,3 +173,29 @@ def test_a_run_is_continued_on_its_own_data_and_as_its_own_model_only(tmp_path):
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [one["step"] for one in events if one["event"] == "change_accepted"] == [2]
     assert train(6) == "", "from here on it is the run's own data"
+
+
+def test_a_run_is_continued_with_its_own_tokenizer_and_mixes_only(tmp_path, tokenizer):
+    folder = Path(shutil.copytree(tokenizer.path, tmp_path / "tokenizer"))
+    path, run = small_run.write_recipe(tmp_path, data={"tokenizer": str(folder)}), tmp_path / "run"
+    with IndexedWriter(tmp_path / "more", np.uint16) as writer:
+        writer.add(np.random.default_rng(5).integers(0, small_run.VOCAB, 20_000), np.full(100, 200))
+    more = f"data.sources={{words: {tmp_path / 'words'}, more: {tmp_path / 'more'}}}"
+    train = lambda stop, changes=(), accepted=(): ranks.run(  # noqa: E731
+        1, continued, str(path), str(run), stop, list(changes), list(accepted)
+    )[0]
+    assert train(2) == ""
+    assert json.loads((run / "checkpoints" / "step_00000002" / "data.json").read_text()).keys() == {
+        "words",
+        ".tokenizer",
+    }
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    assert "data.tokenizer: the tokenizer's files differ" in train(4)
+    assert "did you mean" in train(4, accepted=["data.tokenise"]).lower()
+    assert train(4, [more, "data.mix={words: 1, more: 1}"], ["data.tokenizer"]) == ""
+    # The run folder is lost, and the checkpoints are restored from elsewhere.
+    lost = json.loads((run / "mix.json").read_text())
+    (run / "mix.json").unlink()
+    assert train(6, [more, "data.mix={words: 1, more: 1}"]) == ""
+    assert json.loads((run / "mix.json").read_text()) == lost and lost[1]["first_sample"] == 16
+    assert json.loads((run / "checkpoints" / "step_00000006" / "mix.json").read_text()) == lost
