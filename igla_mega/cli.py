@@ -3,6 +3,7 @@
 Verbs import what they need when they run, so that `--help`, `check`, `recipes` and `plan` start without torch.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -17,6 +18,7 @@ import typer
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.names import printable
 from igla_mega.distributed import environment
+from igla_mega.os_errors import words_of
 
 app = typer.Typer(
     help="Train Llama-style language models on megatron-core, from a laptop to a cluster.",
@@ -53,16 +55,24 @@ def main() -> None:
     except (RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("IGLA_TRACEBACK"):
             raise
-        code = _fail(error, 1)
+        code = _fail(words_of(error) or error, 1)
     except MemoryError as error:
         code = _fail(f"out of memory: a file or a recipe needs more than this machine has. {error}".rstrip(), 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # typer raises these for an invalid option or argument
+        if hasattr(error, "format_message"):  # typer raises these for an invalid option or argument
+            code = _fail(error.format_message(), 2)
+        elif (words := words_of(error)) is not None and not os.environ.get("IGLA_TRACEBACK"):
+            code = _fail(words, 1)
+        else:
             raise
-        code = _fail(error.format_message(), 2)
     # Not sys.exit: destructors of process groups would wait for peers that this rank has left behind.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Of a closed pipe, such as that of `| head`, there is nothing to tell.
+        code = code or (1 if isinstance(error, BrokenPipeError) else _fail(f"standard output: {error.strerror}", 1))
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code or 0)
 
 
@@ -138,7 +148,15 @@ def _check_checkpoints(place: str) -> None:
     for line in lines:
         print(line)
     if damages:
-        raise ConfigError(*damages, "  Use another checkpoint, or restore this one from a backup.")
+        whole = any("every file has the size and digest" in line for line in lines)
+        way_out = (
+            "A resume passes over what is damaged and takes the newest whole checkpoint: nothing to do, unless one is "
+            "needed for itself."
+            if whole
+            else "A resume passes it over. With no whole checkpoint left in its run folder: restore one from a backup, "
+            "or start in a new run folder."
+        )
+        raise ConfigError(*damages, f"  {way_out}")
 
 
 @app.command()

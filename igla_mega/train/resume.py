@@ -16,7 +16,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, source_fingerprints
-from igla_mega.data.blend import recorded_mixes
+from igla_mega.data.blend import MIX, Mixes, followed_mixes, mixes_text, read_mixes
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.layout.stages import Stage
 from igla_mega.plan.resolve import Resolved
@@ -42,6 +42,8 @@ class Start:
     find: Callable[[], Found | None]
     """Finds the newest complete checkpoint; every rank calls it."""
     writer: store.CheckpointWriter
+    mix_text: str = ""
+    """Content of `MIX` in the run folder and its checkpoints; empty for a run whose mix cannot change."""
     changes: Sequence[str] = ()
     """Changes of the recipe or its data that `--accept-changes` allowed, as lines."""
 
@@ -66,9 +68,12 @@ def find_start(
     found = find()
     progress = found[1] if found else Progress()
     changes = _refuse_another_run(resolved, found, corpora, accepted) if found else []
-    _refuse_other_batches(progress, stages)
+    _refuse_other_batches(found, stages)
+    mix_text = ""
     if isinstance(corpora[0], Corpus) and recipe.stages is None and recipe.curriculum is None and recipe.data.mix:
-        corpora[0].follow(_mixes(recipe, session.run_dir, progress, mesh, say))
+        mixes = _mixes(recipe, session.run_dir, found, say)
+        corpora[0].follow(mixes)
+        mix_text = mixes_text(mixes)
     progress.stage = next_stage(stages, progress)
     part = stages[min(progress.stage, len(stages) - 1)].part
     # Where the checkpoint ends a part, the next one starts from its weights alone: optimizer and adapters are new.
@@ -85,7 +90,7 @@ def find_start(
     )
     if found and found[0].parent == checkpoints:
         writer.copy_found(progress.step)
-    return Start(found, progress, part, find, writer, changes)
+    return Start(found, progress, part, find, writer, mix_text, changes)
 
 
 def _refuse_another_run(
@@ -123,18 +128,42 @@ def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local
     return local, Remote(section.remote) if section.remote is not None else None
 
 
-def _mixes(
-    recipe: Recipe, run_dir: Path, progress: Progress, mesh: Mesh, say: Callable[[str], None]
-) -> list[tuple[int, dict[str, float]]]:
-    """Return the mixes that the run has followed; a changed mix takes effect at the next step."""
-    mixes = recorded_mixes(run_dir / "mix.json", recipe.data.mix, progress.samples, write=mesh.is_main)
-    if len(mixes) > 1 and mixes[-1][0] == progress.samples:
-        say(f"data.mix: changed from sample {progress.samples:,} on; every source continues where it was (mix.json)")
+def _mixes(recipe: Recipe, run_dir: Path, found: Found | None, say: Callable[[str], None]) -> Mixes:
+    """Return the mixes that the run has followed; a changed mix takes effect at the next step.
+
+    Raises:
+        ConfigError: the run has followed several mixes, of which no undamaged record exists.
+    """
+    if found is None:
+        return followed_mixes([], recipe.data.mix, 0)
+    file, samples = run_dir / MIX, found[1].samples
+    try:
+        recorded = read_mixes(file)
+    except ConfigError as error:
+        # Checkpoints written before version 0.2 have no copy.
+        if not (found[0] / MIX).is_file():
+            raise
+        say(f"{str(error).splitlines()[0]} It is written again from {found[0] / MIX}.")
+        recorded = []
+    if (found[0] / MIX).is_file():
+        recorded = read_mixes(found[0] / MIX)
+    # A folder that was restored without its record has followed at least the mix of the checkpoint.
+    recorded = recorded or [(0, dict(load_recipe(found[0] / "recipe.yaml").data.mix))]
+    mixes = followed_mixes(recorded, recipe.data.mix, samples)
+    if len(mixes) > 1 and mixes[-1][0] == samples:
+        say(f"data.mix: changed from sample {samples:,} on; every source continues where it was ({MIX})")
     return mixes
 
 
-def _refuse_other_batches(progress: Progress, stages: Sequence[Stage]) -> None:
-    """Refuse a batch size or phases under which the steps taken would have consumed other samples."""
+def _refuse_other_batches(found: Found | None, stages: Sequence[Stage]) -> None:
+    """Refuse a batch size or phases under which the steps taken would have consumed other samples.
+
+    Raises:
+        ConfigError: they would have; the message has both numbers.
+    """
+    if found is None:
+        return
+    checkpoint, progress = found
     beyond = max(0, progress.step - stages[-1].last_step) * stages[-1].layout.global_batch
     expected = beyond + sum(
         min(max(progress.step - stage.first_step, 0), stage.num_steps) * stage.layout.global_batch for stage in stages
@@ -143,5 +172,6 @@ def _refuse_other_batches(progress: Progress, stages: Sequence[Stage]) -> None:
         raise ConfigError(
             f"training.batch_size: the run consumed {progress.samples:,} sequences in {progress.step} steps; with this "
             f"recipe it would have been {expected:,}, so samples would be skipped or repeated.\n"
-            "  Keep the batch size and the phases, or start in a new run folder."
+            f"  Keep the batch size and the phases, or start in a new run folder. If another run wrote {checkpoint}, "
+            "move that away."
         )
