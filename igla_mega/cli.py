@@ -55,7 +55,8 @@ def main() -> None:
     except (RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("IGLA_TRACEBACK"):
             raise
-        code = _fail(words_of(error) or error, 1)
+        words = words_of(error)
+        code = _fail(error if words is None else words, 1)
     except MemoryError as error:
         code = _fail(f"out of memory: a file or a recipe needs more than this machine has. {error}".rstrip(), 1)
     except Exception as error:
@@ -70,20 +71,22 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as error:
         # Of a closed pipe, such as that of `| head`, there is nothing to tell.
-        code = code or (1 if isinstance(error, BrokenPipeError) else _fail(f"standard output: {error.strerror}", 1))
+        code = code or _fail("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}", 1)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code or 0)
 
 
 def _fail(error: object, code: int) -> int:
-    """Print an error, once for all ranks where they meet the same one; return the exit code."""
+    """Print an error, unless it is empty, once for all ranks where they meet the same one; return the exit code."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Usually every rank meets the same error and rank 0 prints it; torchrun then ends this one while it sleeps.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1.5)
     text = printable(str(error))
+    if not text:
+        return code
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
         text = f"a peer of rank {rank} has ended; its error message names the cause"
     print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)

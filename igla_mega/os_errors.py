@@ -36,14 +36,25 @@ def words_of(error: BaseException, where: str | None = None) -> str | None:
         where: file to name if the error knows none, such as one of a worker process.
 
     Returns:
-        None if it is no such error. An error of a library in Rust is one by its text, "... (os error 28)".
+        None if it is no such error. An error of a library in Rust is one by its text, "... (os error 28)". Empty if the
+        reader of the standard output has closed it, as `| head` does.
     """
     code = _code_of(error)
     if code is None and not isinstance(error, OSError):
         return None
-    file = _file_of(error) or where
+    frames = traceback.extract_tb(error.__traceback__)
+    printing = bool(frames) and (frames[-1].line or "").startswith("print(")
+    if printing and code == errno.EPIPE:
+        return ""
+    file = "standard output" if printing else _file_of(error) or where
     if file is None:
-        return str(error)
+        # Of Python's tempfile; its error lists the folders that it tried.
+        no_folder = "No usable temporary directory" in str(error)
+        return (
+            f"{error}.\n  Free some space there, or set TMPDIR to a folder on another disk."
+            if no_folder
+            else str(error)
+        )
     reason = (code and os.strerror(code)) or (str(error).splitlines() or [type(error).__name__])[0]
     remedy = next((way for codes, way in _WAYS_OUT.items() if code in codes), _CHECK_DISK)
     return f"{file}: {reason[:1].lower()}{reason[1:]}.\n  {remedy}"
