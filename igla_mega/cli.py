@@ -3,6 +3,7 @@
 Verbs import what they need when they run, so that `--help`, `check`, `recipes` and `plan` start without torch.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -17,6 +18,7 @@ import typer
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.names import printable
 from igla_mega.distributed import environment
+from igla_mega.os_errors import words_of
 
 app = typer.Typer(
     help="Train Llama-style language models on megatron-core, from a laptop to a cluster.",
@@ -53,27 +55,38 @@ def main() -> None:
     except (RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("IGLA_TRACEBACK"):
             raise
-        code = _fail(error, 1)
+        words = words_of(error)
+        code = _fail(error if words is None else words, 1)
     except MemoryError as error:
         code = _fail(f"out of memory: a file or a recipe needs more than this machine has. {error}".rstrip(), 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # typer raises these for an invalid option or argument
+        if hasattr(error, "format_message"):  # typer raises these for an invalid option or argument
+            code = _fail(error.format_message(), 2)
+        elif (words := words_of(error)) is not None and not os.environ.get("IGLA_TRACEBACK"):
+            code = _fail(words, 1)
+        else:
             raise
-        code = _fail(error.format_message(), 2)
     # Not sys.exit: destructors of process groups would wait for peers that this rank has left behind.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Of a closed pipe, such as that of `| head`, there is nothing to tell.
+        code = code or _fail("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}", 1)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code or 0)
 
 
 def _fail(error: object, code: int) -> int:
-    """Print an error, once for all ranks where they meet the same one; return the exit code."""
+    """Print an error, unless it is empty, once for all ranks where they meet the same one; return the exit code."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Usually every rank meets the same error and rank 0 prints it; torchrun then ends this one while it sleeps.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1.5)
     text = printable(str(error))
+    if not text:
+        return code
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
         text = f"a peer of rank {rank} has ended; its error message names the cause"
     print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)
@@ -145,7 +158,15 @@ def _check_checkpoints(place: str) -> None:
     for line in lines:
         print(line)
     if damages:
-        raise ConfigError(*damages, "  Use another checkpoint, or restore this one from a backup.")
+        whole = any("every file has the size and digest" in line for line in lines)
+        way_out = (
+            "A resume passes over what is damaged and takes the newest whole checkpoint: nothing to do, unless one is "
+            "needed for itself."
+            if whole
+            else "A resume passes it over. With no whole checkpoint left in its run folder: restore one from a backup, "
+            "or start in a new run folder."
+        )
+        raise ConfigError(*damages, f"  {way_out}")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Memory, Moe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Dataset
+from igla_mega.data.blend import MIXES
 from igla_mega.data.journal import replace_file
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import Mesh, build_mesh, destroy_process_groups, init_process_groups
@@ -106,6 +107,8 @@ def _train_stages(
             if number < start.part:
                 continue
             part = build_part(number, resolved, data, start, session, base)
+            if number == start.part:
+                _open_run_folder(resolved, session, start)
             if not _announce(part, resolved, data, start, last_step, verbose=verbose):
                 _finish_saves(start.writer, session)
                 return progress.stage == len(resolved.stages)
@@ -136,20 +139,34 @@ def _open_data(resolved: Resolved, session: Session) -> Data:
 
 
 def _with_display(resolved: Resolved, session: Session, start: Start, last_step: int) -> Session:
-    """Write the recipe to the run folder, and return the session with display and trackers on the main rank."""
+    """Return the session with display and trackers on the main rank."""
     if not session.mesh.is_main:
         return session
-    recipe, run_dir, step = resolved.recipe, session.run_dir, start.progress.step
-    run_dir.mkdir(parents=True, exist_ok=True)
-    recipe_yaml = load.dump(recipe)
-    for line in recipe_changes(run_dir, recipe_yaml):
+    recipe = resolved.recipe
+    trackers = Trackers(session.run_dir, recipe.logging, recipe.model_dump(mode="json"))
+    return replace(session, display=Display(last_step, start.progress.step), trackers=trackers)
+
+
+def _open_run_folder(resolved: Resolved, session: Session, start: Start) -> None:
+    """Write recipe and mixes to the run folder, and open its logs: nothing can refuse the run any more.
+
+    What an earlier call of `train` has written is unchanged until here.
+    """
+    start.writer.sync_logs = session.trackers.sync
+    if not session.mesh.is_main:
+        return
+    run_dir, recipe_yaml, step = session.run_dir, load.dump(resolved.recipe), start.progress.step
+    own = start.found[0] if start.found and len(resolved.parts) == 1 else None
+    for line in recipe_changes(run_dir, recipe_yaml, own):
         print(line)
+    for line in session.trackers.open(step, start.progress.skipped):
+        session.say(line)
     replace_file(run_dir / "recipe.yaml", recipe_yaml.encode())
-    trackers = Trackers(run_dir, recipe.logging, resume_step=step, recipe=recipe.model_dump(mode="json"))
+    if start.mix_text:
+        replace_file(run_dir / MIXES, start.mix_text.encode())
     for line in start.changes:
         print(f"--accept-changes: {line}")
-        trackers.event("change_accepted", step, line)
-    return replace(session, display=Display(last_step, step), trackers=trackers)
+        session.trackers.event("change_accepted", step, line)
 
 
 def _announce(part: Part, resolved: Resolved, data: Data, start: Start, last_step: int, *, verbose: bool) -> bool:

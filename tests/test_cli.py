@@ -286,7 +286,7 @@ def test_a_half_written_checkpoint_falls_back_to_the_last_good_one_and_repeats_t
     newest = hurt / "checkpoints" / "step_00000008"
     cut(next(newest.glob("*.distcp")))
     said = refused("check", newest)
-    assert "step_00000008" in said and "bytes" in said
+    assert "step_00000008" in said and "bytes" in said and "A resume passes it over" in said
     done = igla("train", recipe, "--run", hurt)
     assert done.returncode == 0, done.stderr
     assert "step_00000008" in done.stdout + done.stderr and "resuming at step 6" in done.stderr
@@ -390,12 +390,15 @@ def test_check_lists_the_checkpoints_of_a_run_and_names_the_damaged_file(tmp_pat
     for step in (10, 20):
         folder = root / f"step_{step:08d}"
         folder.mkdir(parents=True)
-        (folder / "a.distcp").write_bytes(b"weights")
+        (folder / ".metadata").write_bytes(b"weights")
         entry = {"bytes": 7, "blake2b": hashlib.blake2b(b"weights", digest_size=16).hexdigest()}
-        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {"a.distcp": entry}}))
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {".metadata": entry}}))
     done = igla("check", tmp_path / "run")
     assert done.returncode == 0 and done.stdout.count("every file has the size and digest") == 2
-    (root / "step_00000020" / "a.distcp").write_bytes(b"Weights")
+    (root / "step_00000020" / ".metadata").write_bytes(b"Weights")
     said = refused("check", tmp_path / "run")
-    assert "step_00000020: a.distcp does not have the digest" in said
+    assert "step_00000020: .metadata does not have the digest" in said
+    assert "A resume passes over what is damaged and takes the newest whole checkpoint" in said
+    (root / "step_00000010" / ".metadata").unlink()
+    assert "A resume passes it over. With no whole checkpoint left" in refused("check", tmp_path / "run")
     assert "holds no checkpoint" in refused("check", tmp_path)

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "igla_mega"
 LAYERS = {
-    "config": 0, "recipes": 0, "_helpers": 0, "layout": 1, "ops": 1, "untrusted": 1, "distributed": 2, "data": 3,
+    "config": 0, "recipes": 0, "_helpers": 0, "os_errors": 0, "layout": 1, "ops": 1, "untrusted": 1, "distributed": 2,
+    "data": 3,
     "model": 4, "checkpoint": 5, "objective": 5, "prepare": 5, "plan": 6, "engine": 6, "evaluate": 7, "train": 8,
     "report": 8, "doctor": 8, "run": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
@@ -25,7 +26,7 @@ SOURCES = {
 
 MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 550, 60, 6
 """Of a file all lines count, as a reader scrolls over them."""
-MOST_FOLDER_CODE, MOST_CORE_CODE = 2_700, 11_500
+MOST_FOLDER_CODE, MOST_CORE_CODE = 2_700, 12_400
 """Of a folder only code counts, without docstrings, comments and blank lines: words are to be added where they help.
 With them these bounds correspond to about 3,500 and 14,000 to 17,500 lines."""
 LONG_FILES: dict[str, str] = {

@@ -1,5 +1,6 @@
 """Find the checkpoint that a path of the command line refers to, and read its recipe and tokenizer."""
 
+import sys
 from pathlib import Path
 
 from igla_mega.checkpoint import integrity, remote, store
@@ -49,6 +50,8 @@ def _newest(folder: Path) -> Path:
     """Return the newest checkpoint of a run folder or of a folder of checkpoints; an error names what is there."""
     for root in (folder / "checkpoints", folder):
         if steps := store.steps_in(root):
+            for _, reason in (one for one in integrity.passed_over(root) if one[0] > steps[-1]):
+                print(f"{reason}.", file=sys.stderr)
             return store.step_dir(root, steps[-1])
     if (folder / "config.json").is_file():
         raise ConfigError(

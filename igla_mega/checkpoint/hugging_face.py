@@ -18,7 +18,6 @@ import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
 
 from igla_mega.checkpoint import load_model, store
 from igla_mega.checkpoint.folder import TOKENIZER, bos_rule_of, read_recipe, tokenizer_of
@@ -107,13 +106,7 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
         # One file per tensor: torch 2.13's writer (filesystem.py:451) keeps the tensors of a file in memory until the
         # file is complete.
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
-        try:
-            dcp.save(state, storage_writer=writer, no_dist=True)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()), (error,))
-            if isinstance(cause[0], ConfigError):  # of `safetensors.finite`
-                raise cause[0] from None
-            raise RuntimeError(f"{checkpoint}: could not be written: {cause[0]}") from error
+        dcp.save(state, storage_writer=writer, no_dist=True)
         (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
         (temporary / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         _carry(hf_dir, temporary / TOKENIZER)

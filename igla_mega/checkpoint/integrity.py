@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow, read_bytes, regular
+from igla_mega.config.files import no_follow, read_bytes, regular, replace_durably
 
 MANIFEST = "manifest.json"
 """File that lists size and digest of every other file; written last, so a folder without it is no checkpoint."""
@@ -19,7 +19,12 @@ PLACE = "place.json"
 """File in a rank's local checkpoint that identifies the save, the rank and the layout."""
 UNFINISHED, REMOVED, REPLACED = ".writing_", ".removing_", ".replaced_"
 """Prefixes of a checkpoint's name while it is being written, while it is deleted, and while another replaces it."""
+RUN, EARLIER_RUNS = "run_id", "earlier_runs"
+"""Files of a folder of checkpoints: id of the run that trains in it, and ids of the runs whose checkpoints it took."""
+INDEX = ".metadata"
+"""File of every checkpoint: torch's index of its tensors, without which nothing can be read."""
 _STEP_NAME = re.compile(r"step_(\d{8,})")
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
 _THREADS = 8
 """Maximum number of threads that compute digests. BLAKE2 reads about 1 GB/s per core, and few disks read over 8."""
 
@@ -39,11 +44,60 @@ def step_of(name: str) -> int | None:
 
 
 def steps_in(root: Path) -> list[int]:
-    """Return the steps of the finished checkpoints below `root`, ascending."""
+    """Return the steps of the finished checkpoints below `root`, ascending, without those of other runs."""
     if not root.is_dir():
         return []
-    steps = (step_of(path.name) for path in root.iterdir() if (path / MANIFEST).is_file())
-    return sorted(step for step in steps if step is not None)
+    runs = runs_of(root)
+    steps = {step_of(path.name): path for path in root.iterdir() if (path / MANIFEST).is_file()}
+    return sorted(step for step, path in steps.items() if step is not None and not _is_foreign(path, runs))
+
+
+def passed_over(root: Path) -> list[tuple[int, str]]:
+    """Return the steps below `root` that do not count although they are named like checkpoints, with the reason."""
+    steps = {step_of(path.name): path for path in (root.iterdir() if root.is_dir() else ())}
+    counted, found = steps_in(root), []
+    for step, path in sorted((step, path) for step, path in steps.items() if step is not None and step not in counted):
+        why = f"{MANIFEST} is missing, without which nothing in it can be checked"
+        if (path / MANIFEST).is_file():
+            why = f"run {owner_of(path)} wrote it, not this one ({runs_of(root)[0]})"
+        found.append((step, f"{path}: {why}; it is not used. Move it away, or copy it again from where it came from"))
+    return found
+
+
+def runs_of(root: Path) -> list[str]:
+    """Return the ids of the runs whose checkpoints count below `root`: its own first; none if it has no valid id."""
+    own, *earlier = (_ids(root / name) for name in (RUN, EARLIER_RUNS))
+    return [*own[:1], *earlier[0]] if own else []
+
+
+def _ids(file: Path) -> list[str]:
+    """Return the ids in a file; none if it does not exist or is damaged."""
+    try:
+        return [one for one in read_bytes(file).decode("ascii").split() if _RUN_ID.fullmatch(one)]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def owner_of(checkpoint: Path) -> str | None:
+    """Return the id of the run that wrote a checkpoint; None if its manifest has none, as before version 0.2."""
+    try:
+        found = json_text.read(checkpoint / MANIFEST).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) and _RUN_ID.fullmatch(found) else None
+
+
+def _is_foreign(checkpoint: Path, runs: list[str]) -> bool:
+    """Return True if another run than these wrote a checkpoint."""
+    return bool(runs) and owner_of(checkpoint) not in (None, *runs)
+
+
+def adopt(root: Path, runs: Iterable[str | None]) -> None:
+    """Count the checkpoints of other runs below `root` as this run's past from now on."""
+    known = _ids(root / EARLIER_RUNS)
+    if new := [run for run in runs if run is not None and run not in known]:
+        write_text(root / f".{EARLIER_RUNS}", "".join(f"{run}\n" for run in [*known, *new]))
+        replace_durably(root / f".{EARLIER_RUNS}", root / EARLIER_RUNS)
 
 
 def digest(path: Path) -> str:
@@ -77,6 +131,8 @@ def read_manifest(content: str | bytes) -> dict[str, tuple[int, str]]:
             raise ValueError(f"{MANIFEST} cannot be read (it names {name!r}, outside the checkpoint)")
         if not isinstance(size, int) or not isinstance(expected, str):
             raise ValueError(f"{MANIFEST} cannot be read (size and digest of {name} are not a number and hex digits)")
+    if INDEX not in named:
+        raise ValueError(f"{MANIFEST} lists {len(named)} files, but not {INDEX}, which every checkpoint has")
     return named
 
 
@@ -236,15 +292,6 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def fsync(folder: Path) -> None:
-    """Flush a folder's entries to the disk: without it, a rename may be lost when the machine fails."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def last_line(error: BaseException) -> str:

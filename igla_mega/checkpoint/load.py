@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from igla_mega.checkpoint import integrity
-from igla_mega.checkpoint.integrity import MANIFEST, REPLACED, UNFINISHED, damage, fsync, last_line, step_dir, steps_in
+from igla_mega.checkpoint.integrity import MANIFEST, REPLACED, UNFINISHED, damage, last_line, step_dir, steps_in
 from igla_mega.checkpoint.local import Local
 from igla_mega.checkpoint.pieces import Pieces, Reader, key_of, kind_of, load
 from igla_mega.checkpoint.progress import Progress, read_progress
 from igla_mega.checkpoint.remote import Remote
 from igla_mega.checkpoint.store import run_id
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.files import read_bytes, sync_folder
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.model.shards import ParameterState, Shard, local_values
 
@@ -154,8 +155,8 @@ def find_checkpoint(
 ) -> tuple[Path, Progress] | None:
     """Return the newest complete checkpoint and its progress, agreed on by all ranks.
 
-    Candidates are tried from the newest to the oldest, a shared checkpoint before a local one of the same step; a
-    damaged one is reported and skipped.
+    Candidates are tried from the newest to the oldest, a shared checkpoint before a local one of the same step; one
+    that is damaged, has no manifest or is of another run is reported and skipped.
 
     Args:
         root: folder of the checkpoints that all nodes share.
@@ -166,23 +167,27 @@ def find_checkpoint(
         None if there is no checkpoint at all.
 
     Raises:
-        ConfigError: there are checkpoints, but every one is damaged.
+        ConfigError: there are checkpoints, but none can be used.
     """
     if mesh.is_main:
         _restore(root)
     # Only rank 0 lists the folder: network file systems may show the ranks different contents at the same time, and
     # ranks that try different checkpoints would wait for one another forever.
-    found: list = [steps_in(root)[::-1] if mesh.is_main else None]
+    found: list = [steps_in(root)[::-1], integrity.passed_over(root)] if mesh.is_main else [None, None]
     dist.broadcast_object_list(found, src=0, group=mesh.host_group)
     local_steps = local.agreed(say) if local else []
     candidates = sorted([(step, True) for step in found[0]] + [(step, False) for step in local_steps], reverse=True)
-    damages = []
+    damages = [reason for step, reason in found[1] if not candidates or step > candidates[0][0]]
+    for reason in damages:
+        say(f"{reason}.")
     for step, shared in candidates:
         path = step_dir(root, step) if shared or local is None else local.folder(step)
         reason = _damaged_together(path, mesh.host_group) if shared or local is None else local.damaged(step)
         if reason is None:
             # The ranks have checked the files together; reading must not make each check all of them once more.
             integrity.note_verified(path)
+            reason = _first(_unusable(path, step), mesh.host_group)
+        if reason is None:
             if local:
                 # Local parts of later steps belong to a past that this resume abandons. The run will save the same
                 # steps again, and a rank killed in between would leave parts of two different saves.
@@ -195,7 +200,7 @@ def find_checkpoint(
     if damages:
         raise ConfigError(
             f"{root}: every checkpoint is damaged: {damages[0]}.",
-            "  Move the folder away to start from the beginning, or restore a checkpoint from a backup.",
+            "  Restore one from a backup; to start from the beginning, move the folder away.",
         )
     if mesh.is_main and root.is_dir():
         unfinished = [path.name for path in root.glob(f"{UNFINISHED}*")]
@@ -206,9 +211,27 @@ def find_checkpoint(
 
 def _damaged_together(path: Path, group: dist.ProcessGroup) -> str | None:
     """Return what is wrong with a checkpoint that all ranks see, or None; each rank reads a part of its files."""
+    return _first(damage(path, part=group.rank(), num_parts=group.size()), group)
+
+
+def _first(reason: str | None, group: dist.ProcessGroup) -> str | None:
+    """Return the first reason that any rank of a group gives, or None; all of them call it."""
     reasons: list = [None] * group.size()
-    dist.all_gather_object(reasons, damage(path, part=group.rank(), num_parts=group.size()), group=group)
-    return next((reason for reason in reasons if reason), None)
+    dist.all_gather_object(reasons, reason, group=group)
+    return next((one for one in reasons if one), None)
+
+
+def _unusable(path: Path, step: int) -> str | None:
+    """Return why a run cannot resume from an undamaged checkpoint, or None: something that it needs is not in it."""
+    listed = integrity.read_manifest(read_bytes(path / MANIFEST))
+    if missing := [name for name in ("progress.json", "recipe.yaml") if name not in listed]:
+        return f"{path}: {missing[0]} is not in its {MANIFEST}, so that no run can resume from it"
+    try:
+        Reader(path).read_metadata()
+        written = read_progress(path).step
+    except ConfigError as error:
+        return str(error).splitlines()[0].removesuffix(".")
+    return None if written == step else f"{path}: holds step {written}, so that its name is not its own"
 
 
 def verify_together(path: Path, group: dist.ProcessGroup | None) -> None:
@@ -253,7 +276,9 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
         reason = _copy_together(remote, step, manifest, temporary, mesh)
         if reason is None:
             if mesh.is_main:
-                (temporary / MANIFEST).write_bytes(manifest)
+                integrity.write_text(temporary / MANIFEST, manifest.decode())
+                sync_folder(temporary)
+                integrity.adopt(root, [integrity.owner_of(temporary)])
                 remote.claim(run)
             dist.barrier(group=mesh.host_group)
             reason = _damaged_together(temporary, mesh.host_group)
@@ -261,12 +286,14 @@ def _fetch_newest(root: Path, remote: Remote, mesh: Mesh, say: Callable[[str], N
             # A folder of this name is a damaged checkpoint: `find_checkpoint` would have returned a complete one.
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            fsync(root)
+            sync_folder(root)
         elif mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier(group=mesh.host_group)
         if reason is None:
             integrity.note_verified(final)
+            reason = _first(_unusable(final, step), mesh.host_group)
+        if reason is None:
             return final
         say(f"{reason}; going back to the checkpoint before it.")
     return None

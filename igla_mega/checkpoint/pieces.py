@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from igla_mega.checkpoint import integrity
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import regular
+from igla_mega.config.files import read_bytes, regular
 
 # The classes of DCP's index that may be unpickled.
 _RECORDS = (
@@ -265,6 +265,10 @@ def _check_against_files(metadata: Any, folder: Path) -> None:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError("it is not an index of tensors and files")
     _check_files(metadata, folder)
+    if (folder / integrity.MANIFEST).is_file():
+        named = integrity.read_manifest(read_bytes(folder / integrity.MANIFEST))
+        if unlisted := {storage.relative_path for storage in metadata.storage_data.values()} - named.keys():
+            raise ValueError(f"{min(unlisted)} is not in {integrity.MANIFEST}, so that nothing has checked it")
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             # DCP would unpickle such an entry without restrictions, and so run code of its author's choice.

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from igla_mega.checkpoint.hf_config import few, read_json
 from igla_mega.checkpoint.hf_names import Weight
+from igla_mega.checkpoint.integrity import last_line
 from igla_mega.checkpoint.pieces import Pieces, Reader, load
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import refuse_special, regular
+from igla_mega.config.files import refuse_special, regular, replace_durably
 from igla_mega.config.schema import Model
 from igla_mega.model.shards import is_expert
 
@@ -256,7 +258,15 @@ def appearing(final: Path) -> Iterator[Path]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        os.replace(temporary, final)
+        replace_durably(temporary, final)
+    except CheckpointException as error:  # a BaseException, with one failure of each rank
+        shutil.rmtree(temporary, ignore_errors=True)
+        cause: Any = next(iter(error.failures.values()), (error,))[0]
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        raise RuntimeError(
+            f"{final}: could not be written: {last_line(error)}.\n  Free some space there, or give another path."
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

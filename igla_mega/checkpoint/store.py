@@ -27,9 +27,9 @@ from igla_mega.checkpoint.integrity import (
     MANIFEST,
     REMOVED,
     REPLACED,
+    RUN,
     UNFINISHED,
     damage,
-    fsync,
     last_line,
     step_dir,
     steps_in,
@@ -40,13 +40,11 @@ from igla_mega.checkpoint.pieces import Pieces, Reader, Writer, key_of
 from igla_mega.checkpoint.progress import Progress, Retention, SaveOutcome
 from igla_mega.checkpoint.remote import Remote, Uploads
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import read_text
+from igla_mega.config.files import replace_durably, sync_folder
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.model.shards import ParameterState
 
 __all__ = ["MANIFEST", "damage", "is_local", "step_dir", "steps_in"]
-
-_RUN = "run_id"
 
 
 class CheckpointWriter:
@@ -77,6 +75,8 @@ class CheckpointWriter:
         self.staging_bytes = staging_bytes
         self.trouble: str | None = None
         """Why the last save on shared storage failed; None after a save that succeeded."""
+        self.sync_logs: Callable[[], None] = lambda: None
+        """Called by the main rank's writing thread before a checkpoint is sealed: flushes the lines of its steps."""
         # A separate group: gloo matches collectives by order, and those of the training thread, which run at the same
         # time, must not be matched with those of the writing thread.
         self._group = dist.new_group(backend="gloo")
@@ -85,10 +85,10 @@ class CheckpointWriter:
         self._ended: list[SaveOutcome] = []
         self._lock = threading.Lock()
         self._staging_reported = False
-        self._cleanup_error: str | None = None
+        self._remarks: list[str] = []
         self._uploads = None
+        self._run = run = run_id(root, mesh)
         if remote:
-            run = run_id(root, mesh)
             # A run without checkpoints is new, so checkpoints in the remote folder belong to an earlier run.
             if mesh.is_main and not steps_in(root):
                 remote.claim(run)
@@ -96,6 +96,7 @@ class CheckpointWriter:
         if mesh.is_main:
             root.mkdir(parents=True, exist_ok=True)
             self._device = root.stat().st_dev
+            sync_folder(root.parent)
             for prefix in (UNFINISHED, REMOVED):
                 for folder in root.glob(f"{prefix}*"):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -196,7 +197,7 @@ class CheckpointWriter:
     def _end(self, outcome: SaveOutcome, staged: "_Staging") -> None:
         """Record the outcome of a save with its notes, and queue the copy to the remote folder."""
         shared, error = outcome.where == "shared", outcome.error
-        notes, self._cleanup_error = ([self._cleanup_error] if self._cleanup_error else []), None
+        notes, self._remarks = self._remarks, []
         if shared:
             if error is None and self.trouble is not None:
                 notes.append(f"the checkpoint of step {outcome.step} is complete: saves succeed again")
@@ -238,17 +239,25 @@ class CheckpointWriter:
             kept = self._uploads.pending() if self._uploads else ()
             try:
                 _point_latest_to(final)
-                for old in self.retention.obsolete(steps_in(self.root)):
+                # A later step is not of this run's present: it was passed over at the start, or was rolled back.
+                for old in self.retention.obsolete(one for one in steps_in(self.root) if one <= step):
                     if old not in kept:
                         integrity.remove(step_dir(self.root, old))
             except OSError as error:
                 # Reported, not raised: the new checkpoint is complete, and raising would report it as failed.
-                self._cleanup_error = (
+                self._remarks.append(
                     f"{self.root}: step {step} is saved, but older checkpoints could not be removed: {error}"
                 )
 
-        hooks = _Hooks(before=check_mount, after=remove_old, released=released)
+        hooks = _Hooks(check_mount, self._sync_logs, remove_old, released, self._run)
         return _write_folder(final, state, texts, self._group, hooks)
+
+    def _sync_logs(self) -> None:
+        """Flush what the run has logged; a failure is a remark, as no checkpoint should be missing for its lines."""
+        try:
+            self.sync_logs()
+        except OSError as error:
+            self._remarks.append(f"the lines of the last steps may be lost in a power cut: {error}")
 
     def _write_local(
         self, step: int, state: dict[str, Pieces], texts: dict[str, str], released: Callable[[], None]
@@ -262,7 +271,8 @@ class CheckpointWriter:
         size, error = 0, None
         try:
             texts = {**texts, PLACE: local.place(save[0])}
-            size = _write_folder(local.folder(step), state, texts, None, _Hooks(released=released))
+            hooks = _Hooks(sealing=self._sync_logs, released=released)
+            size = _write_folder(local.folder(step), state, texts, None, hooks)
         except (Exception, CheckpointException) as failure:
             error = last_line(failure)  # not raised here: the other ranks wait in the gather below
         outcomes = local.gathered((size, error))
@@ -293,10 +303,14 @@ class _Hooks:
 
     before: Callable[[], None] = lambda: None
     """Called by rank 0 before anything is written; may raise OSError."""
+    sealing: Callable[[], None] = lambda: None
+    """Called by rank 0 before the manifest is written."""
     after: Callable[[], None] = lambda: None
     """Called by rank 0 when the folder has its final name."""
     released: Callable[[], None] = lambda: None
     """Called by every rank when its pieces that were not staged are on disk."""
+    run: str | None = None
+    """Id of the run that writes, for the manifest."""
 
 
 def _write_folder(
@@ -330,7 +344,8 @@ def _write_folder(
 
     def commit() -> None:
         """Seal the temporary folder and give it the final name."""
-        write_manifest(temporary, digests)
+        hooks.sealing()
+        write_manifest(temporary, digests, hooks.run)
         # The same step may be saved twice: after a consolidation, or when a run was rolled back. A folder that is not
         # empty cannot be replaced by one rename, so the old one is moved aside first. If the process is killed between
         # the two renames, `load._restore` moves the old folder back.
@@ -340,7 +355,7 @@ def _write_folder(
             os.replace(final, replaced)
         os.replace(temporary, final)
         # A rename is in the parent folder's data: flush it before the old checkpoint is deleted.
-        fsync(final.parent)
+        sync_folder(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         hooks.after()
 
@@ -423,11 +438,12 @@ def _is_writer(state: ParameterState, mesh: Mesh) -> bool:
     return owner % replicas.size == replicas.rank
 
 
-def write_manifest(path: Path, digests: dict[str, str]) -> None:
+def write_manifest(path: Path, digests: dict[str, str], run: str | None = None) -> None:
     """Seal a checkpoint folder with the size and digest of every file below it.
 
     Args:
         digests: of files that were digested while they were written; the others are read.
+        run: id of the run that writes it.
 
     Raises:
         OSError: the files on disk are not those that were written.
@@ -450,16 +466,16 @@ def write_manifest(path: Path, digests: dict[str, str]) -> None:
             raise OSError(
                 f"{storage.relative_path} ends at byte {size}, the index needs {storage.offset + storage.length} bytes"
             )
-    write_text(path / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
-    fsync(path)
+    sealed = {"format": 1, **({"run": run} if run else {}), "files": files}
+    write_text(path / MANIFEST, json.dumps(sealed, indent=1))
+    sync_folder(path)
 
 
 def _point_latest_to(checkpoint: Path) -> None:
     """Write the checkpoint's name into the file `latest` of its folder, atomically."""
     temporary = checkpoint.parent / ".latest"
     write_text(temporary, checkpoint.name + "\n")
-    os.replace(temporary, checkpoint.parent / "latest")
-    fsync(checkpoint.parent)
+    replace_durably(temporary, checkpoint.parent / "latest")
 
 
 def _on_main(group: dist.ProcessGroup | None, action: Callable[[], None]) -> None:
@@ -479,7 +495,7 @@ def _on_main(group: dist.ProcessGroup | None, action: Callable[[], None]) -> Non
 
 def _save_failed(root: Path, step: int, error: BaseException) -> str:
     """Return the message for a failed save: the cause, the free space, the last complete checkpoint, the remedy."""
-    complete = steps_in(root)
+    complete = [one for one in steps_in(root) if one <= step]
     previous = f"The checkpoint of step {complete[-1]} is complete." if complete else "There is no earlier checkpoint."
     try:
         free = f"{shutil.disk_usage(root).free / 2**30:.1f} GiB are free there."
@@ -494,14 +510,16 @@ def _save_failed(root: Path, step: int, error: BaseException) -> str:
 def run_id(root: Path, mesh: Mesh) -> str:
     """Return the id that distinguishes this run from an earlier one in the same folder; created on the first call.
 
-    A node's own disk and a remote folder may still hold checkpoints of that earlier run. All ranks call it.
+    A node's own disk and a remote folder may still hold checkpoints of that earlier run. The checkpoints that a folder
+    without an id already has count as its own. All ranks call it.
     """
     name: list = [None]
     if mesh.is_main:
         root.mkdir(parents=True, exist_ok=True)
-        if not (root / _RUN).is_file():
-            write_text(root / f".{_RUN}", secrets.token_hex(4) + "\n")
-            os.replace(root / f".{_RUN}", root / _RUN)
-        name = [read_text(root / _RUN).strip()]
+        if not integrity.runs_of(root):
+            integrity.adopt(root, sorted({integrity.owner_of(step_dir(root, s)) or "" for s in steps_in(root)} - {""}))
+            write_text(root / f".{RUN}", secrets.token_hex(4) + "\n")
+            replace_durably(root / f".{RUN}", root / RUN)
+        name = [integrity.runs_of(root)[0]]
     dist.broadcast_object_list(name, src=0, group=mesh.host_group)
     return name[0]

@@ -1,8 +1,10 @@
-"""Open files in folders that others may write to, and files at a path that somebody gave."""
+"""Open files in shared folders and at paths that somebody gave, and replace files durably."""
 
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from igla_mega.config.errors import ConfigError
@@ -23,7 +25,8 @@ class NotReadable(ConfigError, OSError):
 
     def __init__(self, path: str | Path, fact: str):
         super().__init__(f"{path}: {fact}.")
-        self.errno, self.strerror, self.filename = errno.EINVAL, fact, str(path)
+        self.errno = errno.EISDIR if fact.startswith("a folder") else errno.EINVAL
+        self.strerror, self.filename = fact, str(path)
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -127,3 +130,30 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with open(path, "w", encoding="utf-8", opener=no_follow) as stream:
         stream.write(text)
+
+
+def replace_durably(temporary: Path, final: Path) -> None:
+    """Give a file, already flushed, its final name, and flush the folder: the new content survives a power cut."""
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Flush a folder's entries to the disk: without it, a new name may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name a file in the errors of calls that know only its descriptor or, in other libraries, no file at all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise

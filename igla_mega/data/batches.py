@@ -184,7 +184,7 @@ class Corpus:
 
     def follow(self, mixes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Draw with mixes that change during the run, see `changing_blend`; the sources of the last one are open."""
-        self.blend, self.mixes = changing_blend(mixes), mixes
+        self.blend = changing_blend(mixes)
         # The loader may have prepared micro-batches of the old blend.
         self._loader = open_loader(*self._loading)
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.journal import replace_file
 
 try:  # the same schedule, slot for slot, built from csrc/index_helpers.cpp
     from igla_mega._helpers import blend_schedule as built_blend_schedule  # type: ignore[import-not-found]
@@ -115,54 +114,47 @@ def changing_blend(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> Blend:
     return blend
 
 
-def recorded_mixes(
-    file: Path,
-    mix: Mapping[str, float],
-    consumed_samples: int,
-    *,
-    write: bool,
-    kept: Path | None = None,
-    first: Mapping[str, float] | None = None,
-) -> list[tuple[int, dict[str, float]]]:
-    """Return the successive mixes of a run, with `mix` appended from `consumed_samples` on if it differs from the last.
+MIXES = "mix.json"
+"""File of a run folder, and of each checkpoint: the mixes that the run has followed."""
+Mixes = list[tuple[int, dict[str, float]]]
+"""(n, weights) in order: the weights apply from global sample n on."""
 
-    The file is the ledger of the changes, see `ledger`. Entries after `consumed_samples`, left when a run resumes from
-    an earlier checkpoint, are dropped.
 
-    Args:
-        write: True to write the updated ledger back.
-        kept: ledger in the checkpoint that the run resumes from; it takes precedence over the file if it exists.
-        first: mix of the samples consumed so far, for a run that has neither.
+def read_mixes(file: Path) -> Mixes:
+    """Return the mixes in a file that `mixes_text` has written; none if it does not exist.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    source = kept if kept is not None and kept.is_file() else file
     try:
-        entries = json_text.read(source) if source.is_file() else []
+        entries = json_text.read(file) if file.exists() else []
         mixes = [(int(e["first_sample"]), dict(e["mix"])) for e in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{source}: not a list of mixes ({error}).\n  Restore it, or start another --run.") from None
-    mixes = [(start, weights) for start, weights in mixes if start == 0 or start < consumed_samples]
-    if consumed_samples == 0:
-        mixes = [(0, dict(mix))]
-    mixes = mixes or [(0, dict(first or mix))]
-    if Blend(mixes[-1][1]).shares != Blend(mix).shares:
-        mixes.append((consumed_samples, dict(mix)))
-    if write:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, ledger(mixes).encode())
+        if file.exists() and (not mixes or mixes[0][0] != 0 or mixes != sorted(mixes, key=lambda one: one[0])):
+            raise ValueError("it does not begin at sample 0")
+        if mixes:
+            changing_blend(mixes)  # refuses what are no weights
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise ConfigError(f"{file}: not a list of mixes ({error}).\n  Restore it, or start another --run.") from None
     return mixes
 
 
-def ledger(mixes: Sequence[tuple[int, Mapping[str, float]]]) -> str:
-    """Return mixes as JSON: a list of {"first_sample": n, "mix": {...}, "consumed": {source: samples before n}}."""
+def followed_mixes(recorded: Mixes, mix: Mapping[str, float], consumed_samples: int) -> Mixes:
+    """Return the successive mixes of a run, with `mix` appended from `consumed_samples` on if it differs from the last.
+
+    Entries after `consumed_samples`, left when a run resumes from an earlier checkpoint, are dropped.
+    """
+    mixes = [(first, weights) for first, weights in recorded if first == 0 or first < consumed_samples]
+    if not mixes or consumed_samples == 0:
+        return [(0, dict(mix))]
+    if Blend(mixes[-1][1]).shares != Blend(mix).shares:
+        mixes.append((consumed_samples, dict(mix)))
+    return mixes
+
+
+def mixes_text(mixes: Mixes) -> str:
+    """Return the ledger of the changes: a JSON list of {first_sample, mix, consumed: {source: samples before}}."""
     entries = [
-        {
-            "first_sample": first,
-            "mix": weights,
-            "consumed": changing_blend(mixes[: number + 1]).consumed(first),
-        }
+        {"first_sample": first, "mix": weights, "consumed": changing_blend(mixes[: number + 1]).consumed(first)}
         for number, (first, weights) in enumerate(mixes)
     ]
     return json.dumps(entries, indent=2) + "\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow, read_bytes
+from igla_mega.config.files import no_follow, read_bytes, replace_durably
 
 
 class Lock:
@@ -157,10 +157,10 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: after a crash it has either its old or its new content."""
+    """Write a file atomically and durably: after a crash it has either its old or its new content."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb", opener=no_follow) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, path)
+    replace_durably(partial, path)

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +80,8 @@ def init_process_groups(device: torch.device, timeout_seconds: float = 600.0, du
     if under_launcher():
         dist.init_process_group(backend, timeout=timeout)
         return
-    # A file store instead of TCP: it needs no free port, so that runs of one process never collide.
-    store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="igla-"), "store"), 1)
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    # A store in memory: it needs neither a free port nor a disk with space, and runs of one process never collide.
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _record_collectives(dumps: Path) -> None:

@@ -1,7 +1,6 @@
 """Convert text to indexed datasets, streamed in bounded memory; an interrupted run resumes to the same bytes."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 import platform
@@ -21,6 +20,7 @@ from igla_mega.data.journal import Journal, Lock, replace_file
 from igla_mega.data.prepared import recorded_bos
 from igla_mega.data.raw_files import LINES, TEXT
 from igla_mega.data.tokenizer import Tokenizer, version
+from igla_mega.os_errors import words_of
 from igla_mega.prepare import fast, formats, giant
 from igla_mega.prepare.bar import progress as show_progress
 from igla_mega.prepare.bar import say
@@ -150,11 +150,9 @@ def preprocess(
         with Lock(prefix) as lock:
             return work.run(work.open_journal(), lock)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason, way_out = str(words_of(error, str(prefix))).split(".\n", 1)
         raise ConfigError(
-            f"{error.filename or prefix}: {error.strerror}, while preparing {work.label}.\n"
-            + ("  Free some space" if full else "  Fix the permissions or choose another folder")
-            + ", and run the same command again: finished shards are kept."
+            f"{reason}, while preparing {work.label}.\n{way_out} Run the same command again: finished shards are kept."
         ) from None
 
 

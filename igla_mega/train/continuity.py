@@ -125,7 +125,7 @@ def refuse_another_run(
             f"{where}: this recipe would continue it as another run:",
             *(_line(key, *pair) for key, pair in refused.items()),
             "  Undo the changes, or start in a new run folder. To continue all the same: --accept-changes "
-            f"{','.join(refused)}",
+            f"{','.join(refused)}. If another run wrote that checkpoint, move it away.",
         )
     return [_line(key, *pair) for key, pair in changes.items()]
 

@@ -14,6 +14,7 @@ from igla_mega.checkpoint.progress import Progress
 from igla_mega.config import load
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import BatchShard, Corpus, Dataset
+from igla_mega.data.blend import MIXES
 from igla_mega.data.conversations import Pairs
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine.build import build_engine, frozen_chunks, load_into, open_corpus
@@ -58,6 +59,8 @@ def build_part(number: int, resolved: Resolved, data: Data, start: Start, sessio
     stage, corpus = resolved.stages[first], data.corpora[first]
     found = start.found if number == start.part else None
     engine, texts, restore = _build_engine(own, stage, corpus, session, found, base)
+    if start.mix_text:
+        texts = {**texts, MIXES: start.mix_text}
     run = Run(
         session=session,
         recipe=own,

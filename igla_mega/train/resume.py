@@ -16,7 +16,7 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, source_fingerprints
-from igla_mega.data.blend import Blend, ledger, recorded_mixes
+from igla_mega.data.blend import MIXES, Blend, Mixes, followed_mixes, mixes_text, read_mixes
 from igla_mega.data.prepared import bos_rule
 from igla_mega.data.tokenizer import content_digest
 from igla_mega.distributed.mesh import Mesh
@@ -26,8 +26,6 @@ from igla_mega.train.continuity import refuse_another_run, refuse_unknown_keys
 from igla_mega.train.phases import next_stage
 from igla_mega.train.session import Session
 
-MIXES = "mix.json"
-"""File of the run folder and of a checkpoint: ledger of the mixes that the run has followed."""
 Found = tuple[Path, Progress]
 """A checkpoint, and how far the run was that wrote it."""
 
@@ -44,6 +42,8 @@ class Start:
     find: Callable[[], Found | None]
     """Finds the newest complete checkpoint; every rank calls it."""
     writer: store.CheckpointWriter
+    mix_text: str = ""
+    """Content of `MIX` in the run folder and its checkpoints; empty for a run whose mix cannot change."""
     changes: Sequence[str] = ()
     """Changes of the recipe or its data that `--accept-changes` allowed, as lines."""
 
@@ -70,9 +70,12 @@ def find_start(
     if found is None:
         refuse_unknown_keys(accepted, {f"data.sources.{name}" for own in resolved.parts for name in own.data.sources})
     changes = _refuse_another_run(resolved, found, corpora, accepted, say) if found else []
-    _refuse_other_batches(progress, stages)
+    _refuse_other_batches(found, stages)
+    mix_text = ""
     if isinstance(corpora[0], Corpus) and _follows_mixes(recipe) and recipe.data.mix:
-        corpora[0].follow(_mixes(recipe, session.run_dir, found, mesh, say))
+        mixes = _mixes(recipe, session.run_dir, found, say)
+        corpora[0].follow(mixes)
+        mix_text = mixes_text(mixes)
     progress.stage = next_stage(stages, progress)
     part = stages[min(progress.stage, len(stages) - 1)].part
     # Where the checkpoint ends a part, the next one starts from its weights alone: optimizer and adapters are new.
@@ -89,7 +92,7 @@ def find_start(
     )
     if found and found[0].parent == checkpoints:
         writer.copy_found(progress.step)
-    return Start(found, progress, part, find, writer, changes)
+    return Start(found, progress, part, find, writer, mix_text, changes)
 
 
 def _refuse_another_run(
@@ -150,10 +153,7 @@ def data_files(recipe: Recipe, corpus: Dataset, found: Found | None) -> dict[str
     """
     earlier = data_of(found[0]) if found and recipe.form == "text" else {}
     record = {**earlier, **data_record(recipe, corpus)}
-    texts = {DATA: json.dumps(record, indent=1) + "\n"}
-    if isinstance(corpus, Corpus) and corpus.mixes:
-        texts[MIXES] = ledger(corpus.mixes)
-    return texts
+    return {DATA: json.dumps(record, indent=1) + "\n"}
 
 
 def _follows_mixes(recipe: Recipe) -> bool:
@@ -180,23 +180,42 @@ def _other_folders(recipe: Recipe, checkpoints: Path, mesh: Mesh) -> tuple[Local
     return local, Remote(section.remote) if section.remote is not None else None
 
 
-def _mixes(
-    recipe: Recipe, run_dir: Path, found: Found | None, mesh: Mesh, say: Callable[[str], None]
-) -> list[tuple[int, dict[str, float]]]:
-    """Return the mixes that the run has followed; a changed mix takes effect at the next step."""
-    samples, kept, first = 0, None, None
-    if found is not None:
-        # The run folder may be lost, and the checkpoint restored from a remote one: it has its own ledger.
-        samples, kept = found[1].samples, found[0] / MIXES
-        first = load_recipe(found[0] / "recipe.yaml").data.mix
-    mixes = recorded_mixes(run_dir / MIXES, recipe.data.mix, samples, write=mesh.is_main, kept=kept, first=first)
+def _mixes(recipe: Recipe, run_dir: Path, found: Found | None, say: Callable[[str], None]) -> Mixes:
+    """Return the mixes that the run has followed; a changed mix takes effect at the next step.
+
+    Raises:
+        ConfigError: the run has followed several mixes, of which no undamaged record exists.
+    """
+    if found is None:
+        return followed_mixes([], recipe.data.mix, 0)
+    file, samples = run_dir / MIXES, found[1].samples
+    try:
+        recorded = read_mixes(file)
+    except ConfigError as error:
+        # Checkpoints written before version 0.2 have no copy.
+        if not (found[0] / MIXES).is_file():
+            raise
+        say(f"{str(error).splitlines()[0]} It is written again from {found[0] / MIXES}.")
+        recorded = []
+    if (found[0] / MIXES).is_file():
+        recorded = read_mixes(found[0] / MIXES)
+    # A folder that was restored without its record has followed at least the mix of the checkpoint.
+    recorded = recorded or [(0, dict(load_recipe(found[0] / "recipe.yaml").data.mix))]
+    mixes = followed_mixes(recorded, recipe.data.mix, samples)
     if len(mixes) > 1 and mixes[-1][0] == samples:
         say(f"data.mix: changed from sample {samples:,} on; every source continues where it was ({MIXES})")
     return mixes
 
 
-def _refuse_other_batches(progress: Progress, stages: Sequence[Stage]) -> None:
-    """Refuse a batch size or phases under which the steps taken would have consumed other samples."""
+def _refuse_other_batches(found: Found | None, stages: Sequence[Stage]) -> None:
+    """Refuse a batch size or phases under which the steps taken would have consumed other samples.
+
+    Raises:
+        ConfigError: they would have; the message has both numbers.
+    """
+    if found is None:
+        return
+    checkpoint, progress = found
     beyond = max(0, progress.step - stages[-1].last_step) * stages[-1].layout.global_batch
     expected = beyond + sum(
         min(max(progress.step - stage.first_step, 0), stage.num_steps) * stage.layout.global_batch for stage in stages
@@ -205,5 +224,6 @@ def _refuse_other_batches(progress: Progress, stages: Sequence[Stage]) -> None:
         raise ConfigError(
             f"training.batch_size: the run consumed {progress.samples:,} sequences in {progress.step} steps; with this "
             f"recipe it would have been {expected:,}, so samples would be skipped or repeated.\n"
-            "  Keep the batch size and the phases, or start in a new run folder."
+            f"  Keep the batch size and the phases, or start in a new run folder. If another run wrote {checkpoint}, "
+            "move that away."
         )

@@ -12,11 +12,20 @@ from typing import IO
 from igla_mega.checkpoint import store
 from igla_mega.config import json_text, load, yaml_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow, read_text
+from igla_mega.config.files import no_follow
 from igla_mega.config.schema import Recipe
+from igla_mega.data.blend import MIXES
+from igla_mega.layout.stages import parts_of
+from igla_mega.train.trackers import OF_EVENTS, OF_STEPS
 
 LOCK_SECONDS = 30.0
 """Maximum time that restarted ranks wait for their predecessors to release the run folder."""
+_FILES = (
+    *(f"{name}.jsonl" for name in (*OF_STEPS, *OF_EVENTS)),
+    *("recipe.yaml", MIXES, "wandb_id", "checkpoints/run_id", "checkpoints/earlier_runs", "checkpoints/latest"),
+)
+_FOLDERS = ("checkpoints", "tensorboard", "hang", "base", "merged")
+"""What `train` reads or writes below a run folder."""
 
 
 def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
@@ -26,14 +35,15 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
         The lock file, which must stay open while the run lasts.
 
     Raises:
-        ConfigError: another process trains in the folder, it has a run of another recipe, or it cannot be written.
+        ConfigError: another process trains in the folder, it has a run of another recipe, or something in it cannot be
+            written or is a folder in the place of a file.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a+", opener=no_follow)  # noqa: SIM115 (held while the run lasts)
     except OSError as error:
         raise ConfigError(
-            f"{run_dir}: cannot be created or written ({error.strerror}).\n"
+            f"{error.filename or run_dir}: cannot be created or written ({error.strerror}).\n"
             "  Give another --run, or fix its permissions."
         ) from None
     # A launcher may restart the ranks before the last ones have ended.
@@ -52,7 +62,8 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
                     "  Wait until it ends, stop it, or give another --run."
                 ) from None
             time.sleep(0.2)
-    # Only with the lock: no other process can change the folder after the check.
+    # Only with the lock: no other process can change the folder after the checks.
+    _refuse_unusable_entries(run_dir)
     _refuse_other_recipe(run_dir, recipe)
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -71,35 +82,70 @@ def _holder(lock: IO[str]) -> str:
         return ""
 
 
+def _refuse_unusable_entries(run_dir: Path) -> None:
+    """Refuse a run folder in which something that `train` reads or writes cannot be, before anything is written.
+
+    Raises:
+        ConfigError: the message lists every entry.
+    """
+    breaches = []
+    for kind, names in (("file", _FILES), ("folder", _FOLDERS)):
+        for path in (run_dir / name for name in names):
+            if path.is_symlink() and path.suffix == ".jsonl":
+                breaches.append(f"{path}: is a symbolic link, which is not followed here.")
+            elif path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+                breaches.append(f"{path}: is not a {kind}.")
+            elif path.exists() and not os.access(path, os.R_OK | os.W_OK):
+                breaches.append(f"{path}: cannot be read and written by this user.")
+    if breaches:
+        raise ConfigError(*breaches, "  Move it away or fix its permissions, or give another --run.")
+
+
 def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
     """Refuse a recipe with another name, another objective or other trained weights than the folder's run.
 
     Raises:
         ConfigError: the recipes differ in one of these.
     """
-    if not store.steps_in(run_dir / "checkpoints"):
+    steps = store.steps_in(run_dir / "checkpoints")
+    if not steps:
         return
-    if not (old := _last_recipe(run_dir)):
-        return  # shapes and data are checked against the checkpoint later
-    new = _flat(yaml_text.parse(load.dump(recipe), "recipe.yaml"))
-    kinds = ("lora", "dpo", "sft", "stages", "curriculum")
-    breaches = []
-    if old.get("name") != new.get("name"):
-        breaches.append(f"recipe `{old.get('name')}` and not `{new.get('name')}`")
-    for kind in kinds:
-        had, has = (any(key.split(".")[0] == kind and tree[key] is not None for key in tree) for tree in (old, new))
-        if had != has:
-            breaches.append(f"{'with' if had else 'without'} `{kind}`")
+    old, file = _last_recipe(run_dir), run_dir / "recipe.yaml"
+    breaches = _differences(old, recipe) if old else []
+    if not old or (breaches and all(breach.startswith("without") for breach in breaches)):
+        # It is damaged, or cut short. A checkpoint has the recipe of its part, under digests.
+        checkpoint = store.step_dir(run_dir / "checkpoints", steps[-1])
+        if not (written := _last_recipe(checkpoint)):
+            return
+        breaches = min((_differences(written, part) for part in parts_of(recipe)), key=len)
+        if not breaches:
+            print(f"{file}: missing or damaged; written again, after a comparison with {checkpoint}")
     if breaches:
         raise ConfigError(
             f"{run_dir}: contains a run of another recipe: {', '.join(breaches)}.\n"
-            f"  Give another --run; or continue with its own recipe, {run_dir / 'recipe.yaml'}."
+            f"  Give another --run; or continue with its own recipe, {file}."
         )
 
 
-def recipe_changes(run_dir: Path, recipe_yaml: str) -> list[str]:
-    """Return a line for each key that differs from the recipe with which the folder was trained last."""
-    if not (old := _last_recipe(run_dir)):
+def _differences(old: dict, recipe: Recipe) -> list[str]:
+    """Return what makes a recipe that of another run than `old`, by dotted keys."""
+    new = _flat(yaml_text.parse(load.dump(recipe), "recipe.yaml"))
+    found = [] if old.get("name") == new.get("name") else [f"recipe `{old.get('name')}` and not `{new.get('name')}`"]
+    for kind in ("lora", "dpo", "sft", "stages", "curriculum"):
+        had, has = (any(key.split(".")[0] == kind and tree[key] is not None for key in tree) for tree in (old, new))
+        if had != has:
+            found.append(f"{'with' if had else 'without'} `{kind}`")
+    return found
+
+
+def recipe_changes(run_dir: Path, recipe_yaml: str, checkpoint: Path | None) -> list[str]:
+    """Return a line for each key that differs from the recipe with which the folder was trained last.
+
+    Args:
+        checkpoint: one with that recipe, in case the folder's is damaged.
+    """
+    old = _last_recipe(run_dir) or (_last_recipe(checkpoint) if checkpoint is not None else {})
+    if not old:
         return []
     new = _flat(yaml_text.parse(recipe_yaml, "recipe.yaml"))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -107,11 +153,13 @@ def recipe_changes(run_dir: Path, recipe_yaml: str) -> list[str]:
 
 
 def _last_recipe(run_dir: Path) -> dict:
-    """Return the recipe that a folder was trained with last, by dotted keys; empty if it cannot be read."""
+    """Return the recipe in a run folder or a checkpoint, by dotted keys; empty if it cannot be read."""
     try:
-        return _flat(yaml_text.parse(read_text(run_dir / "recipe.yaml"), "recipe.yaml"))
-    except (OSError, ValueError, AttributeError):
+        found = _flat(yaml_text.read_mapping(run_dir / "recipe.yaml"))
+    except ConfigError:
         return {}
+    # Any text is YAML, and much of it a mapping: every recipe that was written has its name and its training.
+    return found if "name" in found and any(key.startswith("training.") for key in found) else {}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -1,37 +1,63 @@
 """Write the reports of a run: metrics.jsonl, ledger.jsonl, events.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
-import json
-import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import no_follow, read_text, write_text
+from igla_mega.config.files import read_text, sync_folder, write_text
 from igla_mega.config.schema import Logging
+from igla_mega.data.json_lines import Lines, missing_steps, rewind
 
 OF_STEPS = ("metrics", "ledger", "samples")
 """Files that contain each step once: a run that goes back to a checkpoint removes the entries of later steps."""
+OF_EVENTS = ("events", "bad_steps")
+"""Files from which only lines that cannot be read are removed."""
 
 
 class Trackers:
-    """Appends to the files of the run folder, on the main rank only; the other ranks have `Untracked`."""
+    """Appends to the files of the run folder, on the main rank only; the other ranks have `Untracked`.
 
-    def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
-        self._run_dir = run_dir
+    Nothing that an earlier call of `train` has written is changed before `open`.
+    """
+
+    def __init__(self, run_dir: Path, logging: Logging, recipe: dict[str, Any]):
+        self._run_dir, self._logging, self._recipe = run_dir, logging, recipe
         self._files: dict[str, Lines] = {}
-        self.rewind(resume_step)
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = []
-        if logging.tensorboard:
-            self._add_tensorboard(run_dir / "tensorboard")
-        if logging.wandb != "off":
-            self._add_wandb(run_dir, logging, recipe)
+
+    def open(self, resume_step: int, skipped: Collection[int] = ()) -> list[str]:
+        """Remove the entries after the checkpoint and what a power cut has damaged, and start TensorBoard and W&B.
+
+        Args:
+            skipped: steps that were taken without an update, which have no line in metrics.jsonl.
+
+        Returns:
+            Messages about lines that were removed because they cannot be read, and about steps without a line.
+
+        Raises:
+            ConfigError: a package that the recipe asks for is not installed.
+            OSError: a file cannot be written.
+        """
+        if self._logging.wandb != "off":
+            self._add_wandb(self._run_dir, self._logging, self._recipe)
+        if self._logging.tensorboard:
+            self._add_tensorboard(self._run_dir / "tensorboard")
+        found = [*self.rewind(resume_step)]
+        for name in OF_EVENTS:
+            found += rewind(self._run_dir / f"{name}.jsonl", None)
+        for message in found:
+            self.event("repaired", resume_step, message)
+        if missing := "; ".join(missing_steps(self._run_dir, resume_step, skipped)):
+            message = f"{missing}: lost, most likely in a power cut. The checkpoint is whole; training is not affected."
+            self.event("lines_missing", resume_step, message)
+            found.append(message)
+        return found
 
     def metrics(self, entry: dict[str, Any]) -> None:
         """Write one line; its numbers, also those one level down, are sent to the services as scalars of its step."""
@@ -66,12 +92,22 @@ class Trackers:
         """Write a prompt and the model's continuation, as a line of samples.jsonl."""
         self._line("samples", entry)
 
-    def rewind(self, step: int) -> None:
-        """Remove the entries of steps after `step` from the files `OF_STEPS`."""
+    def rewind(self, step: int) -> list[str]:
+        """Remove the entries of steps after `step` from the files `OF_STEPS`; return messages about damaged lines."""
         for name in OF_STEPS:
             if name in self._files:
                 self._files.pop(name).close()
-            rewind(self._run_dir / f"{name}.jsonl", step)
+        return [message for name in OF_STEPS for message in rewind(self._run_dir / f"{name}.jsonl", step)]
+
+    def sync(self) -> None:
+        """Flush all lines to the disk; a checkpoint is sealed only after the lines of its steps. From any thread.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        for file in [*self._files.values()]:
+            file.sync()
+        sync_folder(self._run_dir)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -149,7 +185,13 @@ class Untracked:
 
     def sample(self, entry: dict[str, Any]) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
+    def open(self, resume_step: int, skipped: Collection[int] = ()) -> list[str]:
+        return []
+
+    def rewind(self, step: int) -> list[str]:
+        return []
+
+    def sync(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -164,53 +206,3 @@ def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) 
     file = Lines(run_dir / "events.jsonl")
     file.add(event(kind, step, message, **more))
     file.close()
-
-
-def rewind(path: Path, step: int) -> None:
-    """Remove the entries that a killed run wrote after its last checkpoint, at `step`, and an incomplete last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in read_text(path, "replace", most=1 << 40).splitlines():
-        try:
-            entry = json_text.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step", 0), int) and entry.get("step", 0) <= step:
-            kept.append(line + "\n")
-    # Renamed over the file, so that a kill in between loses nothing.
-    temporary = path.with_name(f".{path.name}")
-    write_text(temporary, "".join(kept))
-    os.replace(temporary, path)
-
-
-class Lines:
-    """Appends lines of JSON to a file; lines that cannot be written are kept in memory and written before the next."""
-
-    def __init__(self, path: Path):
-        self._path, self._waiting = path, b""
-        self._descriptor: int | None = None
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Write a line, or keep it for the next call if it cannot be written."""
-        self._waiting += (json.dumps(entry) + "\n").encode()
-        # A full disk may accept part of a line: the rest follows at the next call.
-        with contextlib.suppress(OSError):
-            descriptor = self._opened()
-            while self._waiting:
-                self._waiting = self._waiting[os.write(descriptor, self._waiting) :]
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _opened(self) -> int:
-        """Return the descriptor of the file, opening it first; terminate an incomplete last line."""
-        if self._descriptor is None:
-            self._descriptor = no_follow(str(self._path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            size = os.fstat(self._descriptor).st_size
-            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # a killed run's half-written line
-                self._waiting = b"\n" + self._waiting
-        return self._descriptor

@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from igla_mega.config import json_text
 from igla_mega.config.files import no_follow, read_text, write_text
+from igla_mega.data.json_lines import ranges
 from igla_mega.distributed.mesh import own_store
 from igla_mega.engine.heartbeat import Heartbeat, followed
 from igla_mega.train.trackers import write_event
@@ -318,7 +319,7 @@ class Watchdog:
         for one in contents:
             seen = "last seen: " if one in silent else ""
             places.setdefault(one["state"] or f"{seen}{_place(one)}", []).append(one["rank"])
-        lines += [f"  rank {_ranges(ranks)}: {place}" for place, ranks in list(places.items())[:SHOWN_PLACES]]
+        lines += [f"  rank {ranges(ranks)}: {place}" for place, ranks in list(places.items())[:SHOWN_PLACES]]
         for one in odd[:2]:
             if stack := self._stack_of(one):
                 lines.append(f"stack of rank {one['rank']}: {stack.rstrip()}")
@@ -403,17 +404,17 @@ def odd_ones(signs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
     """
     ended = [one for one in signs if one["state"]]
     if ended:
-        return ended, f"Rank {_ranges([one['rank'] for one in ended])} has ended ({ended[0]['state']})."
+        return ended, f"Rank {ranges([one['rank'] for one in ended])} has ended ({ended[0]['state']})."
     behind = [one for one in signs if _is_behind(one, signs)]
     outside = [one for one in signs if not one["waiting"]]
     if outside and len(outside) < len(signs):
         odd = [one for one in outside if one in behind] or outside
-        ranks = _ranges([one["rank"] for one in odd])
+        ranks = ranges([one["rank"] for one in odd])
         return odd, f"All wait for rank {ranks}, which is in no collective: it loops, sleeps or waits elsewhere."
     if outside:
         odd = behind or outside
         how = "is behind the others" if behind and len(signs) > 1 else "makes no progress"
-        return odd, f"Rank {_ranges([one['rank'] for one in odd])} {how}."
+        return odd, f"Rank {ranges([one['rank'] for one in odd])} {how}."
     kinds = Counter(str(one["collective"]) for one in signs)
     if len(kinds) == 1:
         return [], "All ranks are in the same collective: check the network between them."
@@ -421,7 +422,7 @@ def odd_ones(signs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
     odd = behind or [one for one in signs if kinds[str(one["collective"])] == rarest]
     other = next(one for one in signs if one not in odd) if len(odd) < len(signs) else odd[0]
     return odd, (
-        f"Ranks are in different collectives: rank {_ranges([one['rank'] for one in odd])} in "
+        f"Ranks are in different collectives: rank {ranges([one['rank'] for one in odd])} in "
         f"{_collective(odd[0])}, rank {other['rank']} in {_collective(other)}."
     )
 
@@ -477,17 +478,6 @@ def _collective(one: dict[str, Any]) -> str:
         return "none"
     name, group, number = one["collective"]
     return f"{name} {number} of group {group}" if number else f"{name} in group {group}"
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Return ranks as text, consecutive ones joined: `0 to 3, 7`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def _key(rank: int) -> str:

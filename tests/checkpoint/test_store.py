@@ -370,6 +370,9 @@ def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path):
     for name in ("../secret", "/etc/passwd"):
         (folder / "manifest.json").write_text(json.dumps({"files": {name: {"bytes": 1, "blake2b": ""}}}))
         assert "outside the checkpoint" in store.damage(folder)
+    for content in ('{"format": 1, "files": {}}', json.dumps({"files": {"a": {"bytes": 1, "blake2b": ""}}})):
+        (folder / "manifest.json").write_text(content)
+        assert "but not .metadata, which every checkpoint has" in store.damage(folder)
     for content in ("", "[]", '{"files": {"a": 3}}', '{"files": {"a": {"bytes": "1", "blake2b": 2}}}'):
         (folder / "manifest.json").write_text(content)
         assert "manifest.json cannot be read" in store.damage(folder)
@@ -380,17 +383,17 @@ def test_check_lists_every_checkpoint_of_a_run_and_names_what_is_damaged_extra_o
     for step in (1, 2, 3):
         folder = store.step_dir(root, step)
         folder.mkdir(parents=True)
-        (folder / "a.bin").write_bytes(b"abc")
-        entry = {"bytes": 3, "blake2b": integrity.digest(folder / "a.bin")}
-        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {"a.bin": entry}}))
+        (folder / ".metadata").write_bytes(b"abc")
+        entry = {"bytes": 3, "blake2b": integrity.digest(folder / ".metadata")}
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {".metadata": entry}}))
     (root / ".writing_step_00000004").mkdir()
     (store.step_dir(root, 1) / "extra.txt").write_text("x")
-    (store.step_dir(root, 2) / "a.bin").write_bytes(b"abd")
+    (store.step_dir(root, 2) / ".metadata").write_bytes(b"abd")
     (store.step_dir(root, 3) / "manifest.json").unlink()
     for folder in (tmp_path / "run", root):
         lines, damages = integrity.report(folder)
         assert "step_00000001: every file" in lines[0] and "extra.txt" in lines[1] and "is incomplete" in lines[-1]
-        assert "step_00000002: a.bin" in damages[0] and "step_00000003: manifest.json is missing" in damages[1]
+        assert "step_00000002: .metadata" in damages[0] and "step_00000003: manifest.json is missing" in damages[1]
     assert integrity.report(store.step_dir(root, 1))[1] == []
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         integrity.report(tmp_path / "run" / "nothing")
@@ -401,7 +404,9 @@ def test_check_takes_the_folder_of_a_node_rank_by_rank(tmp_path):
     begun, whole = (store.step_dir(run, step) for step in (2, 4))
     (begun / ".writing_rank_00000").mkdir(parents=True)
     (whole / "rank_00000").mkdir(parents=True)
-    (whole / "rank_00000" / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
+    (whole / "rank_00000" / ".metadata").write_bytes(b"abc")
+    entry = {"bytes": 3, "blake2b": integrity.digest(whole / "rank_00000" / ".metadata")}
+    (whole / "rank_00000" / "manifest.json").write_text(json.dumps({"format": 1, "files": {".metadata": entry}}))
     for folder in (run, run.parent):
         lines, damages = integrity.report(folder)
         assert damages == [] and "step_00000004/rank_00000: every file" in lines[0]

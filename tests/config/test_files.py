@@ -7,8 +7,8 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import no_follow, write_text
 from igla_mega.config.load import load_recipe
 from igla_mega.data.journal import replace_file
+from igla_mega.data.json_lines import Lines, rewind
 from igla_mega.train.run_folder import lock_run_folder
-from igla_mega.train.trackers import Lines, rewind
 
 PACKAGE = Path(__file__).resolve().parents[2] / "igla_mega"
 NEW_FOLDER = {

@@ -146,37 +146,49 @@ def test_samples_before_a_change_are_those_of_the_run_without_it():
 
 def test_the_ledger_of_mixes_notes_a_change_once_and_forgets_what_lies_behind_the_checkpoint(tmp_path):
     file = tmp_path / "mix.json"
-    record = blend.recorded_mixes
     one, two, three = {"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}, {"b": 1.0}
-    assert record(file, one, 0, write=True) == [(0, one)]
-    assert record(file, {"a": 2.0, "b": 2.0}, 40, write=True) == [(0, one)], "the same shares are the same mix"
-    assert record(file, two, 40, write=True) == [(0, one), (40, two)]
-    assert record(file, two, 100, write=False) == [(0, one), (40, two)]
-    assert record(file, three, 100, write=True) == [(0, one), (40, two), (100, three)]
-    assert record(file, one, 60, write=True) == [(0, one), (40, two), (60, one)]
+
+    def record(mix, consumed):
+        mixes = blend.followed_mixes(blend.read_mixes(file), mix, consumed)
+        file.write_text(blend.mixes_text(mixes))
+        return mixes
+
+    assert record(one, 0) == [(0, one)]
+    assert record({"a": 2.0, "b": 2.0}, 40) == [(0, one)], "the same shares are the same mix"
+    assert record(two, 40) == [(0, one), (40, two)]
+    assert record(two, 100) == [(0, one), (40, two)]
+    assert record(three, 100) == [(0, one), (40, two), (100, three)]
+    assert record(one, 60) == [(0, one), (40, two), (60, one)]
     entries = json.loads(file.read_text())
     assert entries[1]["consumed"] == {"a": 20, "b": 20}
     assert entries[2]["consumed"] == {"a": 35, "b": 25}
-    assert record(file, two, 0, write=True) == [(0, two)], "another run"
-    file.write_text("[{")
-    with pytest.raises(ConfigError, match="not a list of mixes"):
-        record(file, one, 3, write=False)
+    assert record(two, 0) == [(0, two)], "another run"
 
 
-def test_the_ledger_in_a_checkpoint_takes_precedence_over_that_of_the_run_folder(tmp_path):
-    file, kept = tmp_path / "mix.json", tmp_path / "kept.json"
-    record = blend.recorded_mixes
-    one, two = {"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}
-    kept.write_text(blend.ledger([(0, one), (40, two)]))
-    for content in (None, "[{", blend.ledger([(0, two)])):
-        file.unlink(missing_ok=True)
-        if content is not None:
-            file.write_text(content)
-        assert record(file, one, 60, write=True, kept=kept) == [(0, one), (40, two), (60, one)]
-    file.unlink()
-    # A checkpoint of an earlier version has no ledger; its recipe has the mix that it was trained with.
-    assert record(file, two, 60, write=False, kept=tmp_path / "none", first=one) == [(0, one), (60, two)]
-    assert record(file, two, 0, write=False, kept=kept, first=one) == [(0, two)]
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[{",
+        b"",
+        b"[]",
+        b"\0" * 40,
+        b'{"first_sample": 0}',
+        b'[{"first_sample": 8, "mix": {"a": 1}}]',
+        b'[{"first_sample": 0, "mix": {"a": "x"}}]',
+        b'[{"first_sample": 0, "mix": {"a": 0}}]',
+        b'[{"first_sample": 0, "mix": {"a": 1}}, {"first_sample": 9, "mix": {"a": 1}}, {"first_sample": 4, "mix": {}}]',
+        None,
+    ],
+    ids=repr,
+)
+def test_a_damaged_ledger_of_mixes_is_refused_with_its_name(content, tmp_path):
+    file = tmp_path / "mix.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"mix\.json: not a list of mixes"):
+        blend.read_mixes(file)
 
 
 def test_weights_are_normalised_and_that_is_said():

@@ -29,8 +29,8 @@ from igla_mega.checkpoint.progress import read_progress
 from igla_mega.checkpoint.safetensors import open_folder
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Model
+from igla_mega.data.json_lines import rewind
 from igla_mega.train import consolidation
-from igla_mega.train.trackers import rewind
 
 CONFIG = {
     **{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32},

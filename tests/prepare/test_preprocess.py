@@ -154,9 +154,9 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_goes_on(jsonl, tokeni
 
     with monkeypatch.context() as patched:
         patched.setattr("igla_mega.data.indexed.os.fsync", full)
-        with pytest.raises(ConfigError, match="No space left on device, while preparing set") as raised:
+        with pytest.raises(ConfigError, match="no space left on device, while preparing set") as raised:
             preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False))
-    assert "run the same command again" in str(raised.value)
+    assert "Run the same command again" in str(raised.value) and "Free some space" in str(raised.value)
     assert not (tmp_path / "set.idx").exists()
     assert preprocess([jsonl], tmp_path / "set", tokenizer, settings=Settings(progress=False)).documents == 300
 

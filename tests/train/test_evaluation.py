@@ -195,7 +195,8 @@ def test_a_resumed_run_takes_back_the_samples_of_steps_it_repeats(tmp_path):
     from igla_mega.train.trackers import Trackers
 
     for resume_step in (0, 3):
-        trackers = Trackers(tmp_path, Logging(tensorboard=False), resume_step=resume_step, recipe={})
+        trackers = Trackers(tmp_path, Logging(tensorboard=False), {})
+        trackers.open(resume_step)
         for step in (2, 4):
             trackers.sample({"step": step, "stage": "s", "prompt": "p", "text": "t"})
         trackers.close()

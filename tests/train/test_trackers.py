@@ -1,5 +1,4 @@
 import json
-import os
 import sys
 
 import pytest
@@ -8,44 +7,24 @@ import torch
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
 from igla_mega.train import metrics, trackers
-from igla_mega.train.trackers import Lines, Trackers, rewind, write_event
+from igla_mega.train.trackers import Trackers, write_event
 
 QUIET = Logging(tensorboard=False)
+
+
+def opened(run_dir, logging, resume_step=0):
+    trackers = Trackers(run_dir, logging, {})
+    trackers.open(resume_step)
+    return trackers
 
 
 def written(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rewind_drops_later_steps_and_a_half_written_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": {"web": 3.0}}\n{"step": 3}\n{"step": 4, "lo'
-    )
-    rewind(path, 2)
-    assert written(path) == [{"step": 1}, {"step": 2}, {"step": 2, "validation_loss": {"web": 3.0}}]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_rewind_to_the_start_empties_and_a_missing_file_stays_missing(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    rewind(path, 5)
-    assert not path.exists()
-    path.write_text('{"step": 1}\n')
-    rewind(path, 0)
-    assert path.read_text() == ""
-
-
-def test_rewind_passes_over_lines_that_are_no_objects(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n4\n[]\n\x00\x00\n{"step": 2}\n')
-    rewind(path, 2)
-    assert written(path) == [{"step": 1}, {"step": 2}]
-
-
 def test_a_resumed_run_appends_behind_its_checkpoint(tmp_path):
     for resume_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        trackers = Trackers(tmp_path, QUIET, resume_step=resume_step, recipe={})
+        trackers = opened(tmp_path, QUIET, resume_step)
         for step in steps:
             trackers.metrics({"step": step, "loss": 10.0 * resume_step + step})
             trackers.ledger({"step": step, "sources": {}})
@@ -60,7 +39,7 @@ def test_a_resumed_run_appends_behind_its_checkpoint(tmp_path):
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
-    trackers = Trackers(tmp_path, QUIET, resume_step=0, recipe={})
+    trackers = opened(tmp_path, QUIET)
     trackers.metrics({"step": 1, "loss": 2.5})
     assert written(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
     trackers.close()
@@ -69,7 +48,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
 def test_tensorboard_gets_every_number_at_its_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trackers = Trackers(tmp_path, Logging(), resume_step=0, recipe={})
+    trackers = opened(tmp_path, Logging())
     trackers.metrics({"step": 1, "stage": "tiny", "loss": 2.5, "mfu": None})
     trackers.metrics({"step": 2, "loss": 2.25, "validation_loss": {"web": 3.5}})
     trackers.close()
@@ -85,14 +64,14 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path):
 def test_wandb_asked_for_and_absent_is_an_error_that_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"logging\.wandb: offline needs the package wandb") as raised:
-        Trackers(tmp_path, Logging(tensorboard=False, wandb="offline"), resume_step=0, recipe={})
+        opened(tmp_path, Logging(tensorboard=False, wandb="offline"))
     assert "pip install wandb" in str(raised.value) and "logging.wandb=off" in str(raised.value)
 
 
 def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    trackers = Trackers(tmp_path, Logging(tensorboard=False, wandb="offline"), resume_step=0, recipe={"name": "tiny"})
+    trackers = opened(tmp_path, Logging(tensorboard=False, wandb="offline"))
     trackers.metrics({"step": 1, "loss": 2.5})
     trackers.close()
     [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -110,32 +89,6 @@ def test_runs_of_one_name_have_ids_of_their_own_and_keep_them(tmp_path):
 def test_peaks_are_positive_and_of_a_sane_size():
     assert 10e6 < metrics.peak_memory_bytes(torch.device("cpu")) < 1e12
     assert 1e8 < metrics.measured_peak_flops(torch.float32) < 1e14
-
-
-def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp_path, monkeypatch):
-    really, full = os.write, False
-
-    def write(descriptor: int, content: bytes) -> int:
-        if full and len(content) < 12:
-            raise OSError(28, "No space left on device")
-        return really(descriptor, content[:12] if full else content)
-
-    monkeypatch.setattr(os, "write", write)
-    file = Lines(tmp_path / "metrics.jsonl")
-    for step in range(1, 6):
-        full = step in (2, 3)
-        file.add({"step": step})
-    file.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
-
-
-def test_a_file_that_cannot_be_made_yet_is_made_when_it_can(tmp_path):
-    file = Lines(tmp_path / "later" / "events.jsonl")
-    file.add({"step": 1})
-    (tmp_path / "later").mkdir()
-    file.add({"step": 2})
-    assert [json.loads(line)["step"] for line in (tmp_path / "later/events.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_a_line_that_a_killed_run_has_half_written_spoils_no_other(tmp_path):
