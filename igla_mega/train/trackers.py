@@ -25,11 +25,12 @@ class Trackers:
     def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
         self._run_dir = run_dir
         self._files: dict[str, Lines] = {}
-        self.rewind(resume_step)
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
+        self._rewinders: list[Callable[[int], None]] = []
         self._closers: list[Callable[[], None]] = []
+        self.rewind(resume_step)
         if logging.tensorboard:
-            self._add_tensorboard(run_dir / "tensorboard")
+            self._add_tensorboard(run_dir / "tensorboard", resume_step)
         if logging.wandb != "off":
             self._add_wandb(run_dir, logging, recipe)
 
@@ -67,7 +68,10 @@ class Trackers:
         self._line("samples", entry)
 
     def rewind(self, step: int) -> None:
-        """Remove the entries of steps after `step` from the files `OF_STEPS`."""
+        """Remove the entries of steps after `step` from the files `OF_STEPS`, and from TensorBoard's charts."""
+        for invalidate in self._rewinders:
+            with contextlib.suppress(OSError):
+                invalidate(step)
         for name in OF_STEPS:
             if name in self._files:
                 self._files.pop(name).close()
@@ -85,17 +89,28 @@ class Trackers:
             self._files[name] = Lines(self._run_dir / f"{name}.jsonl")
         self._files[name].add(entry)
 
-    def _add_tensorboard(self, folder: Path) -> None:
-        """Send scalars to TensorBoard's event files."""
-        from tensorboard.summary import Writer
+    def _add_tensorboard(self, folder: Path, resume_step: int) -> None:
+        """Send scalars to TensorBoard's event files; those of steps after `resume_step` become invalid."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        writer = Writer(str(folder))
+        writer = EventFileWriter(str(folder))
 
         def write(scalars: dict[str, float], step: int) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+            # Not by `tensorboard.summary.Writer`, which stores numbers as tensors: `EventAccumulator.Scalars`, and
+            # whatever reads the files with it, lists numbers alone.
+            values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+            writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
+        def invalidate(step: int) -> None:
+            # Readers drop the events of this step and later ones that come before it in the files.
+            start = SessionLog(status=SessionLog.START)
+            writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+        invalidate(resume_step)
         self._scalars.append(write)
+        self._rewinders.append(invalidate)
         self._closers.append(writer.close)
 
     def _add_wandb(self, run_dir: Path, logging: Logging, recipe: dict[str, Any]) -> None:

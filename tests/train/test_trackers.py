@@ -66,20 +66,38 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     trackers.close()
 
 
-def test_tensorboard_gets_every_number_at_its_step(tmp_path):
+def charts(folder):
+    """Step and value of every scalar, as tools that read event files with TensorBoard's defaults get them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert events.Tags()["tensors"] == []
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_lists_every_number_as_a_scalar_of_its_step(tmp_path):
     trackers = Trackers(tmp_path, Logging(), resume_step=0, recipe={})
-    trackers.metrics({"step": 1, "stage": "tiny", "loss": 2.5, "mfu": None})
+    trackers.metrics({"step": 1, "stage": "tiny", "loss": 2.5, "mfu": None, "tokens": 2**40, "spike": True})
     trackers.metrics({"step": 2, "loss": 2.25, "validation_loss": {"web": 3.5}})
     trackers.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    found = {
-        tag: [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
+    assert charts(tmp_path) == {
+        "loss": [(1, 2.5), (2, 2.25)],
+        "tokens": [(1, 2**40)],
+        "spike": [(1, 1.0)],
+        "validation_loss/web": [(2, 3.5)],
     }
-    assert found == {"loss": [(1, 2.5), (2, 2.25)], "validation_loss/web": [(2, 3.5)]}
+
+
+def test_tensorboard_lists_each_step_once_after_a_resume_and_after_a_rewind(tmp_path):
+    for resume_step, steps in ((0, (1, 2, 3)), (2, (3, 4, 5))):
+        trackers = Trackers(tmp_path, Logging(), resume_step=resume_step, recipe={})
+        for step in steps:
+            trackers.metrics({"step": step, "loss": 10.0 * resume_step + step})
+        if resume_step:
+            trackers.rewind(3)
+            trackers.metrics({"step": 4, "loss": 44.0})
+        trackers.close()
+    assert charts(tmp_path) == {"loss": [(1, 1.0), (2, 2.0), (3, 23.0), (4, 44.0)]}
 
 
 def test_wandb_asked_for_and_absent_is_an_error_that_names_the_way_out(tmp_path, monkeypatch):
