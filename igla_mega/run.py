@@ -15,7 +15,7 @@ from igla_mega.checkpoint.load import verify_together
 from igla_mega.checkpoint.store import CheckpointWriter
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.features import Memory, Moe
+from igla_mega.config.features import Memory
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Dataset
 from igla_mega.data.journal import replace_file
@@ -24,6 +24,7 @@ from igla_mega.distributed.mesh import Mesh, build_mesh, destroy_process_groups,
 from igla_mega.engine.build import build_engine, load_into, num_steps, open_corpus, open_dataset
 from igla_mega.layout.stages import Stage, parts_of, weights_of
 from igla_mega.objective.ewc import Ewc
+from igla_mega.plan.base_model import experts_of
 from igla_mega.plan.choose import choose_layout
 from igla_mega.plan.resolve import Base, Resolved, resolve
 from igla_mega.train import consolidation, evaluation
@@ -227,34 +228,7 @@ def _open_base(recipe: Recipe, run_dir: Path, models: Path | None) -> Base | Non
     verify_together(checkpoint, dist.group.WORLD)
     theirs = read_recipe(checkpoint)
     assert theirs.model is not None, "read_recipe refuses that"
-    return Base(checkpoint, theirs.model, experts_of(theirs, recipe, folder))
-
-
-def experts_of(base: Recipe, recipe: Recipe, folder: Path) -> Moe | None:
-    """Return the `moe` section that a run trains with: the recipe's if it fits the base model, else the base's.
-
-    Raises:
-        ConfigError: the base model is dense, or its experts differ from the recipe's.
-    """
-    if recipe.moe is None or base.moe is None:
-        if recipe.moe is not None:
-            raise ConfigError(
-                f"base_model: {folder} is a dense model, but the recipe has {recipe.moe.num_experts} experts a layer.\n"
-                f"  Make it a mixture: igla-mega import HF_FOLDER CKPT --upcycle {recipe.moe.num_experts}, and name "
-                "CKPT; or set moe=null."
-            )
-        return base.moe
-    breaches = []
-    for key in ("num_experts", "shared_intermediate_size", "pre_softmax", "scaling_factor"):
-        wanted, has = getattr(recipe.moe, key), getattr(base.moe, key)
-        if wanted != has:
-            breaches.append(f"moe.{key}: is {wanted}, but {folder} has {has}. Set it to {has}.")
-    if (recipe.moe.bias_update_rate > 0) != (base.moe.bias_update_rate > 0):
-        rate, has = recipe.moe.bias_update_rate, "no biases" if base.moe.bias_update_rate == 0 else "biases"
-        breaches.append(f"moe.bias_update_rate: is {rate:g}, but {folder} has {has}. Set it as the base model needs.")
-    if breaches:
-        raise ConfigError(*breaches)
-    return recipe.moe
+    return Base(checkpoint, theirs.model, experts_of(theirs.moe, recipe.moe, folder))
 
 
 def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:

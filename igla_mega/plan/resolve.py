@@ -71,15 +71,20 @@ def resolve(
     Raises:
         ConfigError: a stage does not fit; the message lists every breach.
     """
+    recipe = with_shape(recipe, base)
+    parts = list(recipe.stages or [recipe])
+    return Resolved(recipe, tuple(parts), tuple(stages_of(recipe, world_size, device, total_steps)), base)
+
+
+def with_shape(recipe: Recipe, base: Base | None) -> Recipe:
+    """Return the recipe with the shape of its base model in every part, and the training keys of `sft` and `dpo`."""
     parts = parts_of(recipe)
     if base is not None:
         parts[0] = parts[0].with_keys({"model": base.model, "moe": base.moe})
     if recipe.stages is None:
-        recipe = parts[0]
-    else:
-        parts = [part.with_keys({"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
-        recipe = recipe.with_keys({"stages": tuple(parts)})
-    return Resolved(recipe, tuple(parts), tuple(stages_of(recipe, world_size, device, total_steps)), base)
+        return parts[0]
+    parts = [part.with_keys({"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
+    return recipe.with_keys({"stages": tuple(parts)})
 
 
 def shape_of_base(recipe: Recipe, models: Path | None = None) -> tuple[Base | None, list[str]]:

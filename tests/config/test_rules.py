@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from igla_mega.config import features, rules
+from igla_mega.config import features, rules, rules_experts
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
 from igla_mega.config.near import near_divisors
@@ -451,6 +451,35 @@ def test_a_capacity_that_drops_most_tokens_is_remarked_on_with_the_rate():
     [line] = rules.warnings(Recipe.model_validate(merge(SMALL, {"moe": {"num_experts": 8, "num_experts_per_tok": 1}})))
     assert line.startswith("moe.num_experts_per_tok: 1 gives the chosen expert a weight of 1") and "pre_softmax" in line
     assert said(1.25) == [] and rules.warnings(Recipe.model_validate(SMALL)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"distributed": {"expert_parallel": 2}}, {"distributed": {"expert_tensor_parallel": 2}},
+     {"training": {"expert_capacity_factor": 2.0}}],
+)  # fmt: skip
+def test_experts_may_be_those_of_a_base_model_that_is_read_later(change):
+    assert breaches(change, under=TUNE) == []
+    assert breaches({**change, "model": SMALL["model"]}, under=TUNE) != [], "its shape is known, and has no experts"
+    assert breaches({**change, "model": SMALL["model"], **MOE}, under=TUNE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({}, True),
+        ({"distributed": {"micro_batch_size": 4}}, True),
+        ({"distributed": {"micro_batch_size": 1}}, False),
+        ({"moe": {"balance_over": "sequence"}}, False),
+        ({"moe": {"router_aux_loss_coef": 0}}, False),
+    ],
+)
+def test_a_balancing_loss_that_depends_on_the_layout_is_named(change, differs):
+    recipe = Recipe.model_validate(merge(merge(SMALL, MOE), change))
+    assert [line[:33] for line in rules_experts.differs_by_layout(recipe)] == [
+        "moe.balance_over: micro_batch bal"
+    ] * differs
+    assert rules_experts.differs_by_layout(Recipe.model_validate(SMALL)) == []
 
 
 def fp8(**distributed):
