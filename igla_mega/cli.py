@@ -108,19 +108,23 @@ def check(
         print(f"{recipe}: every byte is the one that was written")
         return
     from igla_mega.config import load, rules
+    from igla_mega.config.rules_experts import differs_by_layout
     from igla_mega.data.blend import normalised
+    from igla_mega.plan.resolve import resolve, shape_of_base, with_shape
 
     loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
-    assumed: list[str] = []
+    base, assumed = shape_of_base(loaded)
     if nproc:
-        from igla_mega.plan.resolve import resolve, shape_of_base
-
-        base, assumed = shape_of_base(loaded)
-        resolve(loaded, nproc, _device(), base=base)
+        loaded = resolve(loaded, nproc, _device(), base=base).recipe
+    elif base is not None and not assumed:
+        loaded = with_shape(loaded, base)
+        rules.check(loaded)
     if absent := rules.not_installed(loaded):
         raise ConfigError(*absent)
     print(f"{loaded.name}: fine")
-    notes = [*assumed, *rules.warnings(loaded), *rules.not_yet(loaded), *filter(None, [normalised(loaded.data.mix)])]
+    notes = [*(assumed if nproc else []), *rules.warnings(loaded), *rules.not_yet(loaded)]
+    notes += [line for part in loaded.stages or [loaded] for line in differs_by_layout(part)]
+    notes += filter(None, [normalised(loaded.data.mix)])
     for sentence in notes:
         print(f"  note: {sentence}")
 
@@ -413,7 +417,9 @@ def export(
     _quiet_libraries()
     from igla_mega.checkpoint import adapters, hugging_face
     from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
+    from igla_mega.checkpoint.safetensors import refuse_existing
 
+    refuse_existing(hf_dir)
     checkpoint = resolve_checkpoint(checkpoint)
     has_adapters = read_recipe(checkpoint).lora is not None
     if has_adapters and adapter_only == merge:
@@ -430,10 +436,11 @@ def export(
     if merge:
         import tempfile
 
+        hf_dir.resolve().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=hf_dir.resolve().parent) as unfinished:
             merged = Path(unfinished, "merged")
             adapters.merge_adapters(checkpoint, merged)
-            hugging_face.export_folder(merged, hf_dir, say=print)
+            hugging_face.export_folder(merged, hf_dir, tuned=checkpoint, say=print)
         hugging_face.print_logit_difference(checkpoint, hf_dir)
         return
     hugging_face.export_folder(checkpoint, hf_dir, say=print)
