@@ -13,7 +13,7 @@ from igla_mega.config import breaches, rules, scales, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge, without_nulls
 from igla_mega.config.names import safe_name
-from igla_mega.config.schema import Recipe
+from igla_mega.config.schema import Model, Recipe
 from igla_mega.config.tiers import preset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -203,12 +203,31 @@ def _validate(content: dict[str, Any]) -> Recipe:
         ConfigError: the schema or a rule refuses it; the message lists every breach.
     """
     content = without_nulls(content)
+    for part in (content, *(content["stages"] if isinstance(content.get("stages"), list) else ())):
+        _refuse_part_of_a_shape(part)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise ConfigError(*breaches.of_schema(error), *_rules_on_the_rest(error, content)) from None
     rules.check(recipe)
     return recipe
+
+
+def _refuse_part_of_a_shape(content: Any) -> None:
+    """Raise ConfigError for some keys of `model:` next to a base model, which has a shape of its own."""
+    given, base = (content.get(key) if isinstance(content, dict) else None for key in ("model", "base_model"))
+    needed = {key for key, field in Model.model_fields.items() if field.is_required()}
+    if (
+        base
+        and isinstance(given, dict)
+        and given
+        and given.keys() <= Model.model_fields.keys()
+        and needed - given.keys()
+    ):
+        raise ConfigError(
+            f"model.{next(iter(given))}: given next to base_model {base}, which has a shape of its own.\n"
+            "  Remove it from `model:`, or remove base_model and give the whole shape."
+        )
 
 
 def _rules_on_the_rest(error: ValidationError, content: dict[str, Any]) -> list[str]:
