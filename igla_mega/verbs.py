@@ -72,9 +72,9 @@ def check_place(place: str) -> bool:
 
     if not Path(place).exists() and place not in load.packaged():
         near = difflib.get_close_matches(place, load.packaged(), n=1)
-        hint = f"did you mean the packaged recipe `{near[0]}`?" if near else "and no packaged recipe has this name."
+        hint = f"; did you mean the packaged recipe `{near[0]}`?" if near else ", and no packaged recipe of this name."
         raise ConfigError(
-            f"{place}: no such file or folder; {hint}\n  Give a recipe (its path, or {', '.join(load.packaged())}), a "
+            f"{place}: no such file or folder{hint}\n  Give a recipe (its path, or {', '.join(load.packaged())}), a "
             "run folder, a checkpoint, or a prepared dataset without .bin."
         )
     return False
