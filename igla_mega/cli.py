@@ -264,7 +264,8 @@ def prepare(
         else:
             prepare_samples(stage)
     if not dry_run:
-        again = " ".join([verbs.quoted(recipe), *(["--scale", scale] if scale else [])])
+        options = [*(["--scale", scale] if scale else []), *(word for one in set_ for word in ("--set", one))]
+        again = " ".join(map(verbs.quoted, [recipe, *options]))
         folders = dict.fromkeys(stage.data.prepared or "datasets in place" for stage in parts_of(loaded))
         verbs.made(", ".join(folders), f"igla-mega train {again}" if part[1] == 1 else "igla-mega merge OUT PART...")
 
@@ -377,10 +378,7 @@ def train(
 
     accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
     code = engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose, accepted=accepted)
-    word = verbs.quoted(run)
-    verbs.made(
-        run, *([f"igla-mega report {word}", f"igla-mega eval {word}"] if not code else ["the same command goes on"])
-    )
+    verbs.trained(run, code)
     raise typer.Exit(code)
 
 

@@ -31,6 +31,17 @@ def made(path: object, *then: str) -> None:
         print(f"made: {path}", *(f"next: {command}" for command in then), sep="\n", flush=True)
 
 
+def trained(run: Path, code: int) -> None:
+    """Print the folder of a complete run, else its newest checkpoint and the command that resumes it."""
+    from igla_mega.checkpoint import integrity
+
+    if not code:
+        made(run, *(f"igla-mega {verb} {quoted(run)}" for verb in ("report", "eval")))
+        return
+    steps = integrity.steps_in(run / "checkpoints")
+    made(integrity.step_dir(run / "checkpoints", steps[-1]) if steps else run, f"igla-mega {shlex.join(sys.argv[1:])}")
+
+
 def quoted(path: object) -> str:
     """Return a path as a word of a shell command."""
     return shlex.quote(str(path))

@@ -109,9 +109,14 @@ def _find(name_or_path: str) -> Path:
         ConfigError: no such recipe or file.
     """
     is_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path or "/" in name_or_path
+    is_path = is_path or (Path(name_or_path).exists() and not (RECIPES / f"{name_or_path}.yaml").is_file())
     path = Path(name_or_path) if is_path else RECIPES / f"{name_or_path}.yaml"
     if path.is_file():
         return path
+    if path.is_dir():
+        has = path / "recipe.yaml"
+        own = f"Give its recipe: {has}." if has.is_file() else "Give the recipe's file."
+        raise ConfigError(f"{name_or_path}: a folder, not a recipe. {own}")
     if is_path:
         raise ConfigError(f"{name_or_path}: no such file. Packaged recipes: {', '.join(packaged())}.")
     near = difflib.get_close_matches(name_or_path, packaged(), n=1)

@@ -25,7 +25,7 @@ _EFFECTS = {
     "next_step": "takes effect from the next step",
     "none": "changes neither weights nor samples",
 }
-"""Words for each `train.continuity.Effect`."""
+"""Text for each `train.continuity.Effect`."""
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -150,7 +150,7 @@ def _inner(node: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """Return the type of a JSON Schema in words."""
+    """Return the type of a JSON Schema as text."""
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return "one of " + ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
@@ -201,7 +201,7 @@ def _metadata(field: FieldInfo) -> Iterator[Any]:
 
 
 def _default(field: FieldInfo) -> str:
-    """Return the default of a field in words."""
+    """Return the default of a field as text."""
     if field.is_required():
         return "none, must be given"
     if field.default_factory is not None or field.default is None:
