@@ -457,7 +457,7 @@ def test_sources_with_the_same_fault_are_one_error(tmp_path):
         write_dataset(tmp_path / "prepared" / name, highest_id=VOCAB + 7)
     recipe = write_recipe(tmp_path, data={"mix": dict.fromkeys(sources, 1.0), "sources": sources})
     said = refused("train", recipe, cwd=tmp_path)
-    assert said.count("vocab_size") == 1 and "Likewise in b, c." in said
+    assert said.count("token 150") == 1 and "Likewise in b, c." in said
 
 
 def test_init_writes_a_recipe_and_names_the_next_commands(tmp_path):

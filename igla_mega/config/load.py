@@ -53,7 +53,8 @@ def load_recipe(
         ConfigError: the recipe is invalid; the message lists every breach.
     """
     path = _find(str(name_or_path))
-    content, packaged, own = {}, {}, {}
+    content: dict[str, Any] = {}
+    packaged, own = content, content
     for file, layer in _with_parents(path, seen=[]):
         content = merge(content, layer)
         if file.resolve().parent == RECIPES.resolve():

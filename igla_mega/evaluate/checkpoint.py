@@ -82,8 +82,9 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
                     advance(batch_targets)
             loss = loss_sum / num_targets
             results[name] = (loss, perplexity(loss), num_targets)
-        for name in samples.validation_names() if samples is not None else ():
-            results |= _sample_losses(model, samples, name)
+        if samples is not None:
+            for name in samples.validation_names():
+                results |= _sample_losses(model, samples, name)
     finally:
         destroy_process_groups()
     return results

@@ -234,13 +234,14 @@ def _check_samples(form: str, files: list[Path], each: int) -> bool:
             if form == "instructions":
                 turns |= not isinstance(chat.conversation_of(entry, place), tuple)
                 continue
-            answers = [entry.get(key) for key in ("chosen", "rejected")]
+            answers: list[Any] = [entry.get(key) for key in ("chosen", "rejected")]
             if not all(answers) or len({type(answer) for answer in answers}) > 1:
                 raise ConfigError(f"{place}: not a preference pair (`chosen`, `rejected`).\n  Fix or remove the line.")
             if isinstance(answers[0], list):
                 turns = True
+                prompt = entry["prompt"] if isinstance(entry.get("prompt"), list) else []
                 for answer in answers:
-                    chat.checked([*(entry.get("prompt") or []), *answer], place)
+                    chat.checked([*prompt, *answer], place)
     return turns
 
 
