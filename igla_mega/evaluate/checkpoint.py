@@ -58,7 +58,7 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     """
     checkpoint = resolve_checkpoint(checkpoint)
     recipe = read_recipe(checkpoint)
-    if prefixes is None and not recipe.data.sources:
+    if prefixes is None and not recipe.data.sources and recipe.data.validation_fraction > 0:
         raise ConfigError(
             f"--data: not given, and {checkpoint} names no data of its own (data.sources in its recipe.yaml).\n"
             "  Give indexed datasets with --data PREFIX, or tasks with --tasks NAME."
