@@ -228,6 +228,9 @@ def _open_base(recipe: Recipe, run_dir: Path, models: Path | None) -> Base | Non
     verify_together(checkpoint, dist.group.WORLD)
     theirs = read_recipe(checkpoint)
     assert theirs.model is not None, "read_recipe refuses that"
+    for key in sorted(recipe.model.model_fields_set) if recipe.model is not None and dist.get_rank() == 0 else ():
+        if (ours := getattr(recipe.model, key)) != (has := getattr(theirs.model, key)) and key != "init_std":
+            print(f"model.{key}: {ours} is not used: the shape is that of base_model {folder}, which has {has}")
     return Base(checkpoint, theirs.model, experts_of(theirs.moe, recipe.moe, folder))
 
 

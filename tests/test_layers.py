@@ -13,7 +13,7 @@ PACKAGE = ROOT / "igla_mega"
 LAYERS = {
     "config": 0, "recipes": 0, "_helpers": 0, "layout": 1, "ops": 1, "distributed": 2, "data": 3, "model": 4,
     "checkpoint": 5, "objective": 5, "prepare": 5, "plan": 6, "engine": 6, "evaluate": 7, "train": 8, "report": 8,
-    "doctor": 8, "run": 9, "cli": 10, "__main__": 11,
+    "doctor": 8, "run": 9, "guide": 9, "verbs": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 """A part may import parts of a lower number only."""
 CORE = ("config", "layout", "distributed", "ops", "model", "objective", "engine", "train", "checkpoint")
@@ -66,6 +66,7 @@ MANY_PARAMETERS: dict[str, str] = {
 TESTED_ELSEWHERE: dict[str, str] = {
     "__main__": "test_cli.py",
     "run": "integration/test_phases.py integration/test_stops.py",
+    "verbs": "test_cli.py",
     "checkpoint/base": "checkpoint/test_adapters.py",
     "checkpoint/folder": "checkpoint/test_store.py",
     "checkpoint/frozen_base": "integration/test_tuning.py integration/test_experts_tuned.py",

@@ -38,7 +38,10 @@ def source_prefixes(data: DataSection) -> dict[str, str]:
         ConfigError: no sources, no `data.prepared` although a source needs it, or a source name unfit for a file name.
     """
     if not data.sources:
-        raise ConfigError("data.sources: not set.\n  Give each name in data.mix its JSONL files.")
+        raise ConfigError(
+            "data.sources: not set.\n  Give each name in data.mix its JSONL files. To try a packaged recipe, "
+            "--scale laptop makes it small and supplies data."
+        )
     if not data.prepared and not all(indexed_prefix(path, data) for path in data.sources.values()):
         raise ConfigError("data.prepared: not set.\n  Name the folder for the prepared datasets.")
     if wrong := [name for name in data.sources if not name or "/" in name or name.startswith(".")]:

@@ -87,15 +87,18 @@ def with_shape(recipe: Recipe, base: Base | None) -> Recipe:
     return recipe.with_keys({"stages": tuple(parts)})
 
 
-def shape_of_base(recipe: Recipe, models: Path | None = None) -> tuple[Base | None, list[str]]:
+def shape_of_base(
+    recipe: Recipe, models: Path | None = None, scale: str | None = None
+) -> tuple[Base | None, list[str]]:
     """Return the shape of a recipe's base model without loading it, and what was assumed about it.
 
     Args:
-        models: folder below which the base model is looked up; one that is not there has the shape of the 7B recipe.
+        models: folder below which the base model is looked up; one that is not there has the shape of the 7B recipe,
+            at `scale`.
     """
     first = parts_of(recipe)[0]
     if first.base_model is None or first.model is not None:
         return None, []
-    whole, notes = with_base(first, models)
+    whole, notes = with_base(first, models, scale)
     assert whole.model is not None, "with_base reads or assumes it"
     return Base(Path(first.base_model), whole.model, whole.moe), notes[:1]  # the rest is of the length

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,13 +50,16 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         stamp = _stamp(recipe, files, tokenizer, template)
         if _is_done(prefix, stamp):
             continue
+        began = time.monotonic()
         num_samples, left_out = _write(recipe, files, prefix, tokenizer, template)
         if not num_samples:
             raise ConfigError(f"data.sources.{name}: every line is too long and left out.\n  Raise data.max_length.")
         _seal(prefix, {"digest": stamp, "samples": num_samples, "left_out": left_out})
         if progress:
             note = f"; {left_out:,} too long and left out" if left_out else ""
-            print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}{note}", file=sys.stderr, flush=True)
+            seconds = max(time.monotonic() - began, 1e-3)
+            took = f"{num_samples / seconds:,.0f} per second, {seconds:.1f} s"
+            print(f"{name}: {num_samples:,} {recipe.form.replace('_', ' ')}, {took}{note}", file=sys.stderr, flush=True)
     return prefixes
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from igla_mega.checkpoint import store
+from igla_mega.checkpoint import integrity
 from igla_mega.config import json_text, load, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import no_follow
@@ -53,7 +53,7 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
                 ) from None
             time.sleep(0.2)
     # Only with the lock: no other process can change the folder after the check.
-    _refuse_other_recipe(run_dir, recipe)
+    refuse_other_recipe(run_dir, recipe)
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
@@ -71,13 +71,13 @@ def _holder(lock: IO[str]) -> str:
         return ""
 
 
-def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
+def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
     """Refuse a recipe with another name, another objective or other trained weights than the folder's run.
 
     Raises:
         ConfigError: the recipes differ in one of these.
     """
-    if not store.steps_in(run_dir / "checkpoints"):
+    if not integrity.steps_in(run_dir / "checkpoints"):
         return
     if not (old := _last_recipe(run_dir)):
         return  # shapes and data are checked against the checkpoint later
