@@ -231,10 +231,10 @@ class RopeScaling(Section):
     """Context length of the base model in training, in tokens. At least 1."""
 
 
-EventKind = Literal[
+EVENTS = (
     "started", "resumed", "saved", "save_failed", "evaluated", "spike", "skipped", "rewound", "straggler", "damaged",
     "hang", "killed", "died", "restarting", "failed", "stopping", "finished",
-]  # fmt: skip
+)  # fmt: skip
 """Kinds of events for which a command can be given."""
 
 
@@ -251,6 +251,8 @@ class Logging(Section):
     """Where MLflow keeps the run: `sqlite:///mlflow.db`, `file:mlruns`, or the address of a server; unset, nowhere."""
     prometheus: PromFile | None = None
     """Path of a file ending in .prom for the textfile collector of Prometheus' node_exporter; unset, none."""
-    on_event: dict[EventKind, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default={})
+    on_event: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
+        default={}, json_schema_extra={"propertyNames": {"enum": list(EVENTS)}}
+    )
     """Command for each kind of event, as a list of words; it runs without a shell, with IGLA_EVENT, IGLA_STEP,
     IGLA_MESSAGE, IGLA_TIME and IGLA_RUN in its environment, for at most 30 seconds. Empty, none."""

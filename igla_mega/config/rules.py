@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import EVENTS
 from igla_mega.config.names import name_error, printable
 from igla_mega.config.near import near_divisors, near_multiples
 from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
@@ -92,6 +93,15 @@ def names_can_be_files(recipe: Recipe) -> Iterator[str]:
     for place, name in named:
         if (error := name_error(name)) is not None:
             yield f"{printable(place)}: {name!a} {error}."
+
+
+def commands_have_an_event(recipe: Recipe) -> Iterator[str]:
+    """Refuse a command for a kind of event that no run writes."""
+    for kind in recipe.logging.on_event:
+        if kind not in EVENTS:
+            near = difflib.get_close_matches(kind, EVENTS, 1)
+            remedy = f"; did you mean `{near[0]}`?" if near else f". Use one of: {', '.join(EVENTS)}."
+            yield f"logging.on_event.{printable(kind)}: no such event{remedy}"
 
 
 def has_a_model(recipe: Recipe) -> Iterator[str]:
@@ -436,6 +446,7 @@ FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), 
 
 RULES: list[Rule] = [
     names_can_be_files,
+    commands_have_an_event,
     has_a_model,
     heads_fit_hidden_size,
     rope_scaling_bands_are_ordered,
