@@ -93,7 +93,7 @@ def train(
     except Exception as error:
         ends.failed(run_dir, error, dist.get_rank(), recipe.logging)
         raise
-    ends.ended(run_dir, stop.exit_code, finished, stop.name if stop.agreed else "")
+    ends.ended(run_dir, 0 if finished else stop.exit_code, finished, stop.name if stop.agreed else "")
     destroy_process_groups()
     if lock:
         lock.close()

@@ -108,6 +108,8 @@ def write_end(run_dir: Path, end: Mapping[str, Any], *, by_launcher: bool = Fals
     own = "launcher" if by_launcher else "pid"
     if record is None or record[own] != os.getpid() or not is_here(record):
         return None
+    if not by_launcher and not is_alive(record):  # an earlier process had the number of this one
+        return None
     now = round(time.time(), 3)
     record["end"] = {"time": now, **end, "message": str(end["message"])[:MAX_TEXT]}
     _write(run_dir, record | ({} if by_launcher else {"time": now}))

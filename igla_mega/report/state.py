@@ -57,9 +57,11 @@ def state_of(history: History, now: float | None = None) -> State:
     if end is None or (end["kind"] == "restarting" and not _restarts(record, end, now)):
         return _alive_or_not(history, record, now)
     kind, words = _KINDS.get(end["kind"], ("failed", end["kind"][:40]))
-    says = f"{words}, {since(now - end['time'])}"
     if kind == "finished":
-        return State(kind, says)
+        # The same command may have been given again since: it found nothing left to do.
+        times = [event["time"] for event in history.events if event["event"] == "finished" and event["time"]]
+        return State(kind, f"{words}, {since(now - (times[-1] if times else end['time']))}")
+    says = f"{words}, {since(now - end['time'])}"
     cause = _cause(events, end, history, record)
     return State(kind, says, cause, "" if kind == "restarting" else record["command"])
 

@@ -20,7 +20,8 @@ def failed(run_dir: Path, error: Exception, rank: int, logging: Logging) -> None
     mistake in the recipe, a bad step and a failed save.
     """
     text = str(error) or type(error).__name__
-    is_echo = any(words in text for words in _ECHOES)
+    # NCCL's errors about a lost peer are torch's DistBackendError and DistNetworkError.
+    is_echo = any(words in text for words in _ECHOES) or type(error).__name__.startswith("Dist")
     if rank:
         of_all = isinstance(error, ConfigError | FloatingPointError) or type(error) is RuntimeError
         record = None if of_all or is_echo else heartbeat.read(run_dir)
