@@ -325,8 +325,10 @@ def train(
             from igla_mega.distributed.torchrun import torchrun
             from igla_mega.train.ends import Launched
 
-            where = {"nodes": nodes, "rendezvous": rendezvous, "run_dir": run, "ended": Launched(run, loaded.logging)}
-            raise typer.Exit(torchrun(nproc, restarts=restarts, **where))
+            ended = Launched(run, loaded.logging)
+            raise typer.Exit(
+                torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run, ended=ended)
+            )
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
         _check_data(loaded, int(os.environ["WORLD_SIZE"]))
     _quiet_libraries()

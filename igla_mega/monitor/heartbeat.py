@@ -147,7 +147,18 @@ def last_step(run_dir: Path, record: Mapping[str, Any]) -> int:
 
 def lost_steps(run_dir: Path, record: Mapping[str, Any]) -> int:
     """Return how many steps were taken after the last complete checkpoint."""
-    return max(0, last_step(run_dir, record) - record["saved_step"])
+    last = last_step(run_dir, record)
+    return max(0, last - saved_step(run_dir, record, last))
+
+
+def saved_step(run_dir: Path, record: Mapping[str, Any], last: int) -> int:
+    """Return the step of the last complete checkpoint up to step `last`: of the record, or newer in the run folder.
+
+    A process that was killed may have completed one that it did not come to record.
+    """
+    names = [path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*")]
+    steps = [int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 16]
+    return max([int(record["saved_step"]), *(step for step in steps if step <= last)])
 
 
 def words_of(lost: int) -> str:

@@ -144,13 +144,18 @@ def _cause(
 
 def lost_steps(history: History, record: Mapping[str, Any]) -> int:
     """Return how many steps were taken after the last complete checkpoint."""
-    last = int(history.metrics.steps[-1]) if history.metrics.steps else record["step"]
-    return max(0, last - int(record["saved_step"]))
+    last = _last_step(history, record)
+    return max(0, last - heartbeat.saved_step(history.folder, record, last))
+
+
+def _last_step(history: History, record: Mapping[str, Any]) -> int:
+    return int(history.metrics.steps[-1]) if history.metrics.steps else int(record["step"])
 
 
 def _lost(history: History, record: Mapping[str, Any]) -> str:
     words = heartbeat.words_of(lost_steps(history, record))
-    return f" {words[0].upper()}{words[1:]}; the last checkpoint is that of step {int(record['saved_step']):,}."
+    saved = heartbeat.saved_step(history.folder, record, _last_step(history, record))
+    return f" {words[0].upper()}{words[1:]}; the last checkpoint is that of step {saved:,}."
 
 
 def since(seconds: float) -> str:

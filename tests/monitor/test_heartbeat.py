@@ -71,6 +71,17 @@ def test_a_process_that_recorded_its_end_did_not_die(beat, tmp_path):
     assert unrecorded_end(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("names", "saved"),
+    [((), 4), (("step_00000006", ".step_00000008.unfinished", "latest"), 6), (("step_00000002",), 4),
+     (("step_00000006", "step_00000012", "step_x", "step_²"), 6)],
+)  # fmt: skip
+def test_a_checkpoint_that_is_complete_counts_though_nobody_recorded_it(names, saved, tmp_path):
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert heartbeat.saved_step(tmp_path, {"saved_step": 4}, 9) == saved
+
+
 def test_a_planted_link_is_not_followed(tmp_path):
     (tmp_path / "theirs").write_text("untouched")
     (tmp_path / heartbeat.FILE).symlink_to(tmp_path / "theirs")

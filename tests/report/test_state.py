@@ -147,7 +147,7 @@ HERE = {
     ),
     "out of memory on another rank": (lost_a_peer, "failed", "failed, ", "rank 1: CUDA out of memory", 2),
     "a peer was killed": (by_launcher(lost_a_peer, *SIGKILLED), "dead", "killed, ", "CUDA out of memory", 2),
-    "not finite": (nan, "failed", "failed, ", "step 9 is bad, by the loss: stopped before its update. 2 steps", 2),
+    "not finite": (nan, "failed", "failed, ", "step 9 is bad, by the loss: stopped before its update. (2 steps", 2),
     "the last save failed": (failed_save, "failed", "failed, ", "Training after step 6 is lost", 2),
     "the disk is full": (full_disk, "failed", "failed, ", "No space left on device. 2 steps are lost", 2),
     "finished": (finished, "finished", "finished, ", "", 0),
