@@ -204,8 +204,13 @@ def _exit_code(result: RunResult, stop_signal: int) -> int:
 
 def _first(result: RunResult) -> tuple:
     """Return the rank that failed first and its failure."""
-    # By time, not by rank: ranks that lose a peer fail soon after it, with errors about the lost connection.
-    return min(result.failures.items(), key=lambda item: item[1].timestamp)
+    # By time, not by rank: ranks that lose a peer fail soon after it, with errors about the lost connection. Times are
+    # whole seconds; of failures within one, a signal is the cause and an exit code the consequence.
+    first = min(failure.timestamp for failure in result.failures.values())
+    return min(
+        result.failures.items(),
+        key=lambda item: (item[1].timestamp - first > 1, item[1].exitcode >= 0, item[1].timestamp),
+    )
 
 
 def _cause(result: RunResult, oom_kills: int) -> tuple[str, str]:

@@ -230,6 +230,9 @@ def test_ranks_that_would_end_the_same_way_again_are_not_started_again(code, fix
     ("failures", "stop_signal", "expected"),
     [
         ({0: (1, 2.0), 1: (-9, 1.0)}, 0, ("killed", "rank 1 was ended by SIGKILL (the kernel also sends", 1)),
+        ({0: (1, 7.0), 1: (-9, 7.0)}, 0, ("killed", "rank 1 was ended by SIGKILL", 1)),
+        ({0: (1, 7.0), 1: (-9, 8.0)}, 0, ("killed", "rank 1 was ended by SIGKILL", 1)),
+        ({0: (1, 7.0), 1: (-11, 9.0)}, 0, ("failed", "rank 0 ended first, with exit code 1", 1)),
         ({0: (-11, 1.0)}, 0, ("killed", "rank 0 was ended by SIGSEGV", 1)),
         ({0: (1, 1.0), 3: (1, 0.5)}, 0, ("failed", "rank 3 ended first, with exit code 1", 1)),
         ({0: (2, 1.0)}, 0, ("failed", "rank 0 ended first, with exit code 2", 2)),
