@@ -160,7 +160,7 @@ def _lost(history: History, record: Mapping[str, Any]) -> str:
 
 def since(seconds: float) -> str:
     """Return a time in the past as text; a clock that is behind the writer's counts as now."""
-    return f"{clock(seconds)} ago" if seconds >= 1 else "now"
+    return f"{clock(seconds)} ago" if seconds >= 1 else "just now"
 
 
 def clock(seconds: float) -> str:

@@ -77,7 +77,7 @@ def test_why_a_run_ended_and_what_resumes_it_stand_in_the_head(run_dir):
     assert Page([run_dir]).runs[0].summary()["cause"] == ""
     write_end(run_dir, {"kind": "failed", "message": "step 201 is bad", "exit_code": 1})
     summary = Page([run_dir]).runs[0].summary()
-    assert (summary["state"], summary["says"]) == ("failed", "failed, now") and "time left" not in dict(
+    assert (summary["state"], summary["says"]) == ("failed", "failed, just now") and "time left" not in dict(
         summary["facts"]
     )
     assert summary["cause"].startswith("step 201 is bad. No step is lost") and summary["command"].startswith(
