@@ -17,6 +17,7 @@ from small_run import events, lines, losses, write_recipe
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 
 from igla_mega import run as engine
+from igla_mega.checkpoint import store
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
 from igla_mega.config.load import load_recipe
@@ -262,6 +263,28 @@ def test_a_kill_for_want_of_memory_is_told_from_another(monkeypatch):
     monkeypatch.setattr(torchrun, "_oom_kills", lambda: before + 1)
     assert "out of memory: the kernel killed" in torchrun._cause(killed, before)[1]
     assert "the kernel also sends SIGKILL" in torchrun._cause(killed, before + 1)[1]
+
+
+def full_disk() -> None:
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    store._write_folder = refuse
+
+
+def test_a_run_that_took_all_steps_and_saved_none_has_failed_and_is_not_finished(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    [said] = small_run.train(1, recipe, run, full_disk)
+    assert "All training of this run is lost" in said and max(losses(run)) == 8
+    summary = Page([run]).runs[0].summary()
+    assert (summary["state"], summary["step"], summary["total_steps"]) == ("failed", 8, 8)
+    assert "No space left on device" in summary["cause"] and "is lost" in summary["cause"]
+    small_run.train(1, recipe, run)
+    assert Page([run]).runs[0].summary()["state"] == "finished" and "died" not in events(run)
+    small_run.train(1, recipe, run)  # nothing to do
+    assert Page([run]).runs[0].summary()["state"] == "finished"
+    assert "  tensor_parallel: 1\n" in (text := (run / "recipe.yaml").read_text())
+    assert "  context_parallel: auto  # used: 1\n" in text and "  kernels: auto  # used: local\n" in text
 
 
 def test_the_page_tells_of_a_killed_rank_and_of_a_killed_launcher_at_once(tmp_path):
