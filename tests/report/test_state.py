@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -247,6 +248,35 @@ def test_a_launcher_whose_ranks_never_trained_leaves_the_folder_alone(tmp_path):
     ends.failed(tmp_path, RuntimeError("refused"), 0, QUIET)
     ends.ended(tmp_path, 0, True, "")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "event"), [("hung", "hang"), ("killed", "killed"), ("failed", "failed"), ("restarting", "restarting")]
+)
+def test_the_launcher_runs_the_command_of_what_it_saw(kind, event, tmp_path):
+    out = tmp_path / "out"
+    write = f"import os; open({str(out)!r}, 'a').write(os.environ['IGLA_EVENT'])"
+    logging = Logging(tensorboard=False, on_event={event: (sys.executable, "-c", write)})
+    launched = ends.Launched(tmp_path, logging)
+    in_a_process(killed, tmp_path, **{LAUNCHER: str(os.getpid())})
+    launched(kind, "rank 1 ended", 1)
+    assert out.read_text() == event
+
+
+def test_a_process_that_fails_runs_its_command_once(tmp_path):
+    out = tmp_path / "out"
+    write = f"import os; open({str(out)!r}, 'a').write(os.environ['IGLA_EVENT'])"
+    logging = Logging(tensorboard=False, on_event={"failed": (sys.executable, "-c", write)})
+
+    def fails(run):
+        begin(run).close()
+        for rank in (0, 1):
+            ends.failed(run, FloatingPointError("step 9 is bad"), rank, logging)
+
+    launched = ends.Launched(tmp_path, logging)
+    in_a_process(fails, tmp_path, **{LAUNCHER: str(os.getpid())})
+    launched("failed", "rank 0 ended first, with exit code 1", 1)
+    assert out.read_text() == "failed"
 
 
 def without_a_record(run, *kinds):
