@@ -75,9 +75,9 @@ def train(
         host.keep_freed_memory()
     distributed = recipe.distributed
     init_process_groups(device, distributed.timeout_seconds, run_dir / HANG)
-    stop = StopRequest(dist.get_world_size() == 1, device)
+    rank, stop = dist.get_rank(), StopRequest(dist.get_world_size() == 1, device)
     # Before anything else: the watchdog below writes to the folder, which may be another run's.
-    lock = lock_run_folder(run_dir, recipe) if dist.get_rank() == 0 else None
+    lock = lock_run_folder(run_dir, recipe) if rank == 0 else None
     dist.barrier()
     try:
         told = None if LAUNCHER in os.environ else partial(notify, recipe.logging, run_dir)
@@ -91,7 +91,7 @@ def train(
             finished = _train_stages(resolved, session, stop_after, verbose=verbose, accepted=accepted)
             dist.barrier(group=mesh.host_group)  # a launcher ends the other ranks when the first one has ended
     except Exception as error:
-        ends.failed(run_dir, error, dist.get_rank(), recipe.logging)
+        ends.failed(run_dir, error, rank, recipe.logging)
         raise
     ends.ended(run_dir, 0 if finished else stop.exit_code, finished, stop.name if stop.agreed else "")
     destroy_process_groups()
