@@ -373,8 +373,12 @@ def train(
         if nproc > 1 or nodes[1] > 1 or restarts:
             verbs.quiet_libraries()
             from igla_mega.distributed.torchrun import torchrun
+            from igla_mega.train.ends import Launched
 
-            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run))
+            ended = Launched(run, loaded.logging)
+            raise typer.Exit(
+                torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run, ended=ended)
+            )
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ and loaded.model is not None:
         _check_data(loaded, int(os.environ["WORLD_SIZE"]))
     verbs.quiet_libraries()

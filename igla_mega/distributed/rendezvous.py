@@ -60,8 +60,9 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return the store for the next start of the ranks."""
-        if self._store is None:
-            self._store, self._port = loopback_store()
+        # A new one each time, as torch expects (rendezvous.py:189): in the old one are the addresses of ranks that have
+        # ended, to which the new ones would connect.
+        self._store, self._port = loopback_store()
         address = RendezvousStoreInfo(LOOPBACK, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run_id, self._store), 0, 1, address)
 

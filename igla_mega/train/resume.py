@@ -44,6 +44,8 @@ class Start:
     writer: store.CheckpointWriter
     changes: Sequence[str] = ()
     """Changes of the recipe or its data that `--accept-changes` allowed, as lines."""
+    damage: Sequence[str] = ()
+    """What was found damaged while the start was looked for, as lines; filled on the main rank."""
 
 
 def find_start(
@@ -60,10 +62,17 @@ def find_start(
     recipe, stages, ends = resolved.recipe, resolved.stages, resolved.part_ends
     checkpoints, mesh = session.run_dir / "checkpoints", session.mesh
     # The display does not exist yet: it starts at the step that is found here.
-    say: Callable[[str], None] = print if mesh.is_main else lambda text: None
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        if mesh.is_main:
+            print(line)
+            said.append(line)
+
     local, remote = _other_folders(recipe, checkpoints, mesh)
     find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
+    damage = [line for line in said if "going back to" in line]
     progress = found[1] if found else Progress()
     changes = _refuse_another_run(resolved, found, corpora, accepted) if found else []
     _refuse_other_batches(progress, stages)
@@ -85,7 +94,7 @@ def find_start(
     )
     if found and found[0].parent == checkpoints:
         writer.copy_found(progress.step)
-    return Start(found, progress, part, find, writer, changes)
+    return Start(found, progress, part, find, writer, changes, damage)
 
 
 def _refuse_another_run(

@@ -1,4 +1,4 @@
-"""Write the reports of a run: metrics.jsonl, ledger.jsonl, events.jsonl, TensorBoard, Weights & Biases."""
+"""Write the reports of a run: metrics.jsonl, ledger.jsonl, events.jsonl, heartbeat.json, and those of `logging`."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import no_follow, write_text
 from igla_mega.config.schema import Logging
+from igla_mega.monitor.heartbeat import HeartbeatFile, unrecorded_end
+from igla_mega.monitor.on_event import Commands
+from igla_mega.monitor.prometheus import TextFile
 
 OF_STEPS = ("metrics", "ledger", "samples")
 """Files that contain each step once: a run that goes back to a checkpoint removes the entries of later steps."""
@@ -25,14 +28,32 @@ class Trackers:
     def __init__(self, run_dir: Path, logging: Logging, *, resume_step: int, recipe: dict[str, Any]):
         self._run_dir = run_dir
         self._files: dict[str, Lines] = {}
+        unrecorded = unrecorded_end(run_dir)
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._rewinders: list[Callable[[int], None]] = []
         self._closers: list[Callable[[], None]] = []
         self.rewind(resume_step)
+        self._observe(HeartbeatFile(run_dir, step=resume_step))
+        if logging.prometheus is not None:
+            self._observe(TextFile(Path(logging.prometheus), run_dir.resolve().name))
+        if logging.on_event:
+            commands = Commands(logging.on_event, run_dir)
+            self._listeners.append(commands.event)
+            self._closers.append(commands.close)
         if logging.tensorboard:
             self._add_tensorboard(run_dir / "tensorboard", resume_step)
         if logging.wandb != "off":
             self._add_wandb(run_dir, logging, recipe)
+        if logging.mlflow is not None:
+            from igla_mega.monitor.mlflow import MlflowRun
+
+            mlflow = MlflowRun(logging.mlflow, logging.project, run_dir, recipe)
+            self._scalars.append(mlflow.metrics)
+            self._closers.append(mlflow.close)
+        if unrecorded is not None:
+            step, lost, message = unrecorded
+            self.event("died", step, message, lost_steps=lost)
 
     def metrics(self, entry: dict[str, Any]) -> None:
         """Write one line; its numbers, also those one level down, are sent to the services as scalars of its step."""
@@ -42,18 +63,18 @@ class Trackers:
             if isinstance(values, dict):
                 scalars |= {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         for write in [*self._scalars]:
-            # A full disk or a lost mount must not end the training for the sake of a chart.
-            try:
+            with _disabled_by_an_error(self._scalars, write):
                 write(scalars, entry["step"])
-            except OSError as error:
-                self._scalars.remove(write)
-                print(f"a tracker cannot write ({error}); it is disabled until the next start", file=sys.stderr)
         if losses := entry.get("validation_loss"):
             self.event("evaluated", entry["step"], f"validation loss of {', '.join(losses)}", losses=losses)
 
     def event(self, kind: str, step: int, message: str, **more: Any) -> None:
         """Write what happened to the run as a line of events.jsonl, which is never removed."""
-        self._line("events", event(kind, step, message, **more))
+        entry = event(kind, step, message, **more)
+        self._line("events", entry)
+        for listen in [*self._listeners]:
+            with _disabled_by_an_error(self._listeners, listen):
+                listen(entry)
 
     def bad_step(self, entry: dict[str, Any]) -> None:
         """Write a bad step as a line of bad_steps.jsonl, which is never removed."""
@@ -82,6 +103,12 @@ class Trackers:
         for close in [*self._closers, *(file.close for file in self._files.values())]:
             with contextlib.suppress(OSError):
                 close()
+
+    def _observe(self, one: HeartbeatFile | TextFile) -> None:
+        """Send steps and events to a part that keeps a file of the run's state."""
+        self._scalars.append(one.metrics)
+        self._listeners.append(one.event)
+        self._closers.append(one.close)
 
     def _line(self, name: str, entry: dict[str, Any]) -> None:
         """Append a line to a file, which is opened at its first line."""
@@ -139,6 +166,16 @@ class Trackers:
         self._closers.append(run.finish)
 
 
+@contextlib.contextmanager
+def _disabled_by_an_error(parts: list, part: Callable) -> Iterator[None]:
+    """Remove a part that cannot write: a full disk or a lost mount must not end a training for the sake of a chart."""
+    try:
+        yield
+    except OSError as error:
+        parts.remove(part)
+        print(f"a tracker cannot write ({error}); it is disabled until the next start", file=sys.stderr)
+
+
 def _wandb_id(run_dir: Path) -> str:
     """Return the id under which a resume continues the charts of a run; it is stored in the run folder.
 
@@ -174,11 +211,12 @@ def event(kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
     return {"time": round(time.time(), 3), "step": step, "event": kind, "message": message, **more}
 
 
-def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> None:
-    """Append a line to a run's events.jsonl without trackers, on any rank."""
-    file = Lines(run_dir / "events.jsonl")
-    file.add(event(kind, step, message, **more))
+def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
+    """Append a line to a run's events.jsonl without trackers, on any rank, and return it."""
+    file, entry = Lines(run_dir / "events.jsonl"), event(kind, step, message, **more)
+    file.add(entry)
     file.close()
+    return entry
 
 
 def rewind(path: Path, step: int) -> None:

@@ -42,13 +42,14 @@ def test_the_store_of_one_machine_listens_on_the_loopback_interface_only():
     assert store.get("key") == b"value"
 
 
-def test_a_machine_meets_itself_and_its_ranks_share_the_store():
+def test_a_machine_meets_itself_and_ranks_that_start_again_find_nothing_of_the_ones_before():
     handler = LoopbackRendezvous("run")
     first, second = handler.next_rendezvous(), handler.next_rendezvous()
-    assert (first.rank, first.world_size) == (0, 1)
-    assert first.bootstrap_store_info.master_addr == "127.0.0.1"
-    first.store.set("a", "b")
-    assert second.store.get("a") == b"b" and handler.num_nodes_waiting() == 0 and handler.shutdown()
+    assert (first.rank, first.world_size) == (second.rank, second.world_size) == (0, 1)
+    assert first.bootstrap_store_info.master_addr == second.bootstrap_store_info.master_addr == "127.0.0.1"
+    first.store.set("address of rank 0", "gone")
+    assert not second.store.check(["address of rank 0"])
+    assert handler.num_nodes_waiting() == 0 and handler.shutdown()
 
 
 LIMIT = datetime.timedelta(seconds=60)

@@ -7,6 +7,7 @@ import torch
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
+from igla_mega.monitor.heartbeat import read
 from igla_mega.train import metrics, trackers
 from igla_mega.train.trackers import Lines, Trackers, rewind, write_event
 
@@ -161,3 +162,27 @@ def test_a_line_that_a_killed_run_has_half_written_spoils_no_other(tmp_path):
     write_event(tmp_path, "resumed", 3, "from step 1")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert lines[1] == '{"step": 2, "ev' and json.loads(lines[2])["step"] == 3 and len(lines) == 3
+
+
+def test_every_part_that_watches_a_run_gets_its_steps_and_events(tmp_path):
+    out, prom = tmp_path / "out", tmp_path / "run.prom"
+    append = f"import os; open({str(out)!r}, 'a').write(os.environ['IGLA_EVENT'] + os.environ['IGLA_STEP'])"
+    logging = Logging(tensorboard=False, prometheus=str(prom), on_event={"saved": (sys.executable, "-c", append)})
+    trackers = Trackers(tmp_path, logging, resume_step=0, recipe={})
+    trackers.metrics({"step": 3, "loss": 2.5})
+    trackers.event("saved", 3, "saved", where="shared")
+    trackers.close()
+    assert out.read_text() == "saved3"
+    assert 'igla_mega_loss{run="' in prom.read_text() and "igla_mega_last_checkpoint_step" in prom.read_text()
+    record = read(tmp_path)
+    assert (record["step"], record["saved_step"], record["end"]) == (3, 3, None)
+
+
+def test_a_file_of_state_that_cannot_be_written_is_given_up_and_the_run_is_not(tmp_path, capsys):
+    trackers = Trackers(tmp_path, Logging(tensorboard=False, prometheus="/proc/a.prom"), resume_step=0, recipe={})
+    for step in (1, 2, 3):
+        trackers.event("saved", step, "saved", where="shared")
+        trackers.metrics({"step": step, "loss": 1.0})
+    trackers.close()
+    assert 1 <= capsys.readouterr().err.count("a tracker cannot write") <= 2
+    assert [one["step"] for one in written(tmp_path / "metrics.jsonl")] == [1, 2, 3]
