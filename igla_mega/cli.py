@@ -5,16 +5,17 @@ Verbs import what they need when they run, so that `--help`, `check`, `recipes` 
 
 import contextlib
 import importlib.util
-import math
 import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from igla_mega import verbs
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.names import printable
 from igla_mega.distributed import environment
@@ -22,8 +23,7 @@ from igla_mega.os_errors import words_of
 
 app = typer.Typer(
     help="Train Llama-style language models on megatron-core, from a laptop to a cluster.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -31,7 +31,17 @@ app = typer.Typer(
 _DATA_CHECKED = "IGLA_DATA_CHECKED"
 """Environment variable set for the ranks that this process starts: their data has been checked."""
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a packaged recipe, or a path.")]
+
+def _packaged(incomplete: str) -> list[str]:
+    """Return the packaged recipes that a word of the command line may become."""
+    from igla_mega.config import load
+
+    return [name for name in load.packaged() if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a packaged recipe, or a path.", autocompletion=_packaged)
+]
 Scale = Annotated[str | None, typer.Option(help="Overlay of smaller sizes: `laptop`.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a key of the recipe; may be repeated.")
@@ -93,6 +103,18 @@ def _fail(error: object, code: int) -> int:
     return code
 
 
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"igla-mega {verbs.version()}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 def recipes() -> None:
     """List the packaged recipes."""
@@ -110,63 +132,77 @@ def check(
     nproc: Annotated[int | None, typer.Option(help="Also check the layout for this number of ranks.")] = None,
 ) -> None:
     """Validate a recipe, a prepared dataset, a run's checkpoints, or one of them; print all errors at once."""
-    if "://" in recipe or (Path(recipe).is_dir() and not Path(f"{recipe}.manifest.json").is_file()):
-        _check_checkpoints(recipe)
+    if verbs.check_place(recipe):
         return
-    if Path(f"{recipe}.manifest.json").is_file():
-        from igla_mega.prepare.manifest import damage
-
-        if breaches := damage(recipe, whole=True):
-            raise ConfigError(*breaches)
-        print(f"{recipe}: every byte is the one that was written")
-        return
-    from igla_mega.config import load, rules
+    from igla_mega.config import rules
+    from igla_mega.config.rules_experts import differs_by_layout
     from igla_mega.data.blend import normalised
     from igla_mega.data.prepared import refuse_other_bos
     from igla_mega.layout.stages import parts_of
     from igla_mega.plan.refusals import refusals
+    from igla_mega.plan.resolve import resolve, shape_of_base, with_shape
 
-    loaded = load.load_recipe(recipe, scale=scale, overrides=set_)
-    assumed: list[str] = []
+    loaded = _load(recipe, scale, set_)
     if found := refusals(loaded):
         raise ConfigError(*found)
+    base, assumed = shape_of_base(loaded)
     if nproc:
-        from igla_mega.plan.resolve import resolve, shape_of_base
-
-        base, assumed = shape_of_base(loaded)
-        resolve(loaded, nproc, _device(), base=base)
+        loaded = resolve(loaded, nproc, _device(), base=base).recipe
+    elif base is not None and not assumed:
+        loaded = with_shape(loaded, base)
+        rules.check(loaded)
     for part in parts_of(loaded):
         refuse_other_bos(part)
     print(f"{loaded.name}: fine")
-    notes = [*assumed, *rules.warnings(loaded), *filter(None, [normalised(loaded.data.mix)])]
+    notes = [*(assumed if nproc else []), *rules.warnings(loaded)]
+    notes += [line for part in loaded.stages or [loaded] for line in differs_by_layout(part)]
+    notes += filter(None, [normalised(loaded.data.mix)])
     if scale != "laptop" and not all(part.data.sources for part in parts_of(loaded)):
         notes.append("data.sources: not set; `train` needs them, or --scale laptop, which makes data of its own")
     for sentence in notes:
         print(f"  note: {sentence}")
 
 
-def _check_checkpoints(place: str) -> None:
-    """Verify every checkpoint of a run folder, a checkpoint folder or a remote address, and print the result."""
-    if "://" in place:
-        from igla_mega.checkpoint import remote
+@app.command()
+def explain(
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="Such as `training.learning_rate`, or a section.")
+    ] = None,
+) -> None:
+    """Print what a key of a recipe is: meaning, range, default, what a change does to a resumed run, what reads it."""
+    from igla_mega.guide.explain import explain as text_about
 
-        lines, damages = remote.report(place)
-    else:
-        from igla_mega.checkpoint import integrity
+    print(text_about(key))
 
-        lines, damages = integrity.report(Path(place))
-    for line in lines:
-        print(line)
-    if damages:
-        whole = any("every file has the size and digest" in line for line in lines)
-        way_out = (
-            "A resume passes over what is damaged and takes the newest whole checkpoint: nothing to do, unless one is "
-            "needed for itself."
-            if whole
-            else "A resume passes it over. With no whole checkpoint left in its run folder: restore one from a backup, "
-            "or start in a new run folder."
+
+@app.command()
+def init(
+    data: Annotated[Path | None, typer.Option(help="A file of data, or a folder of them.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Model to start from; to pretrain, one to take the shape of.")
+    ] = None,
+    goal: Annotated[str | None, typer.Option(help="`pretrain`, `continue`, `sft`, `lora` or `dpo`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Recipe to write. Default: GOAL.yaml.")] = None,
+    models: Models = None,
+) -> None:
+    """Write a recipe for data of your own, with what the files show; asks for what is not given, on a terminal."""
+    from igla_mega.guide.suggest import GOALS, suggest
+    from igla_mega.layout.hardware import num_local_gpus
+
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        data = data or Path(typer.prompt("Data (a file or a folder)"))
+        goal = goal or typer.prompt(f"Goal ({', '.join(GOALS)})", default="continue")
+        none = "" if goal == "pretrain" else None
+        base = base or typer.prompt("Base model (a folder)", default=none, show_default=False) or None
+    if data is None or goal is None:
+        missing = [option for option, value in (("--data", data), ("--goal", goal)) if value is None]
+        raise ConfigError(
+            f"{', '.join(missing)}: not given.\n  Use --data FOLDER --base MODEL --goal {'|'.join(GOALS)}."
         )
-        raise ConfigError(*damages, f"  {way_out}")
+    out = out or Path(f"{goal}.yaml")
+    print(suggest(data, base, goal, out, ranks=num_local_gpus() or 1, models=models))
+    word = verbs.quoted(out)
+    verbs.made(out, *(f"igla-mega {verb} {word}" for verb in ("check", "prepare", "train")))
 
 
 @app.command()
@@ -210,6 +246,8 @@ def plan(
 
         write_scaling(asked.table, out)
     print(asked.json() if json_ else asked.text())
+    if out is not None and not json_:
+        verbs.made(out)
 
 
 @app.command()
@@ -236,11 +274,11 @@ def prepare(
 
     set_ = [*(set_ or []), *([f"data.on_error={on_error}"] if on_error else [])]
     loaded = _load(recipe, scale, set_)
-    if scale == "laptop":
-        loaded = laptop.with_base(laptop.with_data(loaded), None, num_ranks=1)
     part = parse_part(shard) if shard else (0, 1)
     if engine not in ("local", "ray"):
         raise ConfigError(f"--engine: {engine} is neither `local` nor `ray`.")
+    if scale == "laptop":
+        loaded = laptop.supplied(loaded, None, num_ranks=1)
     for stage in parts_of(loaded):
         if stage.form != "text" and (shard or engine == "ray" or dry_run or report):
             raise ConfigError(f"--shard, --engine, --dry-run, --report: for text; {stage.name} reads {stage.form}.")
@@ -249,6 +287,11 @@ def prepare(
             _prepare_text(stage, engine, workers, part, dry_run, report)
         else:
             prepare_samples(stage)
+    if not dry_run:
+        options = [*(["--scale", scale] if scale else []), *(word for one in set_ for word in ("--set", one))]
+        again = " ".join(map(verbs.quoted, [recipe, *options]))
+        folders = dict.fromkeys(stage.data.prepared or "datasets in place" for stage in parts_of(loaded))
+        verbs.made(", ".join(folders), f"igla-mega train {again}" if part[1] == 1 else "igla-mega merge OUT PART...")
 
 
 def _prepare_text(recipe, engine: str, workers: int | None, part: tuple[int, int], dry_run: bool, report: bool) -> None:
@@ -286,6 +329,7 @@ def merge(
         [str(part).removesuffix(".idx").removesuffix(".bin") for part in parts],
         "reference" if reference else "copy",
     )
+    verbs.made(f"{out}.bin" if not reference else out)
 
 
 @app.command()
@@ -330,42 +374,44 @@ def train(
     from igla_mega.plan.refusals import refusals
     from igla_mega.prepare import laptop
     from igla_mega.train.continuity import refuse_unknown_keys
+    from igla_mega.train.run_folder import refuse_other_recipe
 
-    _exit_on_signals()
+    verbs.exit_on_signals()
     loaded = _load(recipe, scale, set_)
     accepted = [key.strip() for key in accept_changes.split(",") if key.strip()]
     refuse_unknown_keys(accepted)
     if found := refusals(loaded):
         raise ConfigError(*found)
     run = run or Path("runs") / (f"{loaded.name}-{scale}" if scale else loaded.name)
+    asked, (nproc, nodes) = nproc or 1, verbs.ranks(nproc, nnodes, rendezvous)
+    # Written once, by the process that starts the ranks.
+    make = not verbs.under_launcher() or os.environ["RANK"] == "0"
+    if make:
+        refuse_other_recipe(run, loaded)
     if scale == "laptop":
-        # Written once, by the process that starts the ranks.
-        make = not _under_launcher() or os.environ["RANK"] == "0"
-        loaded = laptop.with_base(laptop.with_data(loaded, make=make), models, num_ranks=nproc or 1, make=make)
-    if not _under_launcher():
-        from igla_mega.layout.hardware import num_local_gpus
-
-        nproc, nodes = nproc or num_local_gpus() or 1, _nodes(nnodes)
-        if nodes[1] > 1 and rendezvous is None:
-            raise ConfigError(
-                f"--rendezvous: {nnodes} nodes need an address to meet at.\n"
-                "  Give HOST:PORT of one of them, such as node1:29500."
-            )
+        if make:
+            _refuse_before_making(loaded, models, nproc * nodes[1])
+        loaded = laptop.supplied(loaded, models, num_ranks=asked, make=make)
+    if not verbs.under_launcher():
         _check_before_launch(loaded, nproc * nodes[1], models)
         os.environ[_DATA_CHECKED] = "1"
         if nproc > 1 or nodes[1] > 1 or restarts:
-            _quiet_libraries()
+            verbs.quiet_libraries()
             from igla_mega.distributed.torchrun import torchrun
+            from igla_mega.train.ends import Launched
 
-            raise typer.Exit(torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run))
+            ended = Launched(run, loaded.logging)
+            raise typer.Exit(
+                torchrun(nproc, nodes=nodes, rendezvous=rendezvous, restarts=restarts, run_dir=run, ended=ended)
+            )
     elif os.environ["RANK"] == "0" and _DATA_CHECKED not in os.environ:
         _check_before_launch(loaded, int(os.environ["WORLD_SIZE"]), models)
-    _quiet_libraries()
+    verbs.quiet_libraries()
     from igla_mega import run as engine
 
-    raise typer.Exit(
-        engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose, accepted=accepted)
-    )
+    code = engine.train(loaded, run, stop_after=stop_after, models=models, verbose=verbose, accepted=accepted)
+    verbs.trained(run, code)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -378,7 +424,8 @@ def fisher(
     nproc: Nproc = None,
 ) -> None:
     """Estimate and save the Fisher and anchor of a finished model, on a recipe's data."""
-    _quiet_libraries()
+    verbs.refuse_absent(checkpoint)
+    verbs.quiet_libraries()
     from igla_mega.prepare import laptop
 
     loaded = _load(recipe, scale, set_)
@@ -386,9 +433,9 @@ def fisher(
         from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 
         model = read_recipe(resolve_checkpoint(checkpoint)).model
-        make = not _under_launcher() or os.environ["RANK"] == "0"
+        make = not verbs.under_launcher() or os.environ["RANK"] == "0"
         loaded = laptop.with_data(loaded.with_keys({"model": model}), make=make)
-    if not _under_launcher():
+    if not verbs.under_launcher():
         from igla_mega.layout.hardware import num_local_gpus
 
         nproc = nproc or num_local_gpus() or 1
@@ -399,7 +446,10 @@ def fisher(
     from igla_mega import run as engine
 
     folder = checkpoint.parent if (checkpoint / "manifest.json").is_file() else checkpoint
-    engine.take_fisher(checkpoint, loaded, out or folder / "fisher")
+    out = out or folder / "fisher"
+    engine.take_fisher(checkpoint, loaded, out)
+    section = "koshey" if loaded.continual is None and loaded.koshey is not None else "continual"
+    verbs.made(out, f"igla-mega train {verbs.quoted(recipe)} --set {verbs.quoted(f'{section}.fisher={out}')}")
 
 
 @app.command(name="import")
@@ -413,7 +463,8 @@ def import_(
     experts_per_token: Annotated[int, typer.Option(min=1, help="That a token visits, with --upcycle.")] = 2,
 ) -> None:
     """Turn a Hugging Face folder, or one of PEFT's, into a checkpoint (CPU only, one tensor at a time)."""
-    _quiet_libraries()
+    verbs.refuse_absent(hf_dir, "a Hugging Face folder, or one of PEFT's")
+    verbs.quiet_libraries()
     from igla_mega.checkpoint import adapters, hugging_face
 
     if (hf_dir / adapters.CONFIG).is_file():
@@ -422,14 +473,13 @@ def import_(
         from igla_mega.checkpoint.folder import resolve_checkpoint
 
         adapters.import_adapters(hf_dir, resolve_checkpoint(base), checkpoint)
-        return
-    moe = None
-    if upcycle is not None:
+    else:
         from igla_mega.config.features import Moe
 
-        moe = Moe(num_experts=upcycle, num_experts_per_tok=experts_per_token)
-    hugging_face.import_folder(hf_dir, checkpoint, say=print, upcycle=moe)
-    hugging_face.print_logit_difference(checkpoint, hf_dir)
+        moe = Moe(num_experts=upcycle, num_experts_per_tok=experts_per_token) if upcycle is not None else None
+        hugging_face.import_folder(hf_dir, checkpoint, say=print, upcycle=moe)
+        hugging_face.print_logit_difference(checkpoint, hf_dir)
+    verbs.made(checkpoint, f'igla-mega generate {verbs.quoted(checkpoint)} --prompt "Once"')
 
 
 @app.command()
@@ -442,34 +492,9 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="The base with its adapters merged into it.")] = False,
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder (CPU only, one tensor at a time)."""
-    _quiet_libraries()
-    from igla_mega.checkpoint import adapters, hugging_face
-    from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
-
-    checkpoint = resolve_checkpoint(checkpoint)
-    has_adapters = read_recipe(checkpoint).lora is not None
-    if has_adapters and adapter_only == merge:
-        raise ConfigError(
-            f"{checkpoint}: holds adapters.\n  Export them with --adapter-only, or with their base: --merge."
-        )
-    if (adapter_only or merge) and not has_adapters:
-        raise ConfigError(
-            f"{checkpoint}: holds no adapters but a whole model.\n  Leave --adapter-only and --merge out."
-        )
-    if adapter_only:
-        adapters.export_adapters(checkpoint, hf_dir)
-        return
-    if merge:
-        import tempfile
-
-        with tempfile.TemporaryDirectory(dir=hf_dir.resolve().parent) as unfinished:
-            merged = Path(unfinished, "merged")
-            adapters.merge_adapters(checkpoint, merged)
-            hugging_face.export_folder(merged, hf_dir, say=print)
-        hugging_face.print_logit_difference(checkpoint, hf_dir)
-        return
-    hugging_face.export_folder(checkpoint, hf_dir, say=print)
-    hugging_face.print_logit_difference(checkpoint, hf_dir)
+    verbs.refuse_absent(checkpoint)
+    verbs.quiet_libraries()
+    verbs.export(checkpoint, hf_dir, adapter_only=adapter_only, merge=merge)
 
 
 @app.command(name="eval")
@@ -486,7 +511,8 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Print loss and perplexity for each source: the held-out part of the run's own, or whole datasets; or tasks."""
-    _quiet_libraries()
+    verbs.refuse_absent(checkpoint)
+    verbs.quiet_libraries()
     if tasks is None:
         given = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot, "--nproc": nproc}
         if others := [option for option, value in given.items() if value is not None]:
@@ -516,39 +542,25 @@ def eval_(
             return
     if tasks is None or data:
         sources = measure.evaluate(checkpoint, {path.name: str(path) for path in data} if data else None)
-    if json_:
-        import json
-
-        named = {
-            name: {"loss": loss, "perplexity": perplexity if math.isfinite(perplexity) else None, "tokens": count}
-            for name, (loss, perplexity, count) in sources.items()
-        }
-        print(json.dumps({"checkpoint": str(checkpoint), "sources": named, "tasks": scores}))
-        return
-    if sources:
-        print(f"{'source':16} {'nats/token':>10} {'perplexity':>10} {'tokens':>12}")
-    for name, (loss, perplexity, count) in sources.items():
-        print(f"{name:16} {loss:10.4f} {perplexity:10.2f} {count:12,}")
-    for name, value in scores.items():
-        print(f"{name:40} {value:10.4f}")
+    verbs.print_scores(checkpoint, sources, scores, as_json=json_)
 
 
 @app.command()
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int | None, typer.Option()] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from so much probability; 1: no limit.")] = 0.95,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed draws the same text. Default: another each time.")
+    ] = None,
 ) -> None:
     """Continue a text."""
-    _quiet_libraries()
-    from igla_mega.evaluate.generate import generate as continue_text
-
-    print(prompt, end="", flush=True)
-    continue_text(
+    verbs.refuse_absent(checkpoint)
+    verbs.quiet_libraries()
+    verbs.continue_text(
         checkpoint,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -556,9 +568,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stream=lambda text: print(text, end="", flush=True),
     )
-    print()
 
 
 @app.command()
@@ -611,7 +621,7 @@ def doctor(
 
     Exit code 1: a node is bad; it is named. Code 2: an invalid option.
     """
-    _quiet_libraries()
+    verbs.quiet_libraries()
     from igla_mega.layout.hardware import num_local_gpus
 
     gpus = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else num_local_gpus()
@@ -619,7 +629,7 @@ def doctor(
 
     limits = node_test.parse_limits(limit or [], on_cpu=not gpus)
     nproc = nproc or gpus or 1
-    if not list_ and not _under_launcher() and nproc > 1:
+    if not list_ and not verbs.under_launcher() and nproc > 1:
         from igla_mega.distributed.torchrun import torchrun
 
         raise typer.Exit(torchrun(nproc))
@@ -629,22 +639,13 @@ def doctor(
     raise typer.Exit(0 if examine(asked) else 1)
 
 
-def _under_launcher() -> bool:
-    """Return True if this process is a rank that torchrun or Slurm has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _exit_on_signals() -> None:
-    """Exit with the requeue code on a scheduler's signal, until ranks handle signals themselves."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(75))
-
-
 def _load(recipe: str, scale: str | None, overrides: list[str] | None):
+    """Load a recipe, and print which keys a scale or an explicit key has changed, once for all ranks."""
     from igla_mega.config import load
 
-    return load.load_recipe(recipe, scale=scale, overrides=overrides)
+    told = os.environ.get("RANK", "0") != "0" or _DATA_CHECKED in os.environ
+    say = partial(print, file=sys.stderr, flush=True) if not told else lambda line: None
+    return load.load_recipe(recipe, scale=scale, overrides=overrides, say=say)
 
 
 def _device() -> str:
@@ -653,13 +654,12 @@ def _device() -> str:
     return "cuda" if num_local_gpus() else "cpu"
 
 
-def _nodes(text: str) -> tuple[int, int]:
-    """Parse `2` or `1:4`; return minimum and maximum."""
-    parts = text.split(":")
-    fewest, most = (int(part) if part.isdigit() else 0 for part in (parts[0], parts[-1]))
-    if len(parts) > 2 or not 1 <= fewest <= most:
-        raise ConfigError(f"--nnodes: {text} is neither a number of nodes nor MIN:MAX.\n  Use 2 or 1:4.")
-    return fewest, most
+def _refuse_before_making(recipe, models: Path | None, num_ranks: int) -> None:
+    """Refuse a layout that does not fit before data and a base model are made, which may take a minute."""
+    from igla_mega.plan.resolve import resolve, shape_of_base
+
+    base, _ = shape_of_base(recipe, models, "laptop")
+    resolve(recipe, num_ranks, _device(), base=base)
 
 
 def _check_before_launch(recipe, num_ranks: int, models: Path | None) -> None:
@@ -679,12 +679,3 @@ def _check_before_launch(recipe, num_ranks: int, models: Path | None) -> None:
     resolved = resolve(recipe, num_ranks, _device(), base=base)
     for number, part in enumerate(resolved.parts):
         check_prepared(part, resolved.stages[resolved.first_stage(number)].layout)
-
-
-def _quiet_libraries() -> None:
-    """Hide warnings of pinned libraries that a user cannot act on."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)(\.|$)")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -1,10 +1,12 @@
 """Composition root: from a recipe to a run, part by part and stage by stage."""
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from igla_mega import ops
@@ -14,22 +16,29 @@ from igla_mega.checkpoint.base import BASE
 from igla_mega.checkpoint.folder import read_recipe, resolve_checkpoint
 from igla_mega.checkpoint.integrity import MANIFEST
 from igla_mega.checkpoint.load import verify_together
-from igla_mega.checkpoint.store import CheckpointWriter
+from igla_mega.checkpoint.store import CheckpointWriter, steps_in
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.features import Memory, Moe
+from igla_mega.config.features import Memory
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Dataset
 from igla_mega.data.blend import MIXES
 from igla_mega.data.journal import replace_file
 from igla_mega.distributed import host
+from igla_mega.distributed.environment import LAUNCHER
 from igla_mega.distributed.mesh import Mesh, build_mesh, destroy_process_groups, init_process_groups
 from igla_mega.engine.build import build_engine, load_into, num_steps, open_corpus, open_dataset
+from igla_mega.layout.layout import describe
 from igla_mega.layout.stages import Stage, parts_of, weights_of
+from igla_mega.model.spec import use_transformer_engine
+from igla_mega.monitor.on_event import notify
 from igla_mega.objective.ewc import Ewc
+from igla_mega.ops.linear_cross_entropy import CHUNK_TOKENS
+from igla_mega.plan.annotate import annotated
+from igla_mega.plan.base_model import experts_of
 from igla_mega.plan.choose import choose_layout
 from igla_mega.plan.resolve import Base, Resolved, resolve
-from igla_mega.train import consolidation, evaluation
+from igla_mega.train import consolidation, ends, evaluation
 from igla_mega.train.console import Display, Silent
 from igla_mega.train.opening import opening_lines, phase_lines
 from igla_mega.train.parts import Data, Part, build_part, train_part, weights_after
@@ -70,19 +79,25 @@ def train(
         host.keep_freed_memory()
     distributed = recipe.distributed
     init_process_groups(device, distributed.timeout_seconds, run_dir / HANG)
-    stop = StopRequest(dist.get_world_size() == 1, device)
+    rank, stop = dist.get_rank(), StopRequest(dist.get_world_size() == 1, device)
     # Before anything else: the watchdog below writes to the folder, which may be another run's.
-    lock = lock_run_folder(run_dir, recipe) if dist.get_rank() == 0 else None
+    lock = lock_run_folder(run_dir, recipe) if rank == 0 else None
     dist.barrier()
-    with guarded(run_dir, distributed.hang_seconds, distributed.timeout_seconds) as heartbeat:
-        base = _open_base(parts_of(recipe)[0], run_dir, models)
-        resolved = resolve(recipe, dist.get_world_size(), device.type, base=base, total_steps=num_steps)
-        if distributed.kernels == "require":
-            ops.require_kernels(device.type)
-        mesh = build_mesh(resolved.layouts[0], resolved.recipe.training.seed)
-        session = Session(run_dir, mesh, device, stop, heartbeat)
-        finished = _train_stages(resolved, session, stop_after, verbose=verbose, accepted=accepted)
-        dist.barrier(group=mesh.host_group)  # a launcher ends the other ranks when the first one has ended
+    try:
+        told = None if LAUNCHER in os.environ else partial(notify, recipe.logging, run_dir)
+        with guarded(run_dir, distributed.hang_seconds, distributed.timeout_seconds, told) as heartbeat:
+            base = _open_base(parts_of(recipe)[0], run_dir, models)
+            resolved = resolve(recipe, dist.get_world_size(), device.type, base=base, total_steps=num_steps)
+            if distributed.kernels == "require":
+                ops.require_kernels(device.type)
+            mesh = build_mesh(resolved.layouts[0], resolved.recipe.training.seed)
+            session = Session(run_dir, mesh, device, stop, heartbeat)
+            finished = _train_stages(resolved, session, stop_after, verbose=verbose, accepted=accepted)
+            dist.barrier(group=mesh.host_group)  # a launcher ends the other ranks when the first one has ended
+    except Exception as error:
+        ends.failed(run_dir, error, rank, recipe.logging)
+        raise
+    ends.ended(run_dir, 0 if finished else stop.exit_code, finished, stop.name if stop.agreed else "")
     destroy_process_groups()
     if lock:
         lock.close()
@@ -161,12 +176,24 @@ def _open_run_folder(resolved: Resolved, session: Session, start: Start) -> None
         print(line)
     for line in session.trackers.open(step, start.progress.skipped):
         session.say(line)
-    replace_file(run_dir / "recipe.yaml", recipe_yaml.encode())
+    parts = [[one.layout for one in resolved.stages if one.part == number] for number in range(len(resolved.parts))]
+    chosen = _chosen(resolved.recipe, session.device)
+    replace_file(run_dir / "recipe.yaml", annotated(recipe_yaml, parts, chosen).encode())
     if start.mix_text:
         replace_file(run_dir / MIXES, start.mix_text.encode())
     for line in start.changes:
         print(f"--accept-changes: {line}")
         session.trackers.event("change_accepted", step, line)
+    newest = max(steps_in(run_dir / "checkpoints"), default=step)
+    for line in start.damage:
+        session.trackers.event("damaged", step, line, lost_steps=max(0, newest - step))
+
+
+def _chosen(recipe: Recipe, device: torch.device) -> dict[str, object]:
+    """Return what keys of `distributed` that are no part of the layout are where they are `auto`."""
+    native = recipe.lora is not None or not use_transformer_engine(recipe.distributed.kernels, device)
+    kernels, chunk = "local" if native else "te", CHUNK_TOKENS[device.type]
+    return {"kernels": kernels, "loss_chunk": chunk, "attention": "the choice of torch"}
 
 
 def _announce(part: Part, resolved: Resolved, data: Data, start: Start, last_step: int, *, verbose: bool) -> bool:
@@ -184,7 +211,8 @@ def _announce(part: Part, resolved: Resolved, data: Data, start: Start, last_ste
         return False
     if is_first and lines:
         kind, message = ("resumed" if progress.step else "started"), lines[-1] if found else lines[0]
-        session.trackers.event(kind, progress.step, message, ranks=session.mesh.world_size)
+        layout = describe(part.run.engine.layout)
+        session.trackers.event(kind, progress.step, message, ranks=session.mesh.world_size, layout=layout)
     return True
 
 
@@ -256,34 +284,10 @@ def _open_base(recipe: Recipe, run_dir: Path, models: Path | None) -> Base | Non
     verify_together(checkpoint, dist.group.WORLD)
     theirs = read_recipe(checkpoint)
     assert theirs.model is not None, "read_recipe refuses that"
-    return Base(checkpoint, theirs.model, experts_of(theirs, recipe, folder))
-
-
-def experts_of(base: Recipe, recipe: Recipe, folder: Path) -> Moe | None:
-    """Return the `moe` section that a run trains with: the recipe's if it fits the base model, else the base's.
-
-    Raises:
-        ConfigError: the base model is dense, or its experts differ from the recipe's.
-    """
-    if recipe.moe is None or base.moe is None:
-        if recipe.moe is not None:
-            raise ConfigError(
-                f"base_model: {folder} is a dense model, but the recipe has {recipe.moe.num_experts} experts a layer.\n"
-                f"  Make it a mixture: igla-mega import HF_FOLDER CKPT --upcycle {recipe.moe.num_experts}, and name "
-                "CKPT; or set moe=null."
-            )
-        return base.moe
-    breaches = []
-    for key in ("num_experts", "shared_intermediate_size", "pre_softmax", "scaling_factor"):
-        wanted, has = getattr(recipe.moe, key), getattr(base.moe, key)
-        if wanted != has:
-            breaches.append(f"moe.{key}: is {wanted}, but {folder} has {has}. Set it to {has}.")
-    if (recipe.moe.bias_update_rate > 0) != (base.moe.bias_update_rate > 0):
-        rate, has = recipe.moe.bias_update_rate, "no biases" if base.moe.bias_update_rate == 0 else "biases"
-        breaches.append(f"moe.bias_update_rate: is {rate:g}, but {folder} has {has}. Set it as the base model needs.")
-    if breaches:
-        raise ConfigError(*breaches)
-    return recipe.moe
+    for key in sorted(recipe.model.model_fields_set) if recipe.model is not None and dist.get_rank() == 0 else ():
+        if (ours := getattr(recipe.model, key)) != (has := getattr(theirs.model, key)) and key != "init_std":
+            print(f"model.{key}: {ours} is not used: the shape is that of base_model {folder}, which has {has}")
+    return Base(checkpoint, theirs.model, experts_of(theirs.moe, recipe.moe, folder))
 
 
 def _open_corpora(stages: Sequence[Stage]) -> list[Dataset]:

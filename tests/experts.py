@@ -1,6 +1,7 @@
 """A tiny mixture of experts, and what is compared of its steps."""
 
 import tiny
+import tuned
 
 from igla_mega.engine.step import train_step
 
@@ -22,11 +23,13 @@ def recipe(moe=None, training=None, **distributed):
     return tiny.recipe(moe={**MOE, **(moe or {})}, training=training or STEADY, **whole)
 
 
-def reports(built, first: int, last: int, rate: float = 1e-3) -> list[dict]:
+def reports(built, first: int, last: int, rate: float = 1e-3, dropout_seed: int | None = None) -> list[dict]:
     """What is compared of the steps `first` to `last` - 1."""
     taken = []
     for step in range(first, last):
         rows = tiny.batches(step, built.layout, built.mesh.data.rank)
+        if dropout_seed is not None:
+            rows = tuned.seeded(rows, built, step, dropout_seed)
         report = train_step(built, rows, step=step, seed=1, learning_rate=rate)
         numbers = {"loss": report.loss, "grad_norm": report.grad_norm}
         for name in ("balance", "drop_rate", "entropy"):

@@ -4,6 +4,16 @@ import json
 import math
 from pathlib import Path
 
+from igla_mega.monitor.heartbeat import HeartbeatFile
+from igla_mega.train.trackers import Trackers
+
+
+def opened(run: Path, logging, resume_step: int = 0, recipe: dict | None = None) -> Trackers:
+    """Trackers as `run.train` opens them, once nothing can refuse the run any more."""
+    trackers = Trackers(run, logging, recipe or {})
+    trackers.open(resume_step)
+    return trackers
+
 
 def train_entry(step: int) -> dict:
     return {
@@ -29,6 +39,7 @@ def append(path: Path, *entries: dict) -> None:
 def small_run(folder: Path, *, steps: int = 200) -> Path:
     """A run with validation, two stages, events, samples and what only some runs have."""
     folder.mkdir(parents=True, exist_ok=True)
+    HeartbeatFile(folder, step=steps).close()  # this process is the one that trains
     metrics = folder / "metrics.jsonl"
     append(metrics, {"step": 0, "unigram_entropy": 6.2})
     for step in range(1, steps + 1):

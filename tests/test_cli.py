@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from command_line import LIMIT_SECONDS, VOCAB, environment, igla, metrics, refused, write_dataset, write_recipe
 
+from igla_mega import cli, verbs
 from igla_mega.data.indexed import IndexedWriter
 from igla_mega.data.tokenizer import train_bpe
 
@@ -402,3 +404,140 @@ def test_check_lists_the_checkpoints_of_a_run_and_names_the_damaged_file(tmp_pat
     (root / "step_00000010" / ".metadata").unlink()
     assert "A resume passes it over. With no whole checkpoint left" in refused("check", tmp_path / "run")
     assert "holds no checkpoint" in refused("check", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Commands:"),
+        (["-h"], "--install-completion"),
+        (["--version"], "igla-mega "),
+        (["train", "-h"], "--nproc"),
+        (["explain", "training.seed"], "Seed of the initial weights"),
+    ],
+)
+def test_the_command_alone_and_its_help_print_what_there_is(arguments, words):
+    done = igla(*arguments)
+    assert done.returncode == 0 and words in done.stdout, done.stderr
+
+
+def test_completion_knows_verbs_and_packaged_recipes():
+    words = {"_IGLA_MEGA_COMPLETE": "complete_bash", "COMP_WORDS": "igla-mega check pre", "COMP_CWORD": "2"}
+    program = "import sys; sys.argv = ['igla-mega']; from igla_mega.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(**words), capture_output=True, text=True)
+    assert done.stdout.split() == ["pretrain_7b"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "nowhere"],
+        ["generate", "nowhere", "--prompt", "Once"],
+        ["eval", "nowhere"],
+        ["export", "nowhere", "hf"],
+        ["import", "nowhere", "native"],
+        ["fisher", "nowhere", "continual_7b"],
+        ["train", "nowhere/"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_does_not_exist_is_named_before_anything_is_printed_or_imported(arguments, tmp_path):
+    program = (
+        "import os, sys, igla_mega.cli as cli\n"
+        "leave, os._exit = os._exit, lambda code: leave(99 if 'torch' in sys.modules else code)\n"
+        f"sys.argv = {['igla-mega', *arguments]!r}\ncli.main()"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    assert "nowhere" in done.stderr and "no such f" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_check_knows_that_a_path_may_have_been_meant(tmp_path):
+    said = refused("check", "nothere", cwd=tmp_path)
+    assert "nothere: no such file or folder, and no packaged recipe of this name." in said and "run folder" in said
+    assert "did you mean the packaged recipe `pretrain_7b`?" in refused("check", "pretrain_7", cwd=tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("name: a\n")
+    assert "a folder, not a recipe. Give its recipe: run/recipe.yaml." in refused("train", "run", cwd=tmp_path)
+
+
+def test_a_run_folder_of_another_recipe_and_a_layout_are_refused_before_a_base_is_made(tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step_00000010"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "recipe.yaml").write_text("name: pretrain_7b\n")
+    train = ["train", "lora_7b", "--scale", "laptop", "--run", tmp_path / "run"]
+    said = refused(*train, IGLA_CACHE=tmp_path / "cache", cwd=tmp_path)
+    assert "contains a run of another recipe: recipe `pretrain_7b` and not `lora_7b`" in said
+    said = refused(*train[:-1], tmp_path / "new", "--nproc", 3, IGLA_CACHE=tmp_path / "cache", cwd=tmp_path)
+    assert "training.batch_size" in said and not (tmp_path / "cache").exists()
+
+
+def test_without_data_a_packaged_recipe_names_the_laptop_scale(tmp_path):
+    assert "--scale laptop" in refused("train", "pretrain_7b", cwd=tmp_path)
+
+
+def test_sources_with_the_same_fault_are_one_error(tmp_path):
+    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c")}
+    for name in sources:
+        write_dataset(tmp_path / "prepared" / name, highest_id=VOCAB + 7)
+    recipe = write_recipe(tmp_path, data={"mix": dict.fromkeys(sources, 1.0), "sources": sources})
+    said = refused("train", recipe, cwd=tmp_path)
+    assert said.count("token 150") == 1 and "Likewise in b, c." in said
+
+
+def test_init_writes_a_recipe_and_names_the_next_commands(tmp_path):
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"body": "one two three " * 20}) + "\n")
+    given = ["--data", "notes.jsonl", "--goal", "pretrain", "--out", "my recipe.yaml"]
+    done = igla("init", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-4:] == [
+        "made: my recipe.yaml", *(f"next: igla-mega {verb} 'my recipe.yaml'" for verb in ("check", "prepare", "train"))
+    ]  # fmt: skip
+    assert igla("check", "my recipe.yaml", cwd=tmp_path).returncode == 0
+    assert "already exists" in refused("init", *given, cwd=tmp_path)
+    assert "--goal: not given" in refused("init", "--data", "notes.jsonl", cwd=tmp_path)
+
+
+def test_init_asks_on_a_terminal_for_what_is_not_given(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("one two three " * 20)
+    answers = iter(["notes.txt", "pretrain", ""])
+    monkeypatch.chdir(tmp_path)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("typer.prompt", lambda *words, **options: next(answers))
+    cli.init()
+    assert (tmp_path / "pretrain.yaml").is_file() and next(answers, None) is None
+
+
+@pytest.mark.parametrize(
+    ("drawn", "temperature", "words"),
+    [
+        ([" upon", " a time"], 0.8, ""),
+        (["\n", "\n \n"], 0.0, "white space alone. Try --temperature 0.8"),
+        ([], 0.8, "the end of the text at once. Try another prompt"),
+    ],
+)
+def test_a_blank_answer_is_named(drawn, temperature, words, monkeypatch, capsys):
+    def generate(checkpoint, prompt, *, stream, temperature):
+        for piece in drawn:
+            stream(piece)
+
+    monkeypatch.setitem(sys.modules, "igla_mega.evaluate.generate", SimpleNamespace(generate=generate))
+    verbs.continue_text(Path("run"), "Once", temperature=temperature)
+    out, err = capsys.readouterr()
+    assert out == "Once" + "".join(drawn) + "\n"
+    assert words in err and bool(err) == bool(words)
+
+
+def test_a_stopped_run_ends_with_its_checkpoint_and_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
+    for step in (3, 12):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step_{step:08d}/manifest.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["igla-mega", "train", "my recipe.yaml"])
+    verbs.trained(tmp_path, 130)
+    newest = tmp_path / "checkpoints/step_00000012"
+    assert capsys.readouterr().out == f"made: {newest}\nnext: igla-mega train 'my recipe.yaml'\n"
+    verbs.trained(tmp_path, 0)
+    assert f"next: igla-mega report {tmp_path}\n" in capsys.readouterr().out

@@ -185,12 +185,12 @@ def peft_adapters(wrapped) -> dict[str, torch.Tensor]:
 
 
 def peft_steps(wrapped, num_steps: int, recipe):
-    """The same steps with torch's AdamW: mean over targets, clipped."""
+    """The same steps with torch's AdamW over all that PEFT trains: mean over targets, clipped."""
     params = [p for p in wrapped.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() == 1]
     training, betas = recipe.training, (recipe.optimizer.beta1, recipe.optimizer.beta2)
     adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        params,
+        weight_decay=training.weight_decay,
         lr=training.learning_rate,
         betas=betas,
         eps=recipe.optimizer.epsilon,

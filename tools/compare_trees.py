@@ -29,7 +29,15 @@ RECIPES = {
     "continual_7b": 1,
 }
 """Number of ranks at laptop scale, by packaged recipe."""
-NOT_DETERMINED = ("manifest.json", "recipe.yaml", "progress.json", "events.jsonl", "journal", ".manifest.json")
+NOT_DETERMINED = (
+    "heartbeat.json",
+    "manifest.json",
+    "recipe.yaml",
+    "progress.json",
+    "events.jsonl",
+    "journal",
+    ".manifest.json",
+)
 """Suffixes of files with times, versions or paths, which differ between equal runs."""
 
 

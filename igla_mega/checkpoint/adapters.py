@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from igla_mega.checkpoint import store
 from igla_mega.checkpoint.base import BASE, base_note, base_of, digest_of_checkpoint, read_base
 from igla_mega.checkpoint.folder import DATA, read_recipe
 from igla_mega.checkpoint.hf_names import Weight, weights_of
+from igla_mega.checkpoint.hf_tokenizer import export_tokenizer
 from igla_mega.checkpoint.pieces import Pieces, Reader, read_whole
 from igla_mega.checkpoint.progress import Progress
 from igla_mega.checkpoint.safetensors import appearing, finite, refuse_repeated_names
@@ -73,13 +75,21 @@ def native_name(name: str) -> str | None:
     return f"decoder.layers.{match[1]}.{_PATHS[match[2]]}.{match[2]}.{match[3].removesuffix('_vector')}"
 
 
-def export_folder(adapters: Mapping[str, Tensor], lora: Lora, folder: Path, *, base_model: str) -> None:
+def export_folder(
+    adapters: Mapping[str, Tensor],
+    lora: Lora,
+    folder: Path,
+    *,
+    base_model: str,
+    more: Callable[[Path], object] = lambda folder: None,
+) -> None:
     """Write a folder that PEFT's `PeftModel.from_pretrained` opens.
 
     Args:
         adapters: whole matrices, by their names in a checkpoint.
         folder: folder to write, completely or not at all.
         base_model: name or path by which PEFT finds the base.
+        more: writes what else the folder gets.
 
     Raises:
         ConfigError: `folder` exists and is not empty.
@@ -104,6 +114,7 @@ def export_folder(adapters: Mapping[str, Tensor], lora: Lora, folder: Path, *, b
         tensors = {peft_name(name): tensor.contiguous() for name, tensor in adapters.items()}
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        more(temporary)
 
 
 def import_folder(folder: Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
@@ -357,7 +368,8 @@ def export_adapters(checkpoint: Path, folder: Path) -> None:
             f"{checkpoint}: has adapters of experts. transformers stores the experts of a layer as one tensor, for "
             "which PEFT has no adapters.\n  Export them merged into their base: --merge."
         )
-    export_folder(matrices, recipe.lora, folder, base_model=note.get("base_model") or "")
+    tokenizer = partial(export_tokenizer, checkpoint, recipe, say=print)
+    export_folder(matrices, recipe.lora, folder, base_model=note.get("base_model") or "", more=tokenizer)
     count = sum(matrix.numel() for matrix in matrices.values())
     print(f"{folder}: {len(matrices)} matrices, {count:,} parameters, as PEFT's PeftModel.from_pretrained opens them")
 

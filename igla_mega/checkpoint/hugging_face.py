@@ -6,13 +6,12 @@ Both directions use the table in `hf_names`, run on the CPU in one process, and 
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -20,9 +19,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from igla_mega.checkpoint import load_model, store
-from igla_mega.checkpoint.folder import TOKENIZER, bos_rule_of, read_recipe, tokenizer_of
+from igla_mega.checkpoint.folder import TOKENIZER, read_recipe
 from igla_mega.checkpoint.hf_config import config_of, is_mixtral, model_of, read_json
 from igla_mega.checkpoint.hf_names import weights_of
+from igla_mega.checkpoint.hf_tokenizer import carry, export_tokenizer, keep_token_ids, write_json
 from igla_mega.checkpoint.pieces import Pieces, Reader
 from igla_mega.checkpoint.progress import Progress
 from igla_mega.checkpoint.safetensors import (
@@ -41,28 +41,10 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.load import dump
 from igla_mega.config.schema import Model, Recipe
-from igla_mega.data.tokenizer import load_tokenizer
 from igla_mega.model.build import drawn
 
 Say = Callable[[str], None]
 """Function that shows one line to the user."""
-
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-GENERATION = "generation_config.json"
-# Files that are copied unchanged between a Hugging Face folder and a checkpoint's tokenizer folder.
-_CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    GENERATION,
-)
 
 
 def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | None = None) -> Recipe:
@@ -109,8 +91,8 @@ def import_folder(hf_dir: Path, checkpoint: Path, *, say: Say, upcycle: Moe | No
         dcp.save(state, storage_writer=writer, no_dist=True)
         (temporary / "progress.json").write_text(json.dumps(asdict(Progress()), indent=1) + "\n")
         (temporary / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-        _carry(hf_dir, temporary / TOKENIZER)
-        _keep_token_ids(config, temporary / TOKENIZER)
+        carry(hf_dir, temporary / TOKENIZER)
+        keep_token_ids(config, temporary / TOKENIZER)
         store.write_manifest(temporary, {})
     types = type_names(folder[name].dtype for w in weights for name in w.parts)
     say(f"{checkpoint}: {model.num_parameters(recipe.moe):,} parameters, {types}")
@@ -159,6 +141,7 @@ def export_folder(
     *,
     dtype: Literal["bfloat16", "float32"] | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    tuned: Path | None = None,
     say: Say,
 ) -> None:
     """Convert a checkpoint to a folder for LlamaForCausalLM or MixtralForCausalLM of `transformers` 4 and 5.
@@ -168,6 +151,8 @@ def export_folder(
         dtype: type of the weights. None: the stored type, or for the fp32 masters of a training run the type that it
             computed in.
         max_shard_bytes: maximum size of a file, unless it holds a single tensor. The export needs about as much memory.
+
+        tuned: checkpoint of the adapters that `checkpoint` contains merged; its run decides on tokenizer and template.
 
     Raises:
         ConfigError: the checkpoint does not match its recipe, or `hf_dir` exists and is not empty.
@@ -193,9 +178,10 @@ def export_folder(
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            _write_json(temporary / "model.safetensors.index.json", index)
-        tokens = _tokenizer_of(checkpoint, recipe, temporary, say)
-        _write_json(
+            write_json(temporary / "model.safetensors.index.json", index)
+        own = tuned or checkpoint
+        tokens = export_tokenizer(own, read_recipe(own), temporary, say)
+        write_json(
             temporary / "config.json",
             {**config_of(model, moe, str(types[weights[0].native]).removeprefix("torch.")), **tokens},
         )
@@ -260,47 +246,6 @@ def _exported_type(native: str, requested: str | None, stored: dict[str, torch.d
     # A checkpoint with optimizer state is one of a training run, whose fp32 masters the model computed with as bf16.
     trained = any(name.startswith("optimizer.") for name in stored)
     return torch.bfloat16 if trained and recipe.distributed.precision != "FP32" else stored[native]
-
-
-def _carry(source: Path, target: Path) -> None:
-    """Copy those files of the tokenizer and of the generation settings that exist."""
-    target.mkdir(exist_ok=True)
-    for name in _CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def _keep_token_ids(config: dict[str, Any], target: Path) -> None:
-    """Store the ids of the special tokens, for which a recipe has no key, unless a generation config exists."""
-    ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
-    if ids and not (target / GENERATION).exists():
-        _write_json(target / GENERATION, ids)
-
-
-def _tokenizer_of(checkpoint: Path, recipe: Recipe, hf_dir: Path, say: Say) -> dict[str, Any]:
-    """Write the tokenizer and the generation settings into the folder; return the token ids for its `config.json`."""
-    source = tokenizer_of(checkpoint, recipe)
-    if source is None:
-        tokenizer = recipe.data.tokenizer or "none given"
-        say(f"{checkpoint}: its tokenizer ({tokenizer}) does not exist; exported without one")
-        return dict.fromkeys(_TOKEN_IDS)
-    _carry(source if source.is_dir() else source.parent, hf_dir)
-    rule, described = bos_rule_of(checkpoint, recipe), (hf_dir / GENERATION).exists()
-    if (hf_dir / "tokenizer.json").exists() and (rule != "auto" or not described):
-        carried = load_tokenizer(hf_dir)
-        if rule not in ("auto", carried.bos_rule):
-            adds = "adds a begin-of-text token" if carried.bos else "adds no begin-of-text token"
-            say(f"{hf_dir}: trained with data.add_bos: {rule}, but its tokenizer {adds}; give it texts as in training")
-        if not described:
-            begin = carried.begin.ids[-1] if carried.begin.ids else carried.eod_id
-            _write_json(hf_dir / GENERATION, {"bos_token_id": begin, "eos_token_id": carried.eod_id})
-    settings = read_json(hf_dir / GENERATION) if (hf_dir / GENERATION).exists() else {}
-    return {key: settings.get(key) for key in _TOKEN_IDS}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as transformers formats it."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def print_logit_difference(checkpoint: Path, hf_dir: Path) -> None:

@@ -238,6 +238,12 @@ def read_split(
         yield from zip(w.parts, w.split(whole.to(types[w.native])), strict=True)
 
 
+def refuse_existing(final: Path) -> None:
+    """Raise ConfigError if a folder to write exists and is not empty."""
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ConfigError(f"{final}: exists and is not an empty folder.\n  Give a new folder, or remove this one.")
+
+
 @contextlib.contextmanager
 def appearing(final: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `final` on success, and deleted on an error.
@@ -246,15 +252,18 @@ def appearing(final: Path) -> Iterator[Path]:
         ConfigError: `final` exists and is not an empty folder.
     """
     final = final.resolve()
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ConfigError(f"{final}: exists and is not an empty folder.\n  Give a new folder, or remove this one.")
+    refuse_existing(final)
     temporary = final.parent / f".writing_{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        # safetensors creates files that only their owner may read; the others follow the umask, as the folder does.
+        mode = temporary.stat().st_mode & 0o666
         # Flush before the rename: file systems may write the rename to the disk before the files' data.
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(mode)
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

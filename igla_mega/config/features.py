@@ -7,8 +7,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from igla_mega.config.quantities import BelowOne, Count, Fraction, NonNegative, Positive, Tokens
+from igla_mega.config.quantities import BelowOne, Count, Fraction, NonNegative, Positive, Tokens, is_not
 from igla_mega.config.section import Section
+
+PromFile = Annotated[
+    Annotated[str, Field(pattern=r"^[^\x00]*[^/\x00]\.prom$")], is_not("a path of a file whose name ends in .prom")
+]
 
 
 class Memory(Section):
@@ -233,3 +237,30 @@ class RopeScaling(Section):
     """Divisor of `original_max_position`: wavelengths below the quotient are unchanged. Above `low_freq_factor`."""
     original_max_position: Count = 8192
     """Context length of the base model in training, in tokens. At least 1."""
+
+
+EVENTS = (
+    "started", "resumed", "saved", "save_failed", "evaluated", "spike", "skipped", "rewound", "straggler", "damaged",
+    "hang", "killed", "died", "restarting", "failed", "stopping", "finished",
+)  # fmt: skip
+"""Kinds of events for which a command can be given."""
+
+
+class Logging(Section):
+    """Destinations of metrics in addition to `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """True if `tensorboard/` is written in the run folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mode of Weights & Biases."""
+    project: str = "igla-mega"
+    """Name of the Weights & Biases project, and of the MLflow experiment."""
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    """Where MLflow keeps the run: `sqlite:///mlflow.db`, `file:mlruns`, or the address of a server; unset, nowhere."""
+    prometheus: PromFile | None = None
+    """Path of a file ending in .prom for the textfile collector of Prometheus' node_exporter; unset, none."""
+    on_event: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
+        default={}, json_schema_extra={"propertyNames": {"enum": list(EVENTS)}}
+    )
+    """Command for each kind of event, as a list of words; it runs without a shell, with IGLA_EVENT, IGLA_STEP,
+    IGLA_MESSAGE, IGLA_TIME and IGLA_RUN in its environment, for at most 30 seconds. Empty, none."""

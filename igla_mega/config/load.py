@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from igla_mega.config import breaches, rules, yaml_text
+from igla_mega.config import breaches, rules, scales, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_text
-from igla_mega.config.merging import has, merge, without_nulls
+from igla_mega.config.merging import merge, without_nulls
 from igla_mega.config.names import safe_name
-from igla_mega.config.schema import Recipe
+from igla_mega.config.schema import Model, Recipe
 from igla_mega.config.tiers import preset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -32,32 +32,46 @@ def packaged() -> dict[str, str]:
     return {name: _first_comment(paths[name]) for name in names}
 
 
-def scales() -> list[str]:
-    """Return the names accepted by `--scale`."""
-    return sorted(path.stem for path in (RECIPES / "scales").glob("*.yaml"))
-
-
-def load_recipe(name_or_path: str | Path, *, scale: str | None = None, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path,
+    *,
+    scale: str | None = None,
+    overrides: list[str] | None = None,
+    say: scales.Say = lambda line: None,
+) -> Recipe:
     """Return a recipe that satisfies all rules that do not depend on the world size.
 
-    Later ones take precedence: presets of the koshey tier, the recipes it extends, the recipe, the scale, the
-    overrides.
+    Later ones take precedence: presets of the koshey tier, packaged recipes, the scale, the user's recipes from parent
+    to child, the overrides. A key drops others of the same meaning from those before it, such as `epochs`.
 
     Args:
         name_or_path: name of a packaged recipe, or a path.
         scale: name of an overlay in `recipes/scales`, such as `laptop`.
         overrides: `a.b=c` each, with c in YAML; `a.0.b=c` sets a key in a list element.
+        say: called with a line for each key that is dropped, and for what the scale changes.
 
     Raises:
         ConfigError: the recipe is invalid; the message lists every breach.
     """
     path = _find(str(name_or_path))
-    content = _read_with_parents(path, seen=[])
+    content: dict[str, Any] = {}
+    packaged, own = content, content
+    for file, layer in _with_parents(path, seen=[]):
+        content = merge(content, layer)
+        if file.resolve().parent == RECIPES.resolve():
+            packaged = content
+        else:
+            own = merge(own, layer)
+            content = scales.without_ruled_out(content, scales.keys_of(layer), file.name, say)
     content.setdefault("name", safe_name(path.stem))
     if scale is not None:
-        content = _at_scale(content, _read_scale(scale))
+        whole, content = content, scales.at_scale(content, packaged, own, scales.read_scale(scale))
+        for line in scales.scale_lines(scale, whole, content, own):
+            say(line)
     for override in overrides or []:
         content = _override(content, override)
+    given = {override.partition("=")[0].strip() for override in overrides or []}
+    content = scales.without_ruled_out(content, given, "--set", say)
     return _validate(_with_tiers(content))
 
 
@@ -109,9 +123,14 @@ def _find(name_or_path: str) -> Path:
         ConfigError: no such recipe or file.
     """
     is_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path or "/" in name_or_path
+    is_path = is_path or (Path(name_or_path).exists() and not (RECIPES / f"{name_or_path}.yaml").is_file())
     path = Path(name_or_path) if is_path else RECIPES / f"{name_or_path}.yaml"
     if path.is_file():
         return path
+    if path.is_dir():
+        has = path / "recipe.yaml"
+        own = f"Give its recipe: {has}." if has.is_file() else "Give the recipe's file."
+        raise ConfigError(f"{name_or_path}: a folder, not a recipe. {own}")
     if is_path:
         raise ConfigError(f"{name_or_path}: no such file. Packaged recipes: {', '.join(packaged())}.")
     near = difflib.get_close_matches(name_or_path, packaged(), n=1)
@@ -119,8 +138,11 @@ def _find(name_or_path: str) -> Path:
     raise ConfigError(f"{name_or_path}: no such recipe; {hint} Give your own recipe by its path, such as `my.yaml`.")
 
 
-def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
-    """Return the content of a recipe merged over that of its parents; `seen` are the recipes that extend it.
+def _with_parents(path: Path, seen: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the files of a recipe and of those it extends, parents first, with their content.
+
+    Args:
+        seen: recipes that extend it.
 
     Raises:
         ConfigError: a file is missing or invalid, or the chain of `extends` is cyclic or too long.
@@ -131,9 +153,11 @@ def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
     if len(seen) >= _MOST_PARENTS:
         raise ConfigError(f"{seen[0]}: extends a chain of more than {_MOST_PARENTS} recipes. Shorten it.")
     content = yaml_text.read_mapping(path)
+    if seen:
+        content.pop("name", None)
     parent = content.pop("extends", None)
     if parent is None:
-        return content
+        return [(path, content)]
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: {parent!r} is not the name or path of one recipe.")
     sibling = path.parent / parent
@@ -141,32 +165,7 @@ def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
         parent_path = sibling if sibling.is_file() else _find(parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: extends: {error}") from None
-    inherited = _read_with_parents(parent_path, [*seen, path.resolve()])
-    inherited.pop("name", None)
-    return merge(inherited, content)
-
-
-def _read_scale(scale: str) -> dict[str, Any]:
-    """Return the overlays of a scale, condition -> keys.
-
-    Raises:
-        ConfigError: no such scale.
-    """
-    path = RECIPES / "scales" / f"{scale}.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            f"--scale {scale}: no such scale. Use {' or '.join(scales())}, or omit --scale for full size."
-        )
-    return yaml_text.read_mapping(path)
-
-
-def _at_scale(content: dict[str, Any], overlays: dict[str, Any]) -> dict[str, Any]:
-    """Merge each overlay whose condition (a key that the recipe has, or `always`) is met; likewise in each stage."""
-    scaled = content
-    for condition, overlay in overlays.items():
-        if condition == "always" or has(content, condition):
-            scaled = merge(scaled, overlay)
-    return _in_stages(scaled, lambda stage: _at_scale(stage, overlays))
+    return [*_with_parents(parent_path, [*seen, path.resolve()]), (path, content)]
 
 
 def _with_tiers(content: dict[str, Any]) -> dict[str, Any]:
@@ -223,12 +222,31 @@ def _validate(content: dict[str, Any]) -> Recipe:
         ConfigError: the schema or a rule refuses it; the message lists every breach.
     """
     content = without_nulls(content)
+    for part in (content, *(content["stages"] if isinstance(content.get("stages"), list) else ())):
+        _refuse_part_of_a_shape(part)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise ConfigError(*breaches.of_schema(error), *_rules_on_the_rest(error, content)) from None
     rules.check(recipe)
     return recipe
+
+
+def _refuse_part_of_a_shape(content: Any) -> None:
+    """Raise ConfigError for some keys of `model:` next to a base model, which has a shape of its own."""
+    given, base = (content.get(key) if isinstance(content, dict) else None for key in ("model", "base_model"))
+    needed = {key for key, field in Model.model_fields.items() if field.is_required()}
+    if (
+        base
+        and isinstance(given, dict)
+        and given
+        and given.keys() <= Model.model_fields.keys()
+        and needed - given.keys()
+    ):
+        raise ConfigError(
+            f"model.{next(iter(given))}: given next to base_model {base}, which has a shape of its own.\n"
+            "  Remove it from `model:`, or remove base_model and give the whole shape."
+        )
 
 
 def _rules_on_the_rest(error: ValidationError, content: dict[str, Any]) -> list[str]:

@@ -2,10 +2,14 @@
 
 import difflib
 import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.config.features import EVENTS
 from igla_mega.config.names import name_error, printable
 from igla_mega.config.near import near_divisors, near_multiples
 from igla_mega.config.quantities import least_rope_theta, usual_rope_theta
@@ -90,6 +94,15 @@ def names_can_be_files(recipe: Recipe) -> Iterator[str]:
     for place, name in named:
         if (error := name_error(name)) is not None:
             yield f"{printable(place)}: {name!a} {error}."
+
+
+def commands_have_an_event(recipe: Recipe) -> Iterator[str]:
+    """Refuse a command for a kind of event that no run writes."""
+    for kind in recipe.logging.on_event:
+        if kind not in EVENTS:
+            near = difflib.get_close_matches(kind, EVENTS, 1)
+            remedy = f"; did you mean `{near[0]}`?" if near else f". Use one of: {', '.join(EVENTS)}."
+            yield f"logging.on_event.{printable(kind)}: no such event{remedy}"
 
 
 def has_a_model(recipe: Recipe) -> Iterator[str]:
@@ -305,6 +318,8 @@ def warnings(recipe: Recipe) -> list[str]:
         sentences.append(
             "moe.force_balanced: tokens are routed to experts in turn, for speed measurements; the weights are useless."
         )
+    for kind, command in recipe.logging.on_event.items():
+        sentences.append(f"logging.on_event: the event `{kind}` runs the program {printable(command[0])!a}.")
     return sentences
 
 
@@ -447,6 +462,7 @@ FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), 
 
 RULES: list[Rule] = [
     names_can_be_files,
+    commands_have_an_event,
     has_a_model,
     heads_fit_hidden_size,
     rope_scaling_bands_are_ordered,
@@ -489,8 +505,8 @@ def not_yet(recipe: Recipe) -> list[str]:
 
 
 def not_installed(recipe: Recipe) -> list[str]:
-    """Return a sentence for each package that a run of the recipe needs and that is not installed."""
-    sentences = []
+    """Return a sentence for each package, program and folder that a run of the recipe needs and that is not here."""
+    found = [*_destinations_absent(recipe)]
     for part in (recipe, *(recipe.stages or ())):
         flex = part.moe is not None and part.moe.dispatcher == "flex"
         wandb = part.logging.wandb
@@ -516,8 +532,29 @@ def not_installed(recipe: Recipe) -> list[str]:
             (flex, "deep_ep", "moe.dispatcher: flex needs deep_ep, which", "Install it, or use alltoall."),
         ):
             if is_set and importlib.util.find_spec(package) is None:
-                sentences.append(f"{what} is not installed. {way_out}")
-    return list(dict.fromkeys(sentences))
+                found.append(f"{what} is not installed. {way_out}")
+    return list(dict.fromkeys(found))
+
+
+def _destinations_absent(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for each destination of `logging` that cannot be used on this machine."""
+    logging = recipe.logging
+    if logging.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        yield (
+            f"logging.mlflow: {printable(logging.mlflow)} needs the package mlflow, which is not installed.\n"
+            "  Run `pip install mlflow-skinny` (or install the extra `track`), or remove logging.mlflow."
+        )
+    if logging.prometheus is not None and not os.access(Path(logging.prometheus).absolute().parent, os.W_OK):
+        yield (
+            f"logging.prometheus: the folder of {printable(logging.prometheus)} does not exist, or cannot be written.\n"
+            "  Create it, or give the folder that node_exporter's --collector.textfile.directory names."
+        )
+    for kind, command in logging.on_event.items():
+        if shutil.which(command[0]) is None:
+            yield (
+                f"logging.on_event.{kind}: {printable(command[0])} is not a program on this machine.\n"
+                "  Give its path, or a name in $PATH; words are not read by a shell."
+            )
 
 
 def _not_built(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:

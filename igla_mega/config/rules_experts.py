@@ -9,10 +9,15 @@ from igla_mega.config.schema import Recipe
 
 
 def experts_add_up(recipe: Recipe) -> Iterator[str]:
-    """Require sizes of the experts that divide, and no keys for experts without `moe:`."""
+    """Require sizes of the experts that divide, and no keys for experts without `moe:`.
+
+    A base model that has not been read yet may have experts: the rules are applied again to its shape.
+    """
     moe, parallel = recipe.moe, recipe.distributed.expert_parallel
     split, factor = recipe.distributed.expert_tensor_parallel, recipe.training.expert_capacity_factor
     if moe is None:
+        if recipe.model is None and recipe.base_model is not None:
+            return
         if recipe.training.expert_capacity_factor is not None:
             yield "training.expert_capacity_factor: given without `moe:`. Remove it, or give `moe.num_experts`."
         if parallel not in ("auto", 1):
@@ -79,6 +84,19 @@ def experts_fit_the_rest(recipe: Recipe) -> Iterator[str]:
                 f"distributed.{key}: {size} with strategy FSDP, `moe:` and EWC, whose Fisher is not verified there. "
                 "Use 1, or strategy DDP."
             )
+
+
+def differs_by_layout(recipe: Recipe) -> list[str]:
+    """Return a sentence if layouts with different micro-batches train with different balancing losses."""
+    moe, size = recipe.moe, recipe.distributed.micro_batch_size
+    if moe is None or not moe.router_aux_loss_coef or moe.balance_over != "micro_batch" or size == 1:
+        return []
+    chosen = "chosen by the layout" if size == "auto" else f"here {size}"
+    return [
+        "moe.balance_over: micro_batch balances the tokens of a micro-batch together, so layouts that differ in "
+        f"distributed.micro_batch_size ({chosen}) differ in their losses. Use sequence for the same loss in every "
+        "layout."
+    ]
 
 
 def expected_drop_rate(moe: Moe, capacity_factor: float, num_tokens: int) -> float:

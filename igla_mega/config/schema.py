@@ -14,6 +14,7 @@ from igla_mega.config.features import (
     Curriculum,
     Dpo,
     Koshey,
+    Logging,
     Lora,
     Memory,
     Moe,
@@ -430,17 +431,6 @@ class Evaluation(Section):
     """Maximum number of new tokens per prompt, each of which takes a forward pass. At least 1."""
     prompts_temperature: NonNegative = 0.7
     """Sampling temperature, by which logits are divided. At least 0; 0 takes the most probable token."""
-
-
-class Logging(Section):
-    """Destinations of metrics in addition to `metrics.jsonl`."""
-
-    tensorboard: bool = True
-    """True if `tensorboard/` is written in the run folder."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Mode of Weights & Biases."""
-    project: str = "igla-mega"
-    """Name of the Weights & Biases project."""
 
 
 class Recipe(Section):

@@ -53,7 +53,10 @@ def source_prefixes(data: DataSection) -> dict[str, str]:
 def missing_keys(data: DataSection) -> list[str]:
     """Return an error if there are no sources, or no folder for those that are not indexed datasets."""
     if not data.sources:
-        return ["data.sources: not set.\n  Give each name in data.mix its JSONL files, or use --scale laptop."]
+        return [
+            "data.sources: not set.\n  Give each name in data.mix its JSONL files. To try a packaged recipe, "
+            "--scale laptop makes it small and supplies data."
+        ]
     if not data.prepared and not all(map(is_indexed, data.sources.values())):
         return ["data.prepared: not set.\n  Name the folder for the prepared datasets."]
     return []

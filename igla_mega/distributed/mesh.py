@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from igla_mega.distributed.rendezvous import join
 from igla_mega.layout.layout import Layout
 
 
@@ -78,7 +79,7 @@ def init_process_groups(device: torch.device, timeout_seconds: float = 600.0, du
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if under_launcher():
-        dist.init_process_group(backend, timeout=timeout)
+        join(backend, timeout)
         return
     # A store in memory: it needs neither a free port nor a disk with space, and runs of one process never collide.
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,10 +1,12 @@
-"""Where the launchers of a run meet: on one machine behind the loopback interface, else with signed state.
+"""Where launchers and ranks meet: on one machine behind the loopback interface, else with signed state.
 
 torch's c10d rendezvous unpickles the state that it finds in its store (dynamic_rendezvous.py:444, torch 2.13), and that
 store listens on all interfaces without a password: whoever reaches the port can run code in the launcher.
 """
 
+import contextlib
 import datetime
+import errno
 import hashlib
 import hmac
 import os
@@ -16,12 +18,18 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
-from torch.distributed.elastic.rendezvous.api import RendezvousStateError, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousConnectionError,
+    RendezvousStateError,
+    RendezvousStoreInfo,
+)
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import Token, create_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import regular
+from igla_mega.distributed.addresses import bindable, towards
 
 LOOPBACK = "127.0.0.1"
 SECRET_FILE = ".rendezvous"
@@ -29,6 +37,8 @@ SECRET_FILE = ".rendezvous"
 SECRET_VARIABLE = "IGLA_RENDEZVOUS_SECRET"
 """Environment variable with that key, for machines that share no run folder."""
 _SECRET_BYTES = 32
+_GROUP_PREFIX = "default_pg"
+"""Prefix of the keys of the default group (distributed_c10d.py:1897, torch 2.13), where the other ranks look."""
 _WAIT_SECONDS = 30
 """Maximum time until another machine's file is visible here; network file systems remember that it was absent."""
 
@@ -51,8 +61,9 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return the store for the next start of the ranks."""
-        if self._store is None:
-            self._store, self._port = loopback_store()
+        # A new one each time, as torch expects (rendezvous.py:189): in the old one are the addresses of ranks that have
+        # ended, to which the new ones would connect.
+        self._store, self._port = loopback_store()
         address = RendezvousStoreInfo(LOOPBACK, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run_id, self._store), 0, 1, address)
 
@@ -79,19 +90,65 @@ class LoopbackRendezvous(RendezvousHandler):
 
 def loopback_store() -> tuple[dist.TCPStore, int]:
     """Return a store that listens on the loopback interface only, and its port."""
+    return served_store(LOOPBACK, 0, datetime.timedelta(seconds=60))
+
+
+def served_store(address: str, port: int, timeout: datetime.timedelta) -> tuple[dist.TCPStore, int]:
+    """Return a store that listens at one address of this machine only, and its port.
+
+    Args:
+        port: 0 to take a free one.
+
+    Raises:
+        OSError: the port is in use.
+    """
     # TCPStore binds to all interfaces by itself, whatever its host name is.
-    listener = socket.socket()
-    listener.bind((LOOPBACK, 0))
-    port = listener.getsockname()[1]
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        port = listener.getsockname()[1]
+        listener.listen()  # a bound port is free to others until then
+    except OSError:
+        listener.close()
+        raise
     store = dist.TCPStore(
-        LOOPBACK,
+        address,
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=timeout,
         master_listen_fd=listener.detach(),
     )
     return store, port
+
+
+def join(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the default process group as the rank that the launcher's environment variables name."""
+    size = os.environ["WORLD_SIZE"]
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == size
+    if is_alone:
+        keep_to_loopback()
+    store = _store_of_ranks(timeout, is_alone=is_alone)
+    rank, world_size = (-1, -1) if store is None else (0, int(size))  # -1: torch reads the environment
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _store_of_ranks(timeout: datetime.timedelta, *, is_alone: bool) -> dist.Store | None:
+    """Return the store that rank 0 serves at MASTER_ADDR, on the interface of that address; None to leave it to torch.
+
+    It is left to torch on other ranks, if the launcher serves the store, and if it is unknown which interface to use.
+    torch then listens on all of them.
+    """
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if os.environ["RANK"] != "0" or is_served or not port.isdigit():
+        return None
+    if (address := bindable(host, is_alone=is_alone)) is None:
+        return None
+    with contextlib.suppress(OSError):  # torch's error names the port
+        return dist.PrefixStore(_GROUP_PREFIX, served_store(address, int(port), timeout)[0])
+    return None
 
 
 def keep_to_loopback() -> None:
@@ -148,8 +205,23 @@ def open_rendezvous(parameters: RendezvousParameters, run_dir: Path) -> Rendezvo
     key = shared_key(run_dir)
     # The run id names the state in the store: part of the key in it keeps runs of one name apart.
     parameters.run_id += "-" + hashlib.sha256(key).hexdigest()[:16]
-    _, store = create_backend(parameters)
+    store = _rendezvous_store(parameters)
     return create_handler(store, _SignedBackend(store, parameters.run_id, key), parameters)
+
+
+def _rendezvous_store(parameters: RendezvousParameters) -> dist.Store:
+    """Return the store at which the launchers meet; the launcher at its address serves it, at that address only."""
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=29400)
+    # The ranks meet at this address too, if rank 0 is here (`RendezvousStoreInfo.build`).
+    parameters.local_addr = parameters.local_addr or towards(host)
+    if (address := bindable(host)) is not None:
+        try:
+            return served_store(address, port, datetime.timedelta(seconds=60))[0]
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise RendezvousConnectionError(str(error)) from error
+            parameters.config["is_host"] = "False"  # another launcher on this machine serves it
+    return create_backend(parameters)[1]
 
 
 def shared_key(run_dir: Path) -> bytes:

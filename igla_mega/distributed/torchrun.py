@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,8 @@ WRONG, REQUEUE, STUCK = 2, 75, 76
 """Exit codes that the command passes on from its ranks: a user's mistake; stopped by a scheduler; found stuck."""
 SAVE_SECONDS = 600
 """Maximum time that ranks may take to save and end when a node joins, in seconds; then they are killed."""
+Ended = Callable[[str, str, int], None]
+"""Called with how the ranks ended, a sentence about it, and the exit code: see `train.ends.Launched`."""
 
 
 def torchrun(
@@ -34,6 +37,7 @@ def torchrun(
     rendezvous: str | None = None,
     restarts: int = 0,
     run_dir: Path | None = None,
+    ended: Ended | None = None,
 ) -> int:
     """Start this same command as `nproc` ranks on this machine and return their exit code.
 
@@ -42,6 +46,7 @@ def torchrun(
         rendezvous: HOST:PORT at which several machines meet; the agent on HOST serves it.
         restarts: how often the ranks are started again after a failure.
         run_dir: folder of the run, which several machines share.
+        ended: called when the ranks have failed, before they are started again or at the end.
 
     Raises:
         ConfigError: the machines did not meet.
@@ -58,16 +63,19 @@ def torchrun(
         monitor_interval=0.1,
     )
     agent = _Agent(spec, DefaultLogsSpecs())
-    agent.fixed = nodes[0] == nodes[1]
+    agent.fixed, agent.ended, agent.oom_kills = nodes[0] == nodes[1], ended, _oom_kills()
     for number in STOPPING:
         # A signal that the parent ignores stays ignored: nohup ignores SIGHUP.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, agent.forward_signal)
     try:
         result = agent.run()
-        return _exit_code(result, agent.stop_signal) if result.is_failed() else 0
+        return agent.report(result) if result.is_failed() else 0
     except SignalException as stopped:
-        return _code_of_signal(stopped.sigval)
+        code = _code_of_signal(stopped.sigval)
+        if agent.restarting and ended:  # ranks that get the signal themselves record that they stop
+            ended("failed", f"{stopped.sigval.name} while the ranks were started again", code)
+        return code
     except RendezvousConnectionError:
         raise _unreachable(rendezvous) from None
     except RendezvousError as error:
@@ -122,6 +130,14 @@ class _Agent(LocalElasticAgent):
     """First signal that requested a stop; 0 if there was none."""
     fixed: bool = True
     """True if the number of nodes is fixed. Otherwise ranks may end on request and restart in a different number."""
+    restarting: bool = False
+    """True from a failure until the ranks run again."""
+    oom_kills: int = 0
+    """Number of processes of this machine that the kernel had killed for want of memory when the ranks started."""
+    ended: Ended | None = None
+    """Called with each end of the ranks."""
+    _failed: RunResult | None = None
+    """The last failure of ranks."""
 
     def forward_signal(self, number: int, _) -> None:
         """Forward a signal to the ranks, which finish their step and save; end at once if there are none yet."""
@@ -137,6 +153,8 @@ class _Agent(LocalElasticAgent):
         """Return the state of the ranks, and disable restarts where another start would not help."""
         result = super()._monitor_workers(worker_group)
         codes = {one.exitcode for one in result.failures.values()}
+        if result.failures:
+            self._failed = result
         if WRONG in codes or (self.fixed and any(code == REQUEUE or code > 128 for code in codes)):
             # A mistake in the recipe fails again; after a stop request it is the scheduler that starts the run again.
             self._remaining_restarts = 0
@@ -152,13 +170,28 @@ class _Agent(LocalElasticAgent):
             self._shutdown(signal.SIGTERM, SAVE_SECONDS)
         else:
             print("starting the ranks again, from the last checkpoint", file=sys.stderr, flush=True)
+            self._shutdown()  # before the report: a rank that still runs would write that it does
+            self.restarting = True
+            if self._failed is not None and self.ended:
+                _, message = _cause(self._failed, self.oom_kills)
+                self.ended("restarting", f"{message}; the ranks are started again", 0)
         super()._restart_workers(worker_group)
+        self.restarting = False
+
+    def report(self, result: RunResult) -> int:
+        """Report ranks that have failed for good; return the exit code of the command."""
+        code = _exit_code(result, self.stop_signal)
+        kind, message = _cause(result, self.oom_kills)
+        if kind == "killed" and not self.stop_signal:
+            print(f"error: {message}; the same command resumes", file=sys.stderr)
+        if self.ended and (kind == "killed" or code not in (REQUEUE, 128 + self.stop_signal)):
+            self.ended(kind, message, code)
+        return code
 
 
 def _exit_code(result: RunResult, stop_signal: int) -> int:
     """Return the exit code of the rank that failed first, if it is one that the command passes on, else 1."""
-    # By time, not by rank: ranks that lose a peer fail soon after it, with errors about the lost connection.
-    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    _, failure = _first(result)
     codes = {one.exitcode for one in result.failures.values()}
     if STUCK in codes:
         # The rank with this code has reported the cause and killed the one that hung, which may have ended before it.
@@ -166,11 +199,42 @@ def _exit_code(result: RunResult, stop_signal: int) -> int:
     code = failure.exitcode
     if stop_signal and (code < 0 or code in (REQUEUE, 128 + stop_signal)):
         return _code_of_signal(stop_signal)
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (the kernel also sends SIGKILL when memory is exhausted)" if name == "SIGKILL" else ""
-        print(f"error: rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr)
     return code if code in (WRONG, REQUEUE) or code > 128 else 1
+
+
+def _first(result: RunResult) -> tuple:
+    """Return the rank that failed first and its failure."""
+    # By time, not by rank: ranks that lose a peer fail soon after it, with errors about the lost connection. Times are
+    # whole seconds; of failures within one, a signal is the cause and an exit code the consequence.
+    first = min(failure.timestamp for failure in result.failures.values())
+    return min(
+        result.failures.items(),
+        key=lambda item: (item[1].timestamp - first > 1, item[1].exitcode >= 0, item[1].timestamp),
+    )
+
+
+def _cause(result: RunResult, oom_kills: int) -> tuple[str, str]:
+    """Return how the ranks ended, `killed`, `hung` or `failed`, and a sentence about the first of them."""
+    rank, failure = _first(result)
+    if STUCK in {one.exitcode for one in result.failures.values()}:
+        return "hung", "the watchdog ended the run, which was stuck"
+    if failure.exitcode >= 0:
+        return "failed", f"rank {rank} ended first, with exit code {failure.exitcode}"
+    name, hint = signal.Signals(-failure.exitcode).name, ""
+    if name == "SIGKILL" and _oom_kills() > oom_kills:
+        hint = " (out of memory: the kernel killed a process of this machine for it)"
+    elif name == "SIGKILL":
+        hint = " (the kernel also sends SIGKILL when memory is exhausted)"
+    return "killed", f"rank {rank} was ended by {name}{hint}"
+
+
+def _oom_kills() -> int:
+    """Return how many processes the kernel has killed since boot because memory was exhausted; 0 if it is unknown."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counters.get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def _code_of_signal(number: int) -> int:

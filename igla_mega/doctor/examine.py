@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from igla_mega.doctor import installed, node_test
+from igla_mega.doctor import installed, network, node_test
 from igla_mega.doctor.measure import node_name
 
 
@@ -42,8 +42,12 @@ def examine(asked: Examination) -> bool:
         print_rows(rows)
     for reason in unfit:
         print(f"bad: {node_name()}: {reason}", file=sys.stderr)
+    # A warning alone: a firewall, which cannot be seen from here, may close what is open.
+    open_to = network.exposure() if os.environ.get("LOCAL_RANK", "0") == "0" else []
+    for sentence in open_to:
+        print(f"warning: {node_name()}: {sentence}", file=sys.stderr)
     answer: dict[str, Any] = {"installed": [dict(zip(("what", "state", "use"), row, strict=True)) for row in rows]}
-    answer["unfit"] = unfit
+    answer |= {"unfit": unfit, "network": open_to}
     bad = bool(unfit)
     if asked.load and not unfit:
         reports = node_test.test(node_test.start(), asked.run_dir, full=asked.full)

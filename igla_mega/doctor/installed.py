@@ -58,6 +58,7 @@ _PACKAGES: tuple[tuple[str, tuple[str, ...], str, str, str], ...] = (
     ("transformers", ("transformers",), "transformers", "the comparison of logits on import and export", "extra `hf`"),
     ("tensorboard", ("tensorboard",), "tensorboard", "`logging.tensorboard`", "metrics.jsonl has the same numbers"),
     ("wandb", ("wandb",), "wandb", "`logging.wandb`", "extra `track`"),
+    ("mlflow", ("mlflow-skinny", "mlflow"), "mlflow", "`logging.mlflow`", "extra `track`"),
     (
         "gigatoken",
         ("gigatoken",),

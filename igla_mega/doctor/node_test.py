@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from igla_mega.config.errors import ConfigError
+from igla_mega.distributed.rendezvous import join
 from igla_mega.doctor.measure import (
     Clock,
     Report,
@@ -115,7 +116,7 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        join(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device

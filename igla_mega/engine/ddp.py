@@ -18,13 +18,15 @@ from megatron.core.distributed.finalize_model_grads import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from igla_mega.config.schema import Optimizer as OptimizerSection
 from igla_mega.config.schema import Training
 from igla_mega.distributed.mesh import Mesh
-from igla_mega.engine.optimizer import moments_of, set_num_steps, step_with_ewc
+from igla_mega.engine.optimizer import decays, moments_of, set_num_steps, step_with_ewc
 from igla_mega.model.shards import ParameterState, Shards, named_shards
 from igla_mega.objective.ewc import Ewc, Pull
 from igla_mega.ops.fisher import fisher_accumulate_
@@ -94,7 +96,10 @@ class MegatronAdamW:
             overlap_param_gather=ddp.overlap_param_gather,
         )
         self.chunks, self.shards, self.mesh, self.config = chunks, shards, mesh, config
-        self.megatron = get_megatron_optimizer(settings, chunks)
+        # megatron-core's own rule exempts every vector from the decay.
+        exempt = ParamWithNamePredicate("not decayed", lambda param, name: not decays(name, param.dim()))
+        overrides = {ParamKey(with_name_predicate=exempt): ParamGroupOverride(wd_mult=0.0)}
+        self.megatron = get_megatron_optimizer(settings, chunks, config_overrides=overrides)
         for part in self._parts():
             for group in part.optimizer.param_groups:
                 # megatron-core applies the multiplier (0 for norms) in its own scheduler, which is not used here.

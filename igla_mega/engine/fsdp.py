@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from igla_mega.config.schema import Optimizer as OptimizerSection
 from igla_mega.config.schema import Training
 from igla_mega.distributed.mesh import Axis, Mesh
-from igla_mega.engine.optimizer import moments_of, set_num_steps, step_with_ewc
+from igla_mega.engine.optimizer import decays, moments_of, set_num_steps, step_with_ewc
 from igla_mega.model.shards import ParameterState, Shards, local_values, named_shards
 from igla_mega.objective.ewc import Ewc, Pull
 
@@ -81,8 +81,8 @@ class ShardedAdamW:
         self.chunk, self.config = chunk, config
         self.mesh, self.max_norm = mesh, training.gradient_clip or math.inf
         self.params = [(shard, param) for shard, param in named_shards([chunk], shards) if param.requires_grad]
-        matrices = [param for shard, param in self.params if len(shard.shape) > 1]
-        norms = [param for shard, param in self.params if len(shard.shape) == 1]
+        matrices = [param for shard, param in self.params if decays(shard.name, len(shard.shape))]
+        norms = [param for shard, param in self.params if not decays(shard.name, len(shard.shape))]
         self.adam = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}],
             lr=training.learning_rate,

@@ -15,6 +15,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments, as torch stores them and as checkpoints contain them."""
 
 
+def decays(name: str, num_dims: int) -> bool:
+    """Return True if weight decay applies to a parameter: a matrix, or DoRA's magnitudes, which PEFT decays too."""
+    return num_dims > 1 or name.endswith("lora_magnitude")
+
+
 class BadStep(FloatingPointError):
     """Non-finite or abnormal value that prevented a step; no parameter has been updated."""
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from igla_mega.checkpoint.folder import TOKENIZER, bos_rule_of, read_recipe, resolve_checkpoint, tokenizer_of
 from igla_mega.checkpoint.load_model import load_model, single_process_layout
@@ -25,6 +23,7 @@ from igla_mega.distributed import host
 from igla_mega.distributed.mesh import build_mesh, destroy_process_groups, init_process_groups, single_process_mesh
 from igla_mega.engine.build import frozen_chunks, open_dataset
 from igla_mega.engine.step import Engine
+from igla_mega.evaluate.bar import counting
 from igla_mega.evaluate.tasks import open_harness, run_tasks
 from igla_mega.layout.layout import Layout
 from igla_mega.layout.stages import drawn_data
@@ -61,6 +60,11 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     """
     checkpoint = resolve_checkpoint(checkpoint)
     recipe = read_recipe(checkpoint)
+    if prefixes is None and not recipe.data.sources and recipe.data.validation_fraction > 0:
+        raise ConfigError(
+            f"--data: not given, and {checkpoint} names no data of its own (data.sources in its recipe.yaml).\n"
+            "  Give indexed datasets with --data PREFIX, or tasks with --tasks NAME."
+        )
     assert recipe.model is not None and recipe.sequence_length is not None, "read_recipe refuses a recipe without them"
     vocab_size = recipe.model.vocab_size
     samples = open_dataset(recipe, recipe.sequence_length) if prefixes is None and recipe.form != "text" else None
@@ -70,21 +74,19 @@ def evaluate(checkpoint: Path, prefixes: Mapping[str, str | Path] | None = None)
     bf16 = torch.cuda.is_available() and recipe.distributed.precision != "FP32"
 
     results = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
         model, _ = load_model(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32)
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            for name, part in parts.items():
-                task = progress.add_task(name, total=part[2] - part[1] - 1)
-                loss_sum, num_targets = 0.0, 0
+        for name, part in parts.items():
+            loss_sum, num_targets = 0.0, 0
+            with counting(name, part[2] - part[1] - 1, "tokens") as advance:
                 for batch_sum, batch_targets in losses(model, part, recipe.sequence_length):
                     loss_sum, num_targets = loss_sum + batch_sum, num_targets + batch_targets
-                    progress.advance(task, batch_targets)
-                loss = loss_sum / num_targets
-                results[name] = (loss, perplexity(loss), num_targets)
-            if samples is not None:
-                for name in samples.validation_names():
-                    results |= _sample_losses(model, samples, name, progress)
+                    advance(batch_targets)
+            loss = loss_sum / num_targets
+            results[name] = (loss, perplexity(loss), num_targets)
+        if samples is not None:
+            for name in samples.validation_names():
+                results |= _sample_losses(model, samples, name)
     finally:
         destroy_process_groups()
     return results
@@ -191,9 +193,7 @@ def losses(model: CausalLM, part: Part, sequence_length: int) -> Iterator[tuple[
 
 
 @torch.inference_mode()
-def _sample_losses(
-    model: CausalLM, samples: Dataset, name: str, progress: Progress
-) -> dict[str, tuple[float, float, int]]:
+def _sample_losses(model: CausalLM, samples: Dataset, name: str) -> dict[str, tuple[float, float, int]]:
     """Measure the held-out conversations of a source, or both answers of its preference pairs.
 
     Returns:
@@ -205,14 +205,14 @@ def _sample_losses(
     pairs = isinstance(samples, Pairs)
     share = BatchShard(*([max(1, BATCH_TOKENS[device.type] // (samples.sequence_length * (1 + pairs)))] * 2))
     num_batches = -(-samples.num_validation_samples(name) // share.global_batch)
-    task = progress.add_task(name, total=num_batches)
     kinds = [f"{name}, chosen", f"{name}, rejected"] if pairs else [name]
     sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
-    for batch in on_device(samples.validation_batches(name, share, num_batches), device):
-        output = language.run(batch, model)  # [S, B], log-probabilities
-        rows = torch.stack([-output.sum(0), batch.loss_mask.sum(1)], 1).double().cpu()
-        sums += rows.view(-1, len(kinds), 2).sum(0)
-        progress.advance(task)
+    with counting(name, num_batches, "batches") as advance:
+        for batch in on_device(samples.validation_batches(name, share, num_batches), device):
+            output = language.run(batch, model)  # [S, B], log-probabilities
+            rows = torch.stack([-output.sum(0), batch.loss_mask.sum(1)], 1).double().cpu()
+            sums += rows.view(-1, len(kinds), 2).sum(0)
+            advance(1)
     return {
         kind: (loss / targets, perplexity(loss / targets), int(targets))
         for kind, (loss, targets) in zip(kinds, sums.tolist(), strict=True)

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -28,9 +29,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from igla_mega.config.features import Lora
+from igla_mega.model import expert_tokens
 from igla_mega.model.nf4 import frozen_forward, weight_of
 from igla_mega.model.projections import Stack, stacks_of
 from igla_mega.model.shards import Shard, local_values
+from igla_mega.ops.categorical import uniform_int16
 from igla_mega.ops.zigzag import zigzag_intervals
 
 _MATRICES = ("lora_A", "lora_B", "lora_magnitude")
@@ -109,11 +112,19 @@ def attach(chunks: Iterable[Any], lora: Lora, *, context: tuple[int, int] = (0, 
             if names:
                 linear.lora = _Place(stack, scaling(lora), lora.dropout, context, switch)
                 linear.register_forward_hook(_add)
+        if lora.dropout and {"gate_proj", "up_proj", "down_proj"} & set(lora.target_modules):
+            for layer in (one.mlp for one in chunk.decoder.layers if hasattr(one.mlp, "local_expert_indices")):
+                expert_tokens.identify(layer, context, partial(_drops, layer, switch))
         if chunk.pre_process and chunk.config.recompute_granularity is not None:
             # A recomputed layer computes no gradients at all if its input does not require one, and the embedding that
             # produces the input of the first layer is frozen.
             chunk.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return switch
+
+
+def _drops(module: nn.Module, switch: Switch) -> bool:
+    """Return True if the adapters of a module are in use and their inputs are dropped."""
+    return switch.on and module.training
 
 
 def _adapter(stack: Stack, name: str, linear: Any, lora: Lora) -> Adapter:
@@ -293,15 +304,15 @@ def _dropout_mask(place: _Place, linear: Any, x: Tensor) -> tuple[Tensor, float]
     """Return the mask of kept inputs, bool in the shape of x, and their fraction: 1 - dropout, rounded to 1 / 65536.
 
     The mask of a whole sequence is drawn on every rank, which keeps the part of its tokens and columns: this is what
-    makes masks independent of the layout. An expert's tokens are the exception: their order, and with it the mask,
-    depends on the layout.
+    makes masks independent of the layout. For an expert, whose tokens come in the order of the layout, the mask is a
+    function of the keys of the tokens.
     """
     threshold = round(place.dropout * 2**16)
     if place.stack.expert:
-        key = hashlib.blake2b(f"{torch.initial_seed()}:{place.stack.name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(key, "big") >> 1)
-        drawn = torch.randint(2**16, x.shape, generator=generator, device=x.device)
-        return drawn >= threshold, 1.0 - threshold / 2**16
+        # The name contains the expert's number over all ranks.
+        name = hashlib.blake2b(place.stack.name.encode(), digest_size=8).digest()
+        keys = linear.token_keys + int.from_bytes(name, "big", signed=True)
+        return uniform_int16(keys, x.size(-1)) >= threshold - 2**15, 1.0 - threshold / 2**16
     rank, size = linear.tp_group.rank(), linear.tp_group.size()
     split_columns = place.stack.row_parallel
     split_tokens = linear.sequence_parallel and not split_columns

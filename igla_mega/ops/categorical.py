@@ -37,6 +37,18 @@ def token_keys(seed: int, sample: int, positions: Tensor) -> Tensor:
     return _mix_(positions * _STEP + int.from_bytes(digest, "little", signed=True))
 
 
+def uniform_int16(keys: Tensor, width: int) -> Tensor:
+    """Return numbers that are uniform over all of int16, [N, width]: a function of the key and the column.
+
+    Args:
+        keys: [N] int64.
+    """
+    # 16 bits each: the upper half of a mixed value makes two.
+    columns = torch.arange(-(-width // 2), device=keys.device)
+    bits = _mix_(keys.unsqueeze(1) + columns * _STEP)
+    return bits.view(torch.int16).unflatten(1, (-1, 4))[:, :, 2:].flatten(1)[:, :width]
+
+
 def draw_labels(
     logits: Tensor, keys: Tensor, vocab_start: int, vocab_limit: int, group: dist.ProcessGroup | None = None
 ) -> Tensor:

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from igla_mega.checkpoint.hf_config import SIZES, model_of
-from igla_mega.config import json_text, yaml_text
+from igla_mega.checkpoint.hf_config import model_of, read_json
+from igla_mega.checkpoint.integrity import MANIFEST
+from igla_mega.config import yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Moe
 from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.schema import Model, Recipe
 
-ASSUMED_RECIPE = "pretrain_7b"
-"""Packaged recipe whose shape is assumed for a missing base model."""
+ASSUMED_RECIPE, ASSUMED_MIXTURE = "pretrain_7b", "moe_8x7b"
+"""Packaged recipes whose shape is assumed for a missing base model; the second for a recipe that names experts."""
 ASSUMED_ROW = 2048
 """Assumed tokens per row of fine-tuning, if neither the recipe nor an existing base model gives a length."""
 
@@ -34,14 +35,16 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
         folder = None
     if folder is not None:
         model, moe = _shape(folder)
-        return recipe.with_keys({"model": model, "moe": recipe.moe or moe}), []
-    assumed = load_recipe(ASSUMED_RECIPE, scale=scale).model
-    assert assumed is not None
+        return recipe.with_keys({"model": model, "moe": experts_of(moe, recipe.moe, folder)}), []
+    assumed = ASSUMED_MIXTURE if _names_experts(recipe) else ASSUMED_RECIPE
+    like = load_recipe(assumed, scale=scale)
+    moe = recipe.moe or like.moe
+    assert like.model is not None
     notes = [
         f"base_model: {recipe.base_model} not found (--models gives the folder of models); it is assumed to have the "
-        f"shape of {ASSUMED_RECIPE}, {assumed.num_parameters() / 1e9:.3g}B parameters."
+        f"shape of {assumed}, {like.model.num_parameters(moe) / 1e9:.3g}B parameters."
     ]
-    changes: dict[str, Any] = {"model": assumed}
+    changes: dict[str, Any] = {"model": like.model, "moe": moe}
     tuned = recipe.lora is not None or recipe.sft is not None or recipe.dpo is not None
     if tuned and recipe.sequence_length is None:
         changes["training.sequence_length"] = ASSUMED_ROW
@@ -52,21 +55,56 @@ def with_base(recipe: Recipe, models: Path | None, scale: str | None = None) -> 
     return recipe.with_keys(changes), notes
 
 
+def experts_of(base: Moe | None, wanted: Moe | None, folder: Path) -> Moe | None:
+    """Return the `moe` section that a run trains with: the recipe's if it fits the base model, else the base's.
+
+    Args:
+        base: experts of the base model.
+        wanted: the recipe's section.
+        folder: the base model, for the error.
+
+    Raises:
+        ConfigError: the base model is dense, or its experts differ from the recipe's.
+    """
+    if wanted is None:
+        return base
+    if base is None:
+        raise ConfigError(
+            f"base_model: {folder} is a dense model, but the recipe has {wanted.num_experts} experts a layer.\n"
+            f"  Make it a mixture: igla-mega import HF_FOLDER CKPT --upcycle {wanted.num_experts}, and name "
+            "CKPT; or set moe=null."
+        )
+    breaches = []
+    for key in ("num_experts", "shared_intermediate_size", "pre_softmax", "scaling_factor"):
+        if (value := getattr(wanted, key)) != (has := getattr(base, key)):
+            breaches.append(f"moe.{key}: is {value}, but {folder} has {has}. Set it to {has}.")
+    if (wanted.bias_update_rate > 0) != (base.bias_update_rate > 0):
+        rate, has = wanted.bias_update_rate, "no biases" if base.bias_update_rate == 0 else "biases"
+        breaches.append(f"moe.bias_update_rate: is {rate:g}, but {folder} has {has}. Set it as the base model needs.")
+    if breaches:
+        raise ConfigError(*breaches)
+    return wanted
+
+
+def _names_experts(recipe: Recipe) -> bool:
+    """Return True if a recipe has settings that only a mixture of experts can use."""
+    where = recipe.distributed
+    split = where.expert_parallel not in ("auto", 1) or where.expert_tensor_parallel > 1
+    return recipe.moe is not None or split or recipe.training.expert_capacity_factor is not None
+
+
 def _shape(folder: Path) -> tuple[Model, Moe | None]:
     """Return the shape of a Hugging Face model or a checkpoint, and its experts.
 
     Raises:
-        ConfigError: its configuration cannot be read.
+        ConfigError: its configuration cannot be read, or is of a model that cannot be imported.
     """
-    config = folder / "config.json"
+    if not (folder / MANIFEST).is_file():
+        # A shape without a type, which an import refuses, is planned as a Llama's.
+        return model_of({"model_type": "llama", **read_json(folder / "config.json")}, folder / "config.json")
     try:
-        if config.is_file():
-            content = json_text.read(config)
-            try:
-                return model_of(content, config)
-            except ConfigError:  # a model that cannot be imported can still be planned by its sizes
-                return Model(**{ours: content[theirs] for theirs, ours in SIZES.items() if content.get(theirs)}), None
         content = yaml_text.read_mapping(folder / "recipe.yaml")
-        return Model(**content["model"]), Moe(**content["moe"]) if content.get("moe") else None
+        experts = content.get("moe")
+        return Model(**content["model"]), Moe(**experts) if experts is not None else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"base_model: {folder} has no readable model shape ({error}).") from None

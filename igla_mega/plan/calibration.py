@@ -17,6 +17,13 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 """Folder of calibration files, searched if none is given."""
 FORMAT = 1
 """Version of the calibration file format."""
+WIDTH_OF_7B = 7400
+"""Harmonic mean of the widths of the products of a 7B layer, to which the assumed share of products belongs."""
+HALF_WIDTH, _ITS_PEAK = 1500, 312e12
+"""Assumed half width of products on an A100, and its peak: of five widths the one with the smallest error for the
+calibrating half of `tests/plan/published_runs.json`. On a faster device a fixed time costs more FLOP."""
+MOST_GEMM = 0.9
+"""Maximum share of the peak that is assumed of products of any width."""
 MOST_SHARE = 10
 """Maximum share of a peak. Above 1, since the peaks of a CPU are scaled from another CPU and may be too low."""
 
@@ -63,12 +70,22 @@ class Rates:
     step_seconds: Rate
     """Remaining host time per step."""
     sizes: tuple[tuple[float, float], ...] = field(default=())
-    """FLOP of a product -> share of the peak, by rising FLOP; empty: `gemm` for all sizes."""
+    """FLOP of a product -> share of the peak, by rising FLOP; empty: `gemm`, scaled by `half_width`."""
+    half_width: float = 0.0
+    """Width of a weight, sqrt(rows x columns) on a rank, at which products reach half of their largest share; 0: `gemm`
+    for all sizes."""
 
-    def gemm_share(self, flops: float) -> float:
-        """Return the share of the peak that a product of `flops` FLOP reaches, interpolated over log(FLOP)."""
+    def gemm_share(self, flops: float, width: float = WIDTH_OF_7B) -> float:
+        """Return the share of the peak that a product reaches.
+
+        Args:
+            flops: FLOP of the product; measured shares are interpolated over log(FLOP).
+            width: sqrt(rows x columns) of its weight on a rank, by which an assumed share is scaled.
+        """
         if not self.sizes:
-            return self.gemm.value
+            # A product costs a fixed time more than its FLOP: tiles at its borders, the first and the last load.
+            larger = (1 + self.half_width / WIDTH_OF_7B) / (1 + self.half_width / width)
+            return min(self.gemm.value * larger, max(self.gemm.value, MOST_GEMM))
         points = [size for size, _ in self.sizes]
         at = bisect.bisect(points, flops)
         if at in (0, len(points)):
@@ -78,7 +95,7 @@ class Rates:
         return low_share + part * (high_share - low_share)
 
 
-NAMES = tuple(name for name in Rates.__dataclass_fields__ if name != "sizes")
+NAMES = tuple(name for name in Rates.__dataclass_fields__ if name not in ("sizes", "half_width"))
 _FOUNDRY = "llm-foundry's MPT-7B on 8 x A100 at 2048, 4096 and 8192 tokens is then predicted within 10 % (docs/plan.md)"
 _FLASH_2 = "FlashAttention-2 on A100, arXiv:2307.08691, figures 5 and 6"
 _GEMM = {
@@ -126,6 +143,7 @@ def assumed(hardware: Hardware) -> Rates:
         op_seconds=ops,
         data_seconds=Rate(2e-7, "reading windows of indexed data on this host"),
         step_seconds=Rate(2e-3, "host work of a step"),
+        half_width=0.0 if hardware.is_cpu else HALF_WIDTH * hardware.bf16_flops / _ITS_PEAK,
     )
 
 
@@ -172,6 +190,8 @@ def read(path: Path, hardware: Hardware) -> Calibration:
             measured: Any = {name: Rate(float(value), named, measured=True)}
             rates = replace(rates, **measured)
     sizes = _sizes(content.get("gemm_sizes") or [])
+    if rates.gemm.measured:
+        rates = replace(rates, half_width=0.0)
     if sizes is None:
         breaches.append(f"--calibration {path}: gemm_sizes: not a list of [FLOP, share], both above 0.")
     if breaches:

@@ -48,6 +48,8 @@ class FinishedRun:
 
     folder: Path
     steps: tuple[dict[str, Any], ...]
+    warm_up_steps: int = WARM_UP_STEPS
+    """Number of first steps that the medians exclude; 0 if they are left out already."""
 
     @property
     def recipe_file(self) -> Path:
@@ -57,7 +59,7 @@ class FinishedRun:
         """Return the median of a metric after the warm-up steps, or None if it was never logged."""
         found = [
             entry[key]
-            for entry in self.steps[WARM_UP_STEPS if len(self.steps) > 2 * WARM_UP_STEPS else 0 :]
+            for entry in self.steps[self.warm_up_steps if len(self.steps) > 2 * self.warm_up_steps else 0 :]
             if isinstance(entry.get(key), int | float) and abs(entry[key]) < 1e300
         ]
         return statistics.median(found) if found else None

@@ -235,7 +235,7 @@ def _pieces(recipe: Recipe, given: Given, assumed: list[str]) -> Iterator[tuple]
     for number, stage in enumerate(recipe.stages or (recipe,)):
         whole = stage
         if recipe.stages is not None and stage.model is None and first is not None:
-            whole = stage.with_keys({"model": first.model})
+            whole = stage.with_keys({"model": first.model, "moe": stage.moe or first.moe})
             if stage.sequence_length is None:
                 whole = whole.with_keys({"training.sequence_length": first.training.sequence_length})
         whole, notes = base_model.with_base(parts_of(whole)[0], given.models, given.scale)

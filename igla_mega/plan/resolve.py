@@ -71,26 +71,34 @@ def resolve(
     Raises:
         ConfigError: a stage does not fit; the message lists every breach.
     """
+    recipe = with_shape(recipe, base)
+    parts = list(recipe.stages or [recipe])
+    return Resolved(recipe, tuple(parts), tuple(stages_of(recipe, world_size, device, total_steps)), base)
+
+
+def with_shape(recipe: Recipe, base: Base | None) -> Recipe:
+    """Return the recipe with the shape of its base model in every part, and the training keys of `sft` and `dpo`."""
     parts = parts_of(recipe)
     if base is not None:
         parts[0] = parts[0].with_keys({"model": base.model, "moe": base.moe})
     if recipe.stages is None:
-        recipe = parts[0]
-    else:
-        parts = [part.with_keys({"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
-        recipe = recipe.with_keys({"stages": tuple(parts)})
-    return Resolved(recipe, tuple(parts), tuple(stages_of(recipe, world_size, device, total_steps)), base)
+        return parts[0]
+    parts = [part.with_keys({"model": parts[0].model, "moe": parts[0].moe}) for part in parts]
+    return recipe.with_keys({"stages": tuple(parts)})
 
 
-def shape_of_base(recipe: Recipe, models: Path | None = None) -> tuple[Base | None, list[str]]:
+def shape_of_base(
+    recipe: Recipe, models: Path | None = None, scale: str | None = None
+) -> tuple[Base | None, list[str]]:
     """Return the shape of a recipe's base model without loading it, and what was assumed about it.
 
     Args:
-        models: folder below which the base model is looked up; one that is not there has the shape of the 7B recipe.
+        models: folder below which the base model is looked up; one that is not there has the shape of the 7B recipe,
+            at `scale`.
     """
     first = parts_of(recipe)[0]
     if first.base_model is None or first.model is not None:
         return None, []
-    whole, notes = with_base(first, models)
+    whole, notes = with_base(first, models, scale)
     assert whole.model is not None, "with_base reads or assumes it"
     return Base(Path(first.base_model), whole.model, whole.moe), notes[:1]  # the rest is of the length

@@ -166,8 +166,11 @@ class Clock:
         flops = 2 * rows * inputs * outputs
         if in_layer and self.recipe.distributed.precision == "FP8":
             return flops / (self.hardware.fp8_flops * self.rates.gemm_fp8.value)
-        share = self.rates.gemm_share(flops)
-        return flops / (self.peak * share) if flops else 0.0
+        if not flops:
+            return 0.0
+        # Not the output projection: it runs in chunks of tokens, each with an fp32 sum of its gradient.
+        share = self.rates.gemm_share(flops, math.sqrt(inputs * outputs)) if in_layer else self.rates.gemm_share(flops)
+        return flops / (self.peak * share)
 
     def _linears(self) -> Iterator[tuple[float, float, float, bool, float]]:
         """Yield rows, inputs, outputs, True if the weight is trained, and the count of each product of a layer on a

@@ -1,5 +1,7 @@
 """Check prepared data against its manifest and the model before ranks start."""
 
+import re
+
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.blend import consumption, normalised
@@ -21,6 +23,7 @@ def check_prepared(recipe: Recipe, layout: Layout) -> None:
     """
     assert recipe.model is not None, "the caller knows the model"
     breaches: list[str] = []
+    alike: dict[str, list[str]] = {}
     tokens = {}
     if recipe.form != "text":
         for prefix in sample_prefixes(recipe).values():
@@ -40,7 +43,11 @@ def check_prepared(recipe: Recipe, layout: Layout) -> None:
             for part in part_prefixes(prefix):
                 breaches += damage(part, tokenizer_digest=digest)
         except ConfigError as error:
-            breaches += error.breaches
+            # Sources prepared with another tokenizer than the model's are all wrong in the same way.
+            kind = re.sub(r"[\d,]+", "#", str(error).replace(prefix, ""))
+            alike.setdefault(kind, []).append(name)
+            breaches += error.breaches if len(alike[kind]) == 1 else []
+    breaches += [f"  Likewise in {', '.join(names[1:])}." for names in alike.values() if len(names) > 1]
     if breaches:
         raise ConfigError(*breaches)
     if note := normalised(recipe.data.mix):

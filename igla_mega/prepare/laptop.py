@@ -1,5 +1,6 @@
 """Provide defaults for `--scale laptop`: a small corpus from Python's own texts, and a base model trained on it."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 from igla_mega.config import load
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.schema import Recipe
+from igla_mega.config.schema import Data, Recipe
+from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import train_bpe
+from igla_mega.prepare.preprocess import Options
 from igla_mega.prepare.samples import prepare_samples
-from igla_mega.prepare.sources import prepare_sources
+from igla_mega.prepare.sources import options_of, prepare_sources
 from igla_mega.prepare.toy_corpus import write_toy_corpus
 from igla_mega.prepare.toy_tasks import write_instructions, write_preferences
 
@@ -28,6 +31,14 @@ DOMAINS = ("code", "books", "conversation")
 def cache_dir() -> Path:
     """Return $IGLA_CACHE, or ~/.cache/igla_mega if it is not set."""
     return Path(os.environ.get("IGLA_CACHE") or Path.home() / ".cache" / "igla_mega")
+
+
+def supplied(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool = True) -> Recipe:
+    """Return the recipe with data and, if it starts from a base model, with that; arguments as for `with_base`."""
+    # The data of a base model has the base's tokenizer, whatever `model:` says.
+    return with_base(
+        recipe if recipe.base_model else with_data(recipe, make=make), models, num_ranks=num_ranks, make=make
+    )
 
 
 def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
@@ -47,7 +58,7 @@ def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
             "mix": mix,
             "sources": {name: str(root / f"{name}.jsonl") for name in mix},
             "tokenizer": str(tokenizer),
-            "prepared": str(root / f"prepared_{vocab_size}"),
+            "prepared": str(root / f"prepared_{vocab_size}{_suffix(recipe.data)}"),
         }
     )
     if make:
@@ -61,8 +72,7 @@ def with_data(recipe: Recipe, *, make: bool = True) -> Recipe:
         if not (tokenizer / "tokenizer.json").is_file():
             _say(f"data.tokenizer is not set: training one with {vocab_size} tokens on this corpus (once)")
             train_bpe(sorted(root.glob("*.jsonl")), vocab_size, tokenizer)
-        ready = Path(data.prepared or "") / "manifest.json"
-        if not ready.is_file():
+        if not all(Path(f"{prefix}.idx").is_file() for prefix in source_prefixes(data).values()):
             prepare_sources(data)
     return _with_domains(recipe.with_keys({"data": data}), say=make)
 
@@ -114,6 +124,12 @@ def with_base(recipe: Recipe, models: Path | None, *, num_ranks: int, make: bool
     if recipe.continual is not None and recipe.continual.base_data is None:
         recipe = recipe.with_keys({"continual.base_data": "mix"})
     return _with_domains(recipe, say=make)
+
+
+def _suffix(data: Data) -> str:
+    """Return what sets the prepared data of other options than the defaults apart; empty for the defaults."""
+    options = options_of(data)
+    return "" if options == Options() else "_" + hashlib.sha256(repr(options).encode()).hexdigest()[:8]
 
 
 def _base_folder() -> Path:

@@ -523,7 +523,7 @@ def part_prefix(prefix: str | Path, part: tuple[int, int]) -> str:
 def summary_of(counts: Counts) -> str:
     """Return the counts as one line for the report."""
     rate = counts.input_bytes / 1e6 / max(counts.seconds, 1e-9)
-    text = f"{counts.documents:,} documents, {counts.tokens:,} tokens, {rate:.1f} MB/s"
+    text = f"{counts.documents:,} documents, {counts.tokens:,} tokens, {rate:.1f} MB/s, {counts.seconds:.1f} s"
     if counts.empty:
         text += f"; {counts.empty:,} without text left out"
     if counts.broken:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,12 +54,15 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         stamp = _stamp(recipe, files, tokenizer, template)
         if _is_done(prefix, stamp):
             continue
+        began = time.monotonic()
         counts = _write(recipe, files, prefix, tokenizer, template)
         _seal(prefix, {"digest": stamp, **counts, "add_bos": tokenizer.bos_rule})
         if progress:
             notes = [f"; {counts[key]:,} too long and {key.replace('_', ' ')}" for key in ("left_out", "cut")]
             note = "".join(note for note in notes if not note.startswith("; 0 "))
-            said = f"{name}: {counts['samples']:,} {recipe.form.replace('_', ' ')}{note}"
+            seconds = max(time.monotonic() - began, 1e-3)
+            took = f"{counts['samples'] / seconds:,.0f} per second, {seconds:.1f} s"
+            said = f"{name}: {counts['samples']:,} {recipe.form.replace('_', ' ')}, {took}{note}"
             print(said, file=sys.stderr, flush=True)
     return prefixes
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from igla_mega.monitor.heartbeat import words_of
 from igla_mega.report.lines import Lines
 
 FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl", "ledger.jsonl", "recipe.yaml")
@@ -330,16 +331,6 @@ class History:
             totals[name] = totals.get(name, 0) + samples * each
         return totals
 
-    def written_at(self) -> float | None:
-        """Return the Unix time of the last write to the metrics or the events, in seconds."""
-        times = []
-        for name in ("metrics.jsonl", "events.jsonl"):
-            try:
-                times.append((self.folder / name).stat().st_mtime)
-            except OSError:
-                continue
-        return max(times, default=None)
-
 
 def number(value: object) -> float | None:
     """Return a finite number as a float, None for anything else."""
@@ -442,8 +433,16 @@ def _event(entry: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(entry.get("event") or "event")[:40]
     step, when = step_of(entry), number(entry.get("time"))
     found = {"time": when, "step": step or 0.0, "event": kind, "message": message[:MAX_TEXT]}
-    ranks = entry.get("ranks")
-    return found | ({"ranks": ranks} if isinstance(ranks, int) and 0 < ranks < 1 << 24 else {})
+    ranks, lost, layout = (entry.get(key) for key in ("ranks", "lost_steps", "layout"))
+    if isinstance(ranks, int) and 0 < ranks < 1 << 24:
+        found["ranks"] = ranks
+    if isinstance(layout, str):
+        found["layout"] = layout[:MAX_NAME]
+    if isinstance(lost, int) and not isinstance(lost, bool) and 0 <= lost < MAX_STEP:
+        found["lost_steps"] = lost
+        if "lost" not in message:
+            found["message"] = f"{message[: MAX_TEXT - 50]} ({words_of(lost)})"
+    return found | ({"echo": True} if entry.get("echo") is True else {})
 
 
 def _count(entry: Mapping[str, Any], totals: Counter) -> bool:

@@ -21,7 +21,9 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import regular, write_text
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Recipe
+from igla_mega.plan.finished import WARM_UP_STEPS
 from igla_mega.report.history import FILES, Heat, History, events_of, thin
+from igla_mega.report.state import clock, state_of
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("data", "catalog", "plots", "heats", "tables", "page", "live")
@@ -38,8 +40,6 @@ RECENT_STEPS = 50
 """Number of last steps whose median is the current step time, throughput and MFU."""
 STEPS_TO_COMPARE = 8
 """Minimum number of steps before a plan is compared with the measurements: the first steps are slow."""
-STALE_SECONDS, STALE_STEPS = 90.0, 12
-"""A run is stale if it has written nothing for this many seconds, and for this many of its own steps."""
 POLL_SECONDS = 2.0
 
 
@@ -117,7 +117,7 @@ class _Run:
         title = self.recipe.name if self.recipe and self.recipe.name not in ("", "recipe") else name
         self.title = title.encode("utf-8", "replace").decode()  # a file name may have lone surrogates
         self._total: int | None = None
-        self._planned: dict[str, Any] | None = None
+        self._forecast: tuple[str, int, Any] | None = None
         self.history.update()
 
     def news(self, since: str | None) -> dict[str, Any]:
@@ -180,16 +180,15 @@ class _Run:
         metrics, recipe = self.history.metrics, self.recipe
         step, total = int(metrics.steps[-1]) if metrics.steps else 0, self.total_steps
         step_seconds = self._recent("step_seconds")
-        state, says = self._state(step, total, step_seconds, time.time() if now is None else now)
+        state = state_of(self.history, now)
         facts = [("step", f"{step:,}" + (f" of {total:,}" if total else ""))]
-        if state == "running" and total and step_seconds and total > step:
-            facts.append(("time left", _clock((total - step) * step_seconds)))
+        if state.kind == "running" and total and step_seconds and total > step:
+            facts.append(("time left", clock((total - step) * step_seconds)))
         loss = self._recent("loss", last=1)
         if loss is not None:
             facts.append(("loss now", _loss(loss)))
-        for key, (_, values) in sorted(metrics.series.items()):
-            if key.startswith("validation_loss/") and len(facts) < 8:
-                facts.append((f"validation, {key.removeprefix('validation_loss/')}", _loss(values[-1])))
+        validation = {key: values[-1] for key, (_, values) in sorted(metrics.series.items()) if key.startswith(_LOSS)}
+        facts += [(f"validation, {key.removeprefix(_LOSS)}", _loss(loss)) for key, loss in validation.items()]
         for title, key, say in (
             ("tokens", "tokens", _short),
             ("tokens/s", "tokens_per_second", _short),
@@ -202,38 +201,39 @@ class _Run:
         if devices := self.devices:
             facts.append(("devices", f"{devices:,}"))
         return {
-            "state": state,
-            "says": says,
+            "state": state.kind,
+            "says": state.says,
+            "cause": state.cause,
+            "command": state.command,
             "step": step,
             "total_steps": total,
             "facts": facts,
-            "subtitle": _subtitle(recipe),
+            "subtitle": _subtitle(recipe, self._layout),
+            "note": self._note(),
             "loss_unit": "nats per pair" if recipe and recipe.form == "preference_pairs" else "nats per target token",
         }
 
-    def _state(self, step: int, total: int | None, step_seconds: float | None, now: float) -> tuple[str, str]:
-        """Return the state of the run, and the same as a phrase for the reader."""
-        written = self.history.written_at()
-        if written is None:
-            return "empty", "nothing written yet"
-        last = next((e["event"] for e in reversed(self.history.events) if e["event"] in _TURNS), None)
-        ago = now - written
-        since = f"{_clock(ago)} ago" if ago >= 1 else "now"
-        if last == "finished" or (total is not None and step >= total):
-            return "finished", f"finished, {since}"
-        if last == "stopping":
-            return "stopped", f"stopped, {since}"
-        if last == "hang":
-            return "hung", f"ended by the watchdog, {since}"
-        if ago > max(STALE_SECONDS, STALE_STEPS * (step_seconds or 0.0)):
-            return "stale", f"nothing new for {_clock(ago)}"
-        return ("running", "running") if step else ("empty", "no step yet")
-
     def _recent(self, key: str, last: int = RECENT_STEPS) -> float | None:
-        """Return the median of the last values of a column; None if there are none."""
+        """Return the median of the last values of a column, without those of the warm-up; None if there are none."""
         column = self.history.metrics.columns.get(key)
-        found = [value for value in (column[-last:] if column else ()) if value == value]  # without NaN
+        first = max(self._first_recent(), len(self.history.metrics.steps) - last)
+        found = [value for value in (column[first:] if column else ()) if value == value]  # without NaN
         return statistics.median(found) if found else None
+
+    def _first_recent(self) -> int:
+        """Return the first row of the medians: they are over the last `RECENT_STEPS`, without the slow first ones."""
+        count = len(self.history.metrics.steps)
+        return max(count - RECENT_STEPS, WARM_UP_STEPS if count > 2 * WARM_UP_STEPS else 0)
+
+    def _note(self) -> str:
+        """Return which steps the rates of the page's head are measured over; empty if there are none."""
+        count = len(self.history.metrics.steps) - self._first_recent()
+        return f"tokens/s and MFU: medians of the last {count} steps" if count else ""
+
+    @property
+    def _layout(self) -> str:
+        """Layout that the last start reported, such as `DDP data 2`; empty if an older version wrote the events."""
+        return next((event["layout"] for event in reversed(self.history.events) if "layout" in event), "")
 
     @property
     def devices(self) -> int | None:
@@ -253,11 +253,11 @@ class _Run:
         """The run's last measurements, as `plan` compares them with a forecast."""
         from igla_mega.plan.finished import FinishedRun
 
-        metrics = self.history.metrics
-        keys = [key for key in ("tokens_per_second", "tflops_per_device", "mfu", "memory_bytes", "step_seconds")]
-        columns = {key: metrics.columns[key][-512:] for key in keys if key in metrics.columns}
+        metrics, first = self.history.metrics, self._first_recent()
+        keys = ("tokens_per_second", "tflops_per_device", "mfu", "memory_bytes", "step_seconds")
+        columns = {key: metrics.columns[key][first:] for key in keys if key in metrics.columns}
         rows = tuple(dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False))
-        return FinishedRun(self.history.folder, rows)
+        return FinishedRun(self.history.folder, rows, warm_up_steps=0)
 
     @property
     def total_steps(self) -> int | None:
@@ -278,18 +278,21 @@ class _Run:
     def _plan(self) -> dict[str, Any] | None:
         """Return measured and planned numbers side by side; None if either is missing."""
         enough = len(self.history.metrics.steps) >= STEPS_TO_COMPARE
-        if self._planned is not None or not enough or self.recipe is None or self.recipe.stages is not None:
-            return self._planned
+        if not enough or self.recipe is None or self.recipe.stages is not None:
+            return None
         from igla_mega.plan.forecast import Given, forecast
 
         with suppress(ConfigError):
             run = self._finished
-            hardware = run.hardware()
-            compared = run.compare(forecast(self.recipe, hardware, run.num_ranks, Given(advise=False)))
-            rows = [[name, unit, measured, planned] for name, measured, planned, unit in compared.rows]
-            note = f"medians of the last {len(run.steps)} steps; the plan is for {hardware.title}"
-            self._planned = {"note": note, "rows": rows} if rows else None
-        return self._planned
+            hardware, ranks = run.hardware(), run.num_ranks
+            # The measurements change with every step, the forecast with neither.
+            if self._forecast is None or self._forecast[:2] != (hardware.title, ranks):
+                planned = forecast(self.recipe, hardware, ranks, Given(advise=False))
+                self._forecast = (hardware.title, ranks, planned)
+            rows = [[name, unit, had, planned] for name, had, planned, unit in run.compare(self._forecast[2]).rows]
+            note = f"medians of the last {len(run.steps)} steps, as above; the plan is for {hardware.title}"
+            return {"note": note, "rows": rows} if rows else None
+        return None
 
     def _sources(self) -> dict[str, Any] | None:
         """Return the consumption of each source next to its share in data.mix; None if there is no ledger."""
@@ -308,8 +311,8 @@ class _Run:
         return {"unit": "tokens" if self.history.sequence_length else "samples", "items": items[:MAX_DIFFERENCES]}
 
 
-_TURNS = ("started", "resumed", "stopping", "hang", "finished")
-"""Events that change the state of a run."""
+_LOSS = "validation_loss/"
+"""Beginning of the names of series of validation losses; a source follows."""
 
 
 def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
@@ -515,14 +518,14 @@ def _fill(template: str, **values: str) -> str:
     return parts[0] + "".join(values[name] + rest for name, rest in (part.split("}}", 1) for part in parts[1:]))
 
 
-def _subtitle(recipe: Recipe | None) -> str:
-    """Describe the model and its training in one line."""
+def _subtitle(recipe: Recipe | None, layout: str) -> str:
+    """Describe the model and its training in one line; `layout` is what ran, the recipe what was asked for."""
     if recipe is None or recipe.model is None:
         return "A training run of igla_mega"
     parts = [f"{_short(recipe.model.num_parameters(recipe.moe))} parameters"]
     if recipe.sequence_length:
         parts.append(f"sequences of {recipe.sequence_length:,} tokens")
-    return ", ".join([*parts, recipe.distributed.precision, recipe.distributed.strategy])
+    return ", ".join([*parts, recipe.distributed.precision, layout or recipe.distributed.strategy])
 
 
 def _loss(nats: float) -> str:
@@ -535,13 +538,3 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    """Format a duration with its two largest units."""
-    days, hours, minutes = int(seconds // 86400), int(seconds % 86400 // 3600), int(seconds % 3600 // 60)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from igla_mega.evaluate.bar import Lines
+
 PLAIN_LINE_SECONDS = 10.0
 """Minimum time between two plain lines, in seconds."""
 
@@ -44,24 +46,17 @@ class Display:
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a pass over `total` samples in addition to the steps; yields a function that counts samples up."""
-        done, task = 0, None
-        if self._bar is not None:
-            task = self._bar.add_task(what, total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if self._bar is not None and task is not None:
-                self._bar.update(task, completed=done, description=f"{what} of {total} samples")
-            elif time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
-                self._last_line = time.monotonic()
-                self.say(f"{what}: sample {done}/{total}")
-
+        bar = self._bar
+        if bar is None:
+            lines = Lines(what, total, "samples", self.say)
+            yield lines.advance
+            lines.close()
+            return
+        task = bar.add_task(f"{what} of {total} samples", total=total)
         try:
-            yield advance
+            yield lambda count: bar.advance(task, count)
         finally:
-            if self._bar is not None and task is not None:
-                self._bar.remove_task(task)
+            bar.remove_task(task)
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""

@@ -206,7 +206,15 @@ def log_validation(
     run.session.trackers.metrics({**entry, "validation": more} if more else entry)
     unit = "nats/pair" if run.recipe.form == "preference_pairs" else "nats/token"
     parts = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    run.session.say(f"step {progress.step}: validation loss ({unit})  {parts}")
+    run.session.say(f"step {progress.step}: validation loss ({unit})  {parts}{_share_measured(run)}")
+
+
+def _share_measured(run: Run) -> str:
+    """Return a note if only a part of the held-out sequences was measured; `igla-mega eval` measures all of them."""
+    counts = [run.corpus.num_validation_samples(name) for name in run.corpus.validation_names()]
+    most = run.recipe.evaluation.num_batches * run.share.global_batch
+    taken, total = sum(min(most, count) for count in counts), sum(counts)
+    return f"  (first {taken:,} of {total:,} held-out sequences; `igla-mega eval` takes all)" if taken < total else ""
 
 
 def log_reading(run: Run, data_step: int, progress: Progress) -> None:

@@ -46,6 +46,8 @@ class Start:
     """Content of `MIX` in the run folder and its checkpoints; empty for a run whose mix cannot change."""
     changes: Sequence[str] = ()
     """Changes of the recipe or its data that `--accept-changes` allowed, as lines."""
+    damage: Sequence[str] = ()
+    """What was found damaged while the start was looked for, as lines; filled on the main rank."""
 
 
 def find_start(
@@ -62,10 +64,17 @@ def find_start(
     recipe, stages, ends = resolved.recipe, resolved.stages, resolved.part_ends
     checkpoints, mesh = session.run_dir / "checkpoints", session.mesh
     # The display does not exist yet: it starts at the step that is found here.
-    say: Callable[[str], None] = print if mesh.is_main else lambda text: None
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        if mesh.is_main:
+            print(line)
+            said.append(line)
+
     local, remote = _other_folders(recipe, checkpoints, mesh)
     find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
+    damage = [line for line in said if "going back to" in line]
     progress = found[1] if found else Progress()
     if found is None:
         refuse_unknown_keys(accepted, {f"data.sources.{name}" for own in resolved.parts for name in own.data.sources})
@@ -92,7 +101,7 @@ def find_start(
     )
     if found and found[0].parent == checkpoints:
         writer.copy_found(progress.step)
-    return Start(found, progress, part, find, writer, mix_text, changes)
+    return Start(found, progress, part, find, writer, mix_text, changes, damage)
 
 
 def _refuse_another_run(

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from igla_mega.checkpoint import store
+from igla_mega.checkpoint import integrity
 from igla_mega.config import json_text, load, yaml_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import no_follow
@@ -64,7 +64,7 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
             time.sleep(0.2)
     # Only with the lock: no other process can change the folder after the checks.
     _refuse_unusable_entries(run_dir)
-    _refuse_other_recipe(run_dir, recipe)
+    refuse_other_recipe(run_dir, recipe)
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
@@ -101,20 +101,20 @@ def _refuse_unusable_entries(run_dir: Path) -> None:
         raise ConfigError(*breaches, "  Move it away or fix its permissions, or give another --run.")
 
 
-def _refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
+def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
     """Refuse a recipe with another name, another objective or other trained weights than the folder's run.
 
     Raises:
         ConfigError: the recipes differ in one of these.
     """
-    steps = store.steps_in(run_dir / "checkpoints")
+    steps = integrity.steps_in(run_dir / "checkpoints")
     if not steps:
         return
     old, file = _last_recipe(run_dir), run_dir / "recipe.yaml"
     breaches = _differences(old, recipe) if old else []
     if not old or (breaches and all(breach.startswith("without") for breach in breaches)):
         # It is damaged, or cut short. A checkpoint has the recipe of its part, under digests.
-        checkpoint = store.step_dir(run_dir / "checkpoints", steps[-1])
+        checkpoint = integrity.step_dir(run_dir / "checkpoints", steps[-1])
         if not (written := _last_recipe(checkpoint)):
             return
         breaches = min((_differences(written, part) for part in parts_of(recipe)), key=len)

@@ -1,10 +1,10 @@
-"""Write the reports of a run: metrics.jsonl, ledger.jsonl, events.jsonl, TensorBoard, Weights & Biases."""
+"""Write the reports of a run: metrics.jsonl, ledger.jsonl, events.jsonl, heartbeat.json, and those of `logging`."""
 
 import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_text, sync_folder, write_text
 from igla_mega.config.schema import Logging
 from igla_mega.data.json_lines import Lines, missing_steps, rewind
+from igla_mega.monitor.heartbeat import HeartbeatFile, unrecorded_end
+from igla_mega.monitor.on_event import Commands
+from igla_mega.monitor.prometheus import TextFile
 
 OF_STEPS = ("metrics", "ledger", "samples")
 """Files that contain each step once: a run that goes back to a checkpoint removes the entries of later steps."""
@@ -29,10 +32,12 @@ class Trackers:
         self._run_dir, self._logging, self._recipe = run_dir, logging, recipe
         self._files: dict[str, Lines] = {}
         self._scalars: list[Callable[[dict[str, float], int], None]] = []
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
+        self._rewinders: list[Callable[[int], None]] = []
         self._closers: list[Callable[[], None]] = []
 
     def open(self, resume_step: int, skipped: Collection[int] = ()) -> list[str]:
-        """Remove the entries after the checkpoint and what a power cut has damaged, and start TensorBoard and W&B.
+        """Remove the entries after the checkpoint and what a power cut has damaged, and start what `logging` names.
 
         Args:
             skipped: steps that were taken without an update, which have no line in metrics.jsonl.
@@ -44,13 +49,15 @@ class Trackers:
             ConfigError: a package that the recipe asks for is not installed.
             OSError: a file cannot be written.
         """
-        if self._logging.wandb != "off":
-            self._add_wandb(self._run_dir, self._logging, self._recipe)
-        if self._logging.tensorboard:
-            self._add_tensorboard(self._run_dir / "tensorboard")
+        unrecorded = unrecorded_end(self._run_dir)
+        self._add_services(resume_step)
         found = [*self.rewind(resume_step)]
         for name in OF_EVENTS:
             found += rewind(self._run_dir / f"{name}.jsonl", None)
+        self._observe(HeartbeatFile(self._run_dir, step=resume_step))
+        if unrecorded is not None:
+            step, lost, message = unrecorded
+            self.event("died", step, message, lost_steps=lost)
         for message in found:
             self.event("repaired", resume_step, message)
         if missing := "; ".join(missing_steps(self._run_dir, resume_step, skipped)):
@@ -58,6 +65,26 @@ class Trackers:
             self.event("lines_missing", resume_step, message)
             found.append(message)
         return found
+
+    def _add_services(self, resume_step: int) -> None:
+        """Start what `logging` names; raise ConfigError if a package is not installed."""
+        logging = self._logging
+        if logging.wandb != "off":
+            self._add_wandb(self._run_dir, logging, self._recipe)
+        if logging.mlflow is not None:
+            from igla_mega.monitor.mlflow import MlflowRun
+
+            mlflow = MlflowRun(logging.mlflow, logging.project, self._run_dir, self._recipe)
+            self._scalars.append(mlflow.metrics)
+            self._closers.append(mlflow.close)
+        if logging.tensorboard:
+            self._add_tensorboard(self._run_dir / "tensorboard", resume_step)
+        if logging.prometheus is not None:
+            self._observe(TextFile(Path(logging.prometheus), self._run_dir.resolve().name))
+        if logging.on_event:
+            commands = Commands(logging.on_event, self._run_dir)
+            self._listeners.append(commands.event)
+            self._closers.append(commands.close)
 
     def metrics(self, entry: dict[str, Any]) -> None:
         """Write one line; its numbers, also those one level down, are sent to the services as scalars of its step."""
@@ -67,18 +94,18 @@ class Trackers:
             if isinstance(values, dict):
                 scalars |= {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         for write in [*self._scalars]:
-            # A full disk or a lost mount must not end the training for the sake of a chart.
-            try:
+            with _disabled_by_an_error(self._scalars, write):
                 write(scalars, entry["step"])
-            except OSError as error:
-                self._scalars.remove(write)
-                print(f"a tracker cannot write ({error}); it is disabled until the next start", file=sys.stderr)
         if losses := entry.get("validation_loss"):
             self.event("evaluated", entry["step"], f"validation loss of {', '.join(losses)}", losses=losses)
 
     def event(self, kind: str, step: int, message: str, **more: Any) -> None:
         """Write what happened to the run as a line of events.jsonl, which is never removed."""
-        self._line("events", event(kind, step, message, **more))
+        entry = event(kind, step, message, **more)
+        self._line("events", entry)
+        for listen in [*self._listeners]:
+            with _disabled_by_an_error(self._listeners, listen):
+                listen(entry)
 
     def bad_step(self, entry: dict[str, Any]) -> None:
         """Write a bad step as a line of bad_steps.jsonl, which is never removed."""
@@ -93,7 +120,14 @@ class Trackers:
         self._line("samples", entry)
 
     def rewind(self, step: int) -> list[str]:
-        """Remove the entries of steps after `step` from the files `OF_STEPS`; return messages about damaged lines."""
+        """Remove the entries of steps after `step` from the files `OF_STEPS`, and from TensorBoard's charts.
+
+        Returns:
+            Messages about lines that were removed because they cannot be read.
+        """
+        for invalidate in self._rewinders:
+            with contextlib.suppress(OSError):
+                invalidate(step)
         for name in OF_STEPS:
             if name in self._files:
                 self._files.pop(name).close()
@@ -115,23 +149,40 @@ class Trackers:
             with contextlib.suppress(OSError):
                 close()
 
+    def _observe(self, one: HeartbeatFile | TextFile) -> None:
+        """Send steps and events to a part that keeps a file of the run's state."""
+        self._scalars.append(one.metrics)
+        self._listeners.append(one.event)
+        self._closers.append(one.close)
+
     def _line(self, name: str, entry: dict[str, Any]) -> None:
         """Append a line to a file, which is opened at its first line."""
         if name not in self._files:
             self._files[name] = Lines(self._run_dir / f"{name}.jsonl")
         self._files[name].add(entry)
 
-    def _add_tensorboard(self, folder: Path) -> None:
-        """Send scalars to TensorBoard's event files."""
-        from tensorboard.summary import Writer
+    def _add_tensorboard(self, folder: Path, resume_step: int) -> None:
+        """Send scalars to TensorBoard's event files; those of steps after `resume_step` become invalid."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        writer = Writer(str(folder))
+        writer = EventFileWriter(str(folder))
 
         def write(scalars: dict[str, float], step: int) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+            # Not by `tensorboard.summary.Writer`, which stores numbers as tensors: `EventAccumulator.Scalars`, and
+            # whatever reads the files with it, lists numbers alone.
+            values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+            writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
+        def invalidate(step: int) -> None:
+            # Readers drop the events of this step and later ones that come before it in the files.
+            start = SessionLog(status=SessionLog.START)
+            writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+        invalidate(resume_step)
         self._scalars.append(write)
+        self._rewinders.append(invalidate)
         self._closers.append(writer.close)
 
     def _add_wandb(self, run_dir: Path, logging: Logging, recipe: dict[str, Any]) -> None:
@@ -158,6 +209,16 @@ class Trackers:
         )
         self._scalars.append(lambda scalars, step: run.log(scalars, step=step))
         self._closers.append(run.finish)
+
+
+@contextlib.contextmanager
+def _disabled_by_an_error(parts: list, part: Callable) -> Iterator[None]:
+    """Remove a part that cannot write: a full disk or a lost mount must not end a training for the sake of a chart."""
+    try:
+        yield
+    except OSError as error:
+        parts.remove(part)
+        print(f"a tracker cannot write ({error}); it is disabled until the next start", file=sys.stderr)
 
 
 def _wandb_id(run_dir: Path) -> str:
@@ -201,8 +262,9 @@ def event(kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
     return {"time": round(time.time(), 3), "step": step, "event": kind, "message": message, **more}
 
 
-def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> None:
-    """Append a line to a run's events.jsonl without trackers, on any rank."""
-    file = Lines(run_dir / "events.jsonl")
-    file.add(event(kind, step, message, **more))
+def write_event(run_dir: Path, kind: str, step: int, message: str, **more: Any) -> dict[str, Any]:
+    """Append a line to a run's events.jsonl without trackers, on any rank, and return it."""
+    file, entry = Lines(run_dir / "events.jsonl"), event(kind, step, message, **more)
+    file.add(entry)
     file.close()
+    return entry

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +61,15 @@ class Sign:
 
 
 @contextmanager
-def guarded(run_dir: Path, hang_seconds: int, patient_seconds: int) -> Iterator[Heartbeat]:
+def guarded(
+    run_dir: Path, hang_seconds: int, patient_seconds: int, notify: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[Heartbeat]:
     """Watch this rank and the others while the context is open.
 
     Args:
         hang_seconds: time without progress after which the run is ended; 0 disables the watchdog.
         patient_seconds: the same for operations that are known to be slow: a start, a save, the first step.
+        notify: called with the event of a hang before the process ends; None where a launcher reports it.
 
     Raises:
         RuntimeError: a peer was lost; the message names it if it can be identified.
@@ -77,6 +80,7 @@ def guarded(run_dir: Path, hang_seconds: int, patient_seconds: int) -> Iterator[
         return
     with followed(heartbeat):
         dog = Watchdog(heartbeat, run_dir, hang_seconds, max(hang_seconds, patient_seconds))
+        dog.notify = notify
         dog.start()
         try:
             yield heartbeat
@@ -113,6 +117,8 @@ class Watchdog:
         self._busy = _Busy(self._main)
         self._signs = [Sign() for _ in range(self.world_size)]
         self._stacks: Any = None
+        self.notify: Callable[[dict[str, Any]], None] | None = None
+        self._reported: dict[str, Any] | None = None
         self._number = 0
 
     def start(self) -> None:
@@ -354,7 +360,7 @@ class Watchdog:
             name = datetime.datetime.now().strftime("report_%Y%m%d_%H%M%S_%f.txt")
             write_text(self.folder / name, text + "\n")
             step = self.heartbeat.step if step is None else step
-            write_event(self.run_dir, "hang", step, text.splitlines()[0], report=f"{HANG}/{name}")
+            self._reported = write_event(self.run_dir, "hang", step, text.splitlines()[0], report=f"{HANG}/{name}")
 
     def _end(self, stuck: Sequence[dict[str, Any]]) -> None:
         """End this process, and kill the stuck ones on this machine, which cannot act on a verdict."""
@@ -362,6 +368,8 @@ class Watchdog:
             if one["pid"] != os.getpid() and _local(one) and _alive(one):
                 with contextlib.suppress(OSError):
                     os.kill(one["pid"], signal.SIGKILL)
+        if self._reported is not None and self.notify is not None:
+            self.notify(self._reported)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not `sys.exit`: the training thread is stuck in a call that no exception interrupts.

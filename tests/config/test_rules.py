@@ -1,7 +1,12 @@
+import json
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from igla_mega.config import features, rules
+from igla_mega.config import features, rules, rules_experts
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
 from igla_mega.config.near import near_divisors
@@ -42,6 +47,10 @@ def test_a_sound_recipe_has_no_breach():
         (
             {"model": {"num_heads": 7, "num_kv_heads": 7}},
             "model.num_heads: 7 does not divide model.hidden_size 256. Use 4 or 8, or set model.head_dim.",
+        ),
+        (
+            {"logging": {"on_event": {"fnished": ["true"]}}},
+            "logging.on_event.fnished: no such event; did you mean `finished`?",
         ),
         (
             {"model": {"num_kv_heads": 3}},
@@ -466,6 +475,35 @@ def test_a_capacity_that_drops_most_tokens_is_remarked_on_with_the_rate():
     assert said(1.25) == [] and rules.warnings(Recipe.model_validate(SMALL)) == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"distributed": {"expert_parallel": 2}}, {"distributed": {"expert_tensor_parallel": 2}},
+     {"training": {"expert_capacity_factor": 2.0}}],
+)  # fmt: skip
+def test_experts_may_be_those_of_a_base_model_that_is_read_later(change):
+    assert breaches(change, under=TUNE) == []
+    assert breaches({**change, "model": SMALL["model"]}, under=TUNE) != [], "its shape is known, and has no experts"
+    assert breaches({**change, "model": SMALL["model"], **MOE}, under=TUNE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({}, True),
+        ({"distributed": {"micro_batch_size": 4}}, True),
+        ({"distributed": {"micro_batch_size": 1}}, False),
+        ({"moe": {"balance_over": "sequence"}}, False),
+        ({"moe": {"router_aux_loss_coef": 0}}, False),
+    ],
+)
+def test_a_balancing_loss_that_depends_on_the_layout_is_named(change, differs):
+    recipe = Recipe.model_validate(merge(merge(SMALL, MOE), change))
+    assert [line[:33] for line in rules_experts.differs_by_layout(recipe)] == [
+        "moe.balance_over: micro_batch bal"
+    ] * differs
+    assert rules_experts.differs_by_layout(Recipe.model_validate(SMALL)) == []
+
+
 def fp8(**distributed):
     return {"distributed": {"precision": "fp8", **distributed}}
 
@@ -531,3 +569,47 @@ def test_layers_are_recorded_in_a_run_of_one_stage_alone():
     assert rules.breaches(Recipe.model_validate({"stages": [stage]})) == []
     found = rules.breaches(Recipe.model_validate({"stages": [stage, stage]}))
     assert [one.split(":")[0] for one in found] == [f"stages.{i}.distributed.cuda_graphs" for i in (0, 1)]
+
+
+def test_a_command_for_an_event_that_no_run_writes_is_refused_with_those_that_runs_write():
+    [said] = breaches({"logging": {"on_event": {"\x1b[31m": ["true"]}}})
+    assert said.startswith("logging.on_event.\\x1b[31m: no such event. Use one of: started, resumed, saved,")
+
+
+def test_every_event_that_the_code_writes_and_that_matters_may_have_a_command():
+    call = re.compile(r'(?:log_event|trackers\.event|self\.event|write_event)\((?:(?:self\.)?_?run_dir, )?"(\w+)"')
+    texts = [path.read_text() for path in Path(features.__file__).parents[1].rglob("*.py")]
+    written = {kind for text in texts for kind in call.findall(text)}
+    assert {"saved", "stopping", "hang", "failed", "died", "damaged", "rewound"} <= written
+    assert written - {"change_accepted"} <= set(features.EVENTS)
+
+
+@pytest.mark.parametrize(
+    ("logging", "says"),
+    [
+        ({}, None),
+        ({"prometheus": "{folder}/run.prom", "on_event": {"failed": [sys.executable, "-c", ""]}}, None),
+        ({"prometheus": "run.prom"}, None),
+        ({"prometheus": "{folder}/absent/run.prom"}, "logging.prometheus: the folder of {folder}/absent/run.prom does"),
+        ({"on_event": {"failed": ["no-such-program"]}}, "logging.on_event.failed: no-such-program is not a program on"),
+        ({"on_event": {"failed": ["curl -X POST"]}}, "logging.on_event.failed: curl -X POST is not a program on"),
+        ({"on_event": {"failed": [""]}}, "logging.on_event.failed:  is not a program on"),
+    ],
+)
+def test_a_destination_that_is_not_here_is_named_before_anything_starts(logging, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps(logging).replace("{folder}", str(tmp_path))
+    found = rules.not_installed(Recipe.model_validate(SMALL | {"logging": json.loads(text)}))
+    assert len(found) == (says is not None)
+    assert "".join(found).startswith((says or "").replace("{folder}", str(tmp_path)))
+
+
+def test_mlflow_without_its_package_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
+    [said] = rules.not_installed(Recipe.model_validate(SMALL | {"logging": {"mlflow": "file:mlruns"}}))
+    assert said.startswith("logging.mlflow: file:mlruns needs the package mlflow") and "mlflow-skinny" in said
+
+
+def test_a_recipe_that_runs_programs_says_which():
+    recipe = Recipe.model_validate(SMALL | {"logging": {"on_event": {"failed": ["/bin/sh", "-c", "x"]}}})
+    assert rules.warnings(recipe) == ["logging.on_event: the event `failed` runs the program '/bin/sh'."]

@@ -1,4 +1,5 @@
 import base64
+import datetime
 import os
 import pickle
 import shutil
@@ -12,8 +13,14 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousStateError
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.distributed import rendezvous
-from igla_mega.distributed.rendezvous import LoopbackRendezvous, loopback_store, open_rendezvous, shared_key
+from igla_mega.distributed import addresses, rendezvous
+from igla_mega.distributed.rendezvous import (
+    LoopbackRendezvous,
+    loopback_store,
+    open_rendezvous,
+    served_store,
+    shared_key,
+)
 
 
 def listening_addresses(port: int) -> set[str]:
@@ -35,21 +42,72 @@ def test_the_store_of_one_machine_listens_on_the_loopback_interface_only():
     assert store.get("key") == b"value"
 
 
-def test_a_machine_meets_itself_and_its_ranks_share_the_store():
+def test_a_machine_meets_itself_and_ranks_that_start_again_find_nothing_of_the_ones_before():
     handler = LoopbackRendezvous("run")
     first, second = handler.next_rendezvous(), handler.next_rendezvous()
-    assert (first.rank, first.world_size) == (0, 1)
-    assert first.bootstrap_store_info.master_addr == "127.0.0.1"
-    first.store.set("a", "b")
-    assert second.store.get("a") == b"b" and handler.num_nodes_waiting() == 0 and handler.shutdown()
+    assert (first.rank, first.world_size) == (second.rank, second.world_size) == (0, 1)
+    assert first.bootstrap_store_info.master_addr == second.bootstrap_store_info.master_addr == "127.0.0.1"
+    first.store.set("address of rank 0", "gone")
+    assert not second.store.check(["address of rank 0"])
+    assert handler.num_nodes_waiting() == 0 and handler.shutdown()
+
+
+LIMIT = datetime.timedelta(seconds=60)
+
+
+def test_rank_0_serves_the_store_of_the_ranks_at_the_master_address_only(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store = rendezvous._store_of_ranks(LIMIT, is_alone=False)
+    assert listening_addresses(port) == {"0100007F"}
+    # Other ranks find it as torch looks for it.
+    theirs = rendezvous.dist.PrefixStore("default_pg", rendezvous.dist.TCPStore("127.0.0.1", port, is_master=False))
+    store.set("key", "value")
+    assert theirs.get("key") == b"value"
+    for name, value in (("RANK", "1"), ("TORCHELASTIC_USE_AGENT_STORE", "True"), ("MASTER_ADDR", "no-such-host.")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            assert rendezvous._store_of_ranks(LIMIT, is_alone=False) is None
+
+
+def test_a_second_launcher_on_a_machine_uses_the_store_of_the_first(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    first, second = (rendezvous._rendezvous_store(RendezvousParameters("c10d", address, "run", 1, 2)) for _ in range(2))
+    first.set("key", "value")
+    assert second.get("key") == b"value"
+
+
+@pytest.mark.parametrize(
+    ("host", "resolved", "alone", "address"),
+    [
+        ("10.0.0.7", ["10.0.0.7"], False, "10.0.0.7"),
+        ("node7", ["192.0.2.1", "fd00::7"], False, "fd00::7"),
+        ("127.0.0.1", ["127.0.0.1"], False, "127.0.0.1"),
+        ("node7", ["127.0.1.1"], False, None),
+        ("localhost", ["::1", "127.0.0.1"], False, None),
+        ("localhost", ["::1", "127.0.0.1"], True, "::1"),
+        ("gateway", ["192.0.2.1"], False, None),
+        ("unknown", [], False, None),
+    ],
+)
+def test_only_an_address_that_other_machines_use_is_bound(monkeypatch, host, resolved, alone, address):
+    mine = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.7", "fd00::7"]}
+    monkeypatch.setattr(addresses, "own_addresses", lambda: mine)
+    monkeypatch.setattr(addresses, "_resolved", lambda host: resolved)
+    assert addresses.bindable(host, is_alone=alone) == address
 
 
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="makes a network namespace: needs root and iproute2"
 )
-def test_another_machine_cannot_reach_a_run_of_one_machine(tmp_path):
-    """A network namespace stands for the other machine: it connects to every port that the run has opened."""
-    name, here, there = f"igla{os.getpid()}", "10.213.7.1", "10.213.7.2"
+def test_another_machine_reaches_a_run_at_the_address_that_it_is_told_alone():
+    """A network namespace stands for the other machine: it connects to the ports that runs open."""
+    name, here, there, other = f"igla{os.getpid()}", "10.213.7.1", "10.213.7.2", "10.213.8.1"
     link = [f"ig{os.getpid()}a"[:15], f"ig{os.getpid()}b"[:15]]
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
@@ -58,25 +116,35 @@ def test_another_machine_cannot_reach_a_run_of_one_machine(tmp_path):
         for words in (
             ["link", "add", link[0], "type", "veth", "peer", "name", link[1], "netns", name],
             ["addr", "add", f"{here}/24", "dev", link[0]],
+            ["addr", "add", f"{other}/24", "dev", link[0]],
             ["link", "set", link[0], "up"],
             ["-n", name, "addr", "add", f"{there}/24", "dev", link[1]],
             ["-n", name, "link", "set", link[1], "up"],
+            ["-n", name, "route", "add", "10.213.8.0/24", "dev", link[1]],
         ):
             subprocess.run(["ip", *words], check=True)
-        store, port = loopback_store()
-        store.set("key", "value")
-        probe = (
-            "import socket; s = socket.socket(); s.settimeout(5)\n"
-            f"try:\n s.connect(({here!r}, {port})); print('open')\n"
-            "except OSError as error:\n print(type(error).__name__)"
-        )
-        command = ["ip", "netns", "exec", name, sys.executable, "-c"]
-        seen = subprocess.run([*command, probe], capture_output=True, text=True)
-        assert seen.stdout.strip() in ("ConnectionRefusedError", "TimeoutError"), seen
-        # The probe itself works: a port on the shared interface is reached.
+
+        def reached(address: str, port: int) -> str:
+            probe = (
+                "import socket; s = socket.socket(); s.settimeout(5)\n"
+                f"try:\n s.connect(({address!r}, {port})); print('open')\n"
+                "except OSError as error:\n print('refused')"
+            )
+            command = ["ip", "netns", "exec", name, sys.executable, "-c", probe]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+        alone, port = loopback_store()
+        assert reached(here, port) == reached(other, port) == "refused"
+        assert addresses.bindable(other) == other and addresses.towards(there) == here
+        # The ranks' store, and the one at which launchers meet, which hands its interface on to the ranks.
+        ranks, port = served_store(other, 0, LIMIT)
+        assert (reached(here, port), reached(other, port)) == ("refused", "open")
         with socket.create_server((here, 0)) as server:
-            probe = probe.replace(str(port), str(server.getsockname()[1]))
-            assert subprocess.run([*command, probe], capture_output=True, text=True).stdout.strip() == "open"
+            port = server.getsockname()[1]
+        parameters = RendezvousParameters("c10d", f"{here}:{port}", "run", 1, 2)
+        meeting = rendezvous._rendezvous_store(parameters)
+        assert (reached(here, port), reached(other, port), parameters.local_addr) == ("open", "refused", here)
+        del alone, ranks, meeting
     finally:
         subprocess.run(["ip", "netns", "del", name], check=False)
         subprocess.run(["ip", "link", "del", link[0]], check=False, capture_output=True)

@@ -53,6 +53,11 @@ def test_each_op_says_which_kernels_answer():
         assert ("CPU yes" in state) == built["cpu"] and ("CUDA yes" in state) == built["cuda"]
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
+def test_a_cpu_build_of_torch_has_no_kernel_for_a_gpu():
+    assert not [name for name, state, _ in installed.rows() if "CUDA yes" in state]
+
+
 def test_a_missing_build_says_how_to_get_one():
     rows = installed._kernels({"merge": {"cpu": False, "cuda": False}}, "csrc/ is not built; build it with `make`")
     assert rows[0][:2] == ("op merge", "CPU no, CUDA no") and "speed on CPU" in rows[0][2]

@@ -128,3 +128,10 @@ def test_nothing_held_out_is_refused_in_words(tmp_path):
 
 def test_perplexity_of_a_huge_loss_is_infinite():
     assert perplexity(1000.0) == math.inf
+
+
+def test_a_checkpoint_without_data_of_its_own_names_the_options_that_give_some(monkeypatch, tmp_path):
+    monkeypatch.setattr("igla_mega.evaluate.checkpoint.resolve_checkpoint", lambda path: path)
+    monkeypatch.setattr("igla_mega.evaluate.checkpoint.read_recipe", lambda path: tiny.recipe())
+    with pytest.raises(ConfigError, match=r"--data: not given.*\n.*--data PREFIX, or tasks with --tasks NAME"):
+        evaluate(tmp_path)

@@ -40,7 +40,7 @@ from igla_mega.config.load import dump
 from igla_mega.engine.build import load_into
 from igla_mega.engine.step import evaluate, train_step
 from igla_mega.evaluate.generate import sample
-from igla_mega.run import experts_of
+from igla_mega.plan.base_model import experts_of
 
 
 def trained(wanted, num_steps: int = 5) -> list[dict]:
@@ -198,13 +198,13 @@ def test_generation_routes_one_token_at_a_time(tmp_path):
 
 
 def test_experts_must_be_those_of_the_base_model():
-    dense, sparse = tiny.recipe(), recipe()
-    assert experts_of(dense, dense, Path("base")) is None
-    assert experts_of(sparse, dense, Path("base")) == experts_of(sparse, sparse, Path("base")) == sparse.moe
+    sparse = recipe().moe
+    assert experts_of(None, None, Path("base")) is None
+    assert experts_of(sparse, None, Path("base")) == experts_of(sparse, sparse, Path("base")) == sparse
     with pytest.raises(ConfigError, match=r"base is a dense model, but the recipe has 4 experts(.|\n)*--upcycle 4"):
-        experts_of(dense, sparse, Path("base"))
+        experts_of(None, sparse, Path("base"))
     with pytest.raises(ConfigError, match=r"moe\.num_experts: is 8, but base has 4"):
-        experts_of(sparse, recipe({"num_experts": 8}), Path("base"))
+        experts_of(sparse, recipe({"num_experts": 8}).moe, Path("base"))
 
 
 # --- the losses written out ---

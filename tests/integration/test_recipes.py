@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from igla_mega.config import rules
-from igla_mega.config.load import RECIPES, dump, load_recipe, packaged, scales
+from igla_mega.config.load import RECIPES, dump, load_recipe, packaged
+from igla_mega.config.scales import scales
 from igla_mega.config.schema import Recipe, json_schema
 from igla_mega.plan.choose import choose_layout
 

@@ -17,10 +17,12 @@ from small_run import events, lines, losses, write_recipe
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 
 from igla_mega import run as engine
+from igla_mega.checkpoint import store
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
 from igla_mega.config.load import load_recipe
 from igla_mega.distributed import torchrun
+from igla_mega.report.page import Page
 from igla_mega.train import loop
 from igla_mega.train.run_folder import lock_run_folder
 
@@ -195,13 +197,13 @@ def test_a_signal_in_the_last_step_of_a_phase_stops_before_its_fisher_is_taken(s
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", f"import os, signal, threading\nfrom igla_mega import cli\n{code}"]
+    command = [sys.executable, "-c", f"import os, signal, threading\nfrom igla_mega import cli, verbs\n{code}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS)
 
 
 def test_a_schedulers_signal_before_a_run_listens_asks_to_be_requeued():
-    assert run_python("cli._exit_on_signals(); os.kill(os.getpid(), signal.SIGUSR1); signal.pause()").returncode == 75
+    assert run_python("verbs.exit_on_signals(); os.kill(os.getpid(), signal.SIGUSR1); signal.pause()").returncode == 75
 
 
 def test_a_mistake_that_every_rank_meets_is_said_once():
@@ -223,6 +225,91 @@ def test_ranks_that_would_end_the_same_way_again_are_not_started_again(code, fix
     result = RunResult(WorkerState.FAILED, failures={0: SimpleNamespace(exitcode=code)})
     monkeypatch.setattr(torchrun.LocalElasticAgent, "_monitor_workers", lambda *_: result)
     assert agent._monitor_workers(SimpleNamespace()) is result and agent._remaining_restarts == left
+
+
+@pytest.mark.parametrize(
+    ("failures", "stop_signal", "expected"),
+    [
+        ({0: (1, 2.0), 1: (-9, 1.0)}, 0, ("killed", "rank 1 was ended by SIGKILL (the kernel also sends", 1)),
+        ({0: (1, 7.0), 1: (-9, 7.0)}, 0, ("killed", "rank 1 was ended by SIGKILL", 1)),
+        ({0: (1, 7.0), 1: (-9, 8.0)}, 0, ("killed", "rank 1 was ended by SIGKILL", 1)),
+        ({0: (1, 7.0), 1: (-11, 9.0)}, 0, ("failed", "rank 0 ended first, with exit code 1", 1)),
+        ({0: (-11, 1.0)}, 0, ("killed", "rank 0 was ended by SIGSEGV", 1)),
+        ({0: (1, 1.0), 3: (1, 0.5)}, 0, ("failed", "rank 3 ended first, with exit code 1", 1)),
+        ({0: (2, 1.0)}, 0, ("failed", "rank 0 ended first, with exit code 2", 2)),
+        ({0: (76, 2.0), 1: (-9, 1.0)}, 0, ("hung", "the watchdog ended the run, which was stuck", 76)),
+        ({0: (75, 1.0)}, 0, None),
+        ({0: (75, 1.0)}, signal.SIGTERM, None),
+        ({0: (130, 1.0)}, signal.SIGINT, None),
+        ({0: (-9, 1.0)}, signal.SIGTERM, ("killed", "rank 0 was ended by SIGKILL", 75)),
+        ({0: (1, 1.0)}, signal.SIGTERM, ("failed", "rank 0 ended first, with exit code 1", 1)),
+    ],
+)
+def test_a_launcher_reports_the_first_rank_that_ended_unless_it_recorded_its_stop(failures, stop_signal, expected):
+    agent, said = object.__new__(torchrun._Agent), []
+    agent.stop_signal, agent.oom_kills = stop_signal, 2**60
+    agent.ended = lambda *ended: said.append(ended)
+    ended = {rank: SimpleNamespace(exitcode=code, timestamp=time) for rank, (code, time) in failures.items()}
+    code = agent.report(RunResult(WorkerState.FAILED, failures=ended))
+    assert len(said) == (expected is not None)
+    for (kind, message, its_code), wanted in zip(said, [expected], strict=False):
+        assert (kind, its_code, code) == (wanted[0], wanted[2], wanted[2]) and message.startswith(wanted[1])
+
+
+def test_a_kill_for_want_of_memory_is_told_from_another(monkeypatch):
+    killed = RunResult(WorkerState.FAILED, failures={0: SimpleNamespace(exitcode=-9, timestamp=0.0)})
+    before = torchrun._oom_kills()
+    assert before >= 0
+    monkeypatch.setattr(torchrun, "_oom_kills", lambda: before + 1)
+    assert "out of memory: the kernel killed" in torchrun._cause(killed, before)[1]
+    assert "the kernel also sends SIGKILL" in torchrun._cause(killed, before + 1)[1]
+
+
+def full_disk() -> None:
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    store._write_folder = refuse
+
+
+def test_a_run_that_took_all_steps_and_saved_none_has_failed_and_is_not_finished(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    [said] = small_run.train(1, recipe, run, full_disk)
+    assert "All training of this run is lost" in said and max(losses(run)) == 8
+    summary = Page([run]).runs[0].summary()
+    assert (summary["state"], summary["step"], summary["total_steps"]) == ("failed", 8, 8)
+    assert "No space left on device" in summary["cause"] and "is lost" in summary["cause"]
+    small_run.train(1, recipe, run)
+    assert Page([run]).runs[0].summary()["state"] == "finished" and "died" not in events(run)
+    small_run.train(1, recipe, run)  # nothing to do
+    assert Page([run]).runs[0].summary()["state"] == "finished"
+    assert "  tensor_parallel: 1\n" in (text := (run / "recipe.yaml").read_text())
+    assert "  context_parallel: auto  # used: 1\n" in text and "  kernels: auto  # used: local\n" in text
+
+
+def test_the_page_tells_of_a_killed_rank_and_of_a_killed_launcher_at_once(tmp_path):
+    run = tmp_path / "run"
+    options = ["--run", run, "--nproc", 2, "--restarts", 1, "--set", "checkpoint.every_steps=2"]
+    process = start(write_recipe(tmp_path, training=LONG), *options)
+    until(process, (run / "checkpoints/latest").exists)
+    assert Page([run]).runs[0].summary()["state"] == "running"
+    [rank] = [p for p in psutil.Process(process.pid).children() if p.environ()["RANK"] == "1"]
+    rank.kill()
+    until(process, lambda: "resumed" in events(run))
+    [again] = [one for one in lines(run, "events.jsonl") if one["event"] == "restarting"]
+    assert (
+        again["message"].startswith("rank 1 was ended by SIGKILL") and "the ranks are started again" in again["message"]
+    )
+    until(process, lambda: max(losses(run)) > again["step"] + 2)
+    assert Page([run]).runs[0].summary()["state"] == "running"
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # the ranks go with it, and nobody is left who could write
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+    process.communicate()
+    summary = Page([run]).runs[0].summary()
+    assert (summary["state"], summary["says"][:4]) == ("dead", "dead"), summary
+    assert "ended without a record" in summary["cause"] and "the last checkpoint is that of step" in summary["cause"]
+    assert summary["command"].startswith("igla-mega train ") and "--restarts 1" in summary["command"]
 
 
 def train_until(step: int, recipe: str, run_dir: str) -> None:

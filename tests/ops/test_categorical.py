@@ -5,7 +5,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from igla_mega.ops.categorical import draw_labels, token_keys
+from igla_mega.ops.categorical import draw_labels, token_keys, uniform_int16
 from igla_mega.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -50,6 +50,20 @@ def test_padding_is_never_drawn():
     values = logits(300, 40)
     values[:, 35:] = 50.0
     assert draw_labels(values, token_keys(0, 0, torch.arange(300)), 0, 35).max() < 35
+
+
+@pytest.mark.parametrize("width", [4, 96, 97])
+def test_masks_of_tokens_are_uniform_and_depend_on_the_token_alone(width):
+    keys = token_keys(1, 3, torch.arange(4000))
+    drawn = uniform_int16(keys, width)
+    assert drawn.shape == (4000, width) and drawn.dtype == torch.int16
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(uniform_int16(keys[order], width), drawn[order]) and uniform_int16(keys[:0], width).numel() == 0
+    dropped = (drawn < -(2**15) + 6554).float()  # a tenth
+    deviation = (0.1 * 0.9 / dropped.numel()) ** 0.5
+    assert abs(dropped.mean() - 0.1) < 4 * deviation
+    both = (dropped[:, 1:] * dropped[:, :-1]).mean()
+    assert abs(both - 0.01) < 5 * deviation, "neighbours are independent"
 
 
 def in_columns(num_columns: int, limit: int) -> list[int]:

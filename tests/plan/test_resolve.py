@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,46 @@ def test_the_shape_of_a_base_model_that_is_not_here_is_assumed_and_said():
     assert base is not None and base.model.hidden_size == load_recipe("pretrain_7b").model.hidden_size
     assert len(notes) == 1 and "llama-7b" in notes[0]
     assert shape_of_base(load_recipe("pretrain_7b")) == (None, [])
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 256, "max_position_embeddings": 64,
+}  # fmt: skip
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def tuning(folder: Path, config: dict, **sections):
+    """A recipe that tunes a base model, whose folder has this config.json."""
+    (folder / "base").mkdir(exist_ok=True)
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    training = {"batch_size": 4, "total_steps": 1, "sequence_length": 32}
+    recipe = {"name": "tuned", "base_model": str(folder / "base"), "training": training, **sections}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return load_recipe(folder / "recipe.yaml")
+
+
+def test_the_experts_of_a_base_model_are_those_of_its_configuration(tmp_path):
+    recipe = tuning(tmp_path, MIXTRAL, distributed={"expert_parallel": 2, "strategy": "DDP", "tensor_parallel": 1})
+    base, notes = shape_of_base(recipe)
+    assert notes == [] and (base.moe.num_experts, base.moe.num_experts_per_tok) == (4, 2)
+    resolved = resolve(recipe, 2, "cpu", base=base)
+    assert resolved.recipe.moe == base.moe and resolved.layouts[0].expert == 2
+    with pytest.raises(ConfigError, match=r"distributed\.expert_parallel: 3 does not divide moe\.num_experts 4"):
+        resolve(recipe.with_keys({"distributed.expert_parallel": 3}), 3, "cpu", base=base)
+
+
+def test_experts_that_the_base_model_does_not_have_are_refused(tmp_path):
+    recipe = tuning(tmp_path, LLAMA, distributed={"expert_parallel": 2})
+    base, _ = shape_of_base(recipe)
+    with pytest.raises(ConfigError, match=r"expert_parallel: 2 without `moe:`"):
+        resolve(recipe, 2, "cpu", base=base)
+    with pytest.raises(ConfigError, match=r"is a dense model, but the recipe has 4 experts"):
+        shape_of_base(tuning(tmp_path, LLAMA, moe={"num_experts": 4}))
+    with pytest.raises(ConfigError, match=r"moe\.num_experts: is 8, but .* has 4"):
+        shape_of_base(tuning(tmp_path, MIXTRAL, moe={"num_experts": 8}))
+
+
+def test_a_base_model_that_is_not_here_is_assumed_to_have_experts_if_the_recipe_names_some():
+    base, [note] = shape_of_base(load_recipe("lora_7b", overrides=["distributed.expert_parallel=2"]))
+    assert base.moe.num_experts == 8 and "shape of moe_8x7b, 46.7B" in note

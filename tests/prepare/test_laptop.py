@@ -41,3 +41,26 @@ def test_a_base_given_by_a_path_that_is_not_there_is_not_replaced():
     recipe = load_recipe("continual_7b", scale="laptop", overrides=["base_model=./absent"])
     with pytest.raises(ConfigError, match="absent not found here"):
         laptop.with_base(recipe, None, num_ranks=1)
+
+
+def test_data_of_a_base_model_has_its_tokenizer_whatever_the_recipe_says_of_the_model(cache):
+    model = "{hidden_size: 64, num_layers: 2, num_heads: 4, intermediate_size: 96, vocab_size: 9000}"
+    recipe = load_recipe("continual_7b", scale="laptop", overrides=[f"model={model}"])
+    supplied = laptop.supplied(recipe, None, num_ranks=1, make=False)
+    assert supplied.data.tokenizer is not None and supplied.data.tokenizer.endswith("tokenizer_4096")
+
+
+def test_prepared_data_is_kept_apart_by_what_it_depends_on(cache):
+    def folder(*overrides: str) -> str | None:
+        recipe = load_recipe("pretrain_7b", scale="laptop", overrides=list(overrides))
+        return laptop.with_data(recipe, make=False).data.prepared
+
+    folders = [
+        folder(),
+        folder("model.vocab_size=5000"),
+        folder("data.cleaning={exact_duplicates: true}"),
+        folder("data.cleaning={min_characters: 10}"),
+        folder("data.text_key=body"),
+    ]
+    assert len(set(folders)) == len(folders) and str(folders[0]).endswith("prepared_4096")
+    assert folder("training.learning_rate=1e-3") == folders[0]

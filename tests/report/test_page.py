@@ -13,8 +13,10 @@ from report_runs import append, small_run, train_entry
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump, load_recipe
+from igla_mega.monitor.heartbeat import write_end
+from igla_mega.plan.time import model_flops_per_token
 from igla_mega.report import page as page_module
-from igla_mega.report.page import MAX_KEYS, STALE_SECONDS, Page, _flat, write_report
+from igla_mega.report.page import MAX_KEYS, Page, _flat, write_report
 
 
 @pytest.fixture
@@ -71,39 +73,75 @@ def test_the_head_says_state_steps_tokens_and_last_losses(run_dir):
     assert summary["subtitle"].startswith("5.93B parameters, sequences of 8,192 tokens")
 
 
-@pytest.mark.parametrize(
-    ("event", "later", "state"),
-    [
-        (None, 1.0, "running"),
-        (None, STALE_SECONDS + 30, "stale"),
-        ("stopping", 1.0, "stopped"),
-        ("finished", 1e6, "finished"),
-        ("hang", 1e6, "hung"),
-        ("resumed", 1.0, "running"),
-    ],
-)
-def test_a_run_is_running_finished_stopped_or_stale(run_dir, event, later, state):
-    if event:
-        append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": "stopping", "message": ""})
-        append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": event, "message": ""})
-    found = Page([run_dir]).runs[0].summary(now=os.stat(run_dir / "metrics.jsonl").st_mtime + later)
-    assert found["state"] == state
+def test_why_a_run_ended_and_what_resumes_it_stand_in_the_head(run_dir):
+    assert Page([run_dir]).runs[0].summary()["cause"] == ""
+    write_end(run_dir, {"kind": "failed", "message": "step 201 is bad", "exit_code": 1})
+    summary = Page([run_dir]).runs[0].summary()
+    assert (summary["state"], summary["says"]) == ("failed", "failed, just now") and "time left" not in dict(
+        summary["facts"]
+    )
+    assert summary["cause"].startswith("step 201 is bad. No step is lost") and summary["command"].startswith(
+        "igla-mega "
+    )
 
 
-def test_a_run_of_long_steps_is_not_stale_within_a_few_of_them(tmp_path):
-    append(tmp_path / "metrics.jsonl", *({**train_entry(step), "step_seconds": 120.0} for step in range(1, 9)))
-    summary = Page([tmp_path]).runs[0].summary
-    assert summary(now=time.time() + 600)["state"] == "running" and summary(now=time.time() + 2000)["state"] == "stale"
+def test_the_head_names_the_layout_that_ran_and_not_the_one_that_was_asked_for(run_dir):
+    assert Page([run_dir]).runs[0].summary()["subtitle"].endswith("BF16, FSDP")
+    layout = "DDP on one rank"
+    append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": "resumed", "message": "", "layout": layout})
+    assert Page([run_dir]).runs[0].summary()["subtitle"].endswith("BF16, DDP on one rank")
+
+
+def test_one_rate_stands_in_the_head_and_beside_the_plan(tmp_path):
+    """The first steps are slow, and rates differ: over other steps each would be another number."""
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 128, "vocab_size": 64}
+    training = {"batch_size": 8, "sequence_length": 64, "total_steps": 1000, "learning_rate": 1e-3}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "small", "model": shape, "training": training}))
+    flops = model_flops_per_token(load_recipe(tmp_path / "recipe.yaml"), 64)
+    rates = {step: 10.0 if step < 4 else 1000.0 * step for step in range(1, 131)}
+
+    def entry(step):
+        rate = rates[step]
+        more = {"tokens_per_second": rate, "mfu": rate / 1e6, "tflops_per_device": flops * rate / 1e12}
+        return train_entry(step) | more
+
+    for first, last in ((1, 8), (9, 40), (41, 130)):
+        append(tmp_path / "metrics.jsonl", *map(entry, range(first, last + 1)))
+        page = Page([tmp_path])
+        [news] = page.news(())["runs"]
+        expected = np.median([rates[one] for one in range(max(4, last - 49), last + 1)])
+        facts, plan = dict(news["summary"]["facts"]), news["rest"]["plan"]
+        measured = {name: value for name, _, value, _ in plan["rows"]}
+        assert measured["throughput"] == expected and measured["MFU"] == pytest.approx(expected / 1e4)
+        assert facts["tokens/s"] == f"{expected / 1000:.3g}k" and facts["MFU"] == f"{expected / 1e6:.1%}"
+        assert news["summary"]["note"] == f"tokens/s and MFU: medians of the last {min(50, last - 3)} steps"
+        assert plan["note"].startswith(f"medians of the last {min(50, last - 3)} steps, as above")
+
+
+def test_damage_kills_and_restarts_stand_among_the_events_with_their_lost_steps(run_dir):
+    append(
+        run_dir / "events.jsonl",
+        {"time": 1.7e9, "step": 6, "event": "damaged", "message": "step_00000008 is damaged", "lost_steps": 2},
+        {"time": 1.7e9, "step": 8, "event": "killed", "message": "rank 1 ended; 1 step is lost", "lost_steps": 1},
+        {"time": 1.7e9, "step": 8, "event": "killed", "message": "rank 1 ended", "lost_steps": -1},
+        {"time": 1.7e9, "step": 8, "event": "rewound", "message": "back", "lost_steps": True},
+    )
+    [run] = Page([run_dir]).news(())["runs"]
+    said = [event["message"] for event in run["rest"]["events"]]
+    assert "step_00000008 is damaged (2 steps are lost)" in said and "rank 1 ended; 1 step is lost" in said
+    assert "rank 1 ended" in said and "back" in said
+
+
+def test_a_run_at_its_last_step_is_finished_only_if_it_recorded_that(run_dir):
+    append(run_dir / "metrics.jsonl", train_entry(100_000))
+    assert Page([run_dir]).runs[0].summary()["state"] == "running"
+    write_end(run_dir, {"kind": "finished", "message": "", "exit_code": 0})
+    assert Page([run_dir]).runs[0].summary()["state"] == "finished"
 
 
 def test_a_run_says_on_how_many_devices_it_goes_on(run_dir):
     append(run_dir / "events.jsonl", {"time": 1.7e9, "step": 200, "event": "resumed", "message": "", "ranks": 56})
     assert dict(Page([run_dir]).runs[0].summary()["facts"])["devices"] == "56"
-
-
-def test_a_run_that_took_its_last_step_is_finished(run_dir):
-    append(run_dir / "metrics.jsonl", train_entry(100_000))
-    assert Page([run_dir]).runs[0].summary()["state"] == "finished"
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 1, "los', '{"step": 0, "unigram_entropy": 6.0}\n', "\0\0\0\n"])

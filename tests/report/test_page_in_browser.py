@@ -11,6 +11,7 @@ import pytest
 from report_runs import append, small_run, train_entry
 
 from igla_mega.config.load import dump, load_recipe
+from igla_mega.monitor.heartbeat import write_end
 from igla_mega.report import page as page_module
 from igla_mega.report.page import write_report
 from igla_mega.report.serve import open_server
@@ -267,6 +268,61 @@ def test_runs_beside_each_other_share_their_plots(visit, tmp_path):
     assert len(rows) == 2 and "120" in rows[1]
     view.locator("#facts input").nth(0).uncheck()
     assert all(name.startswith("two") for name in lines(view, "loss")) and window(view)[1] == 120
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "color"),
+    [("finished", "", "--accent"), ("requeued", "stopped by SIGTERM", "--muted"), ("killed", "rank 1 <b>", "--alarm")],
+)
+def test_the_state_its_cause_and_the_next_command_stand_below_the_name(kind, message, color, visit, tmp_path):
+    folder = small_run(tmp_path, steps=12)
+    running = visit(write_report(folder))
+    assert running.text_content("#state") == "● running" and running.is_hidden("#ends")
+    write_end(folder, {"kind": kind, "message": message, "exit_code": 1})
+    view = visit(write_report(folder))
+    of = "([what, name]) => { const s = getComputedStyle(document.querySelector(what)); "
+    painted = view.evaluate(of + "return s.color; }", ["#state .pill", ""])
+    wanted = view.evaluate(
+        "name => { const one = document.createElement('i'); one.style.color = `var(${name})`;"
+        " document.body.append(one); return getComputedStyle(one).color; }",
+        color,
+    )
+    assert painted == wanted
+    if kind == "finished":
+        assert view.is_hidden("#ends")
+    else:
+        assert message in view.text_content("#ends p") and view.text_content("#ends code").startswith("igla-mega ")
+
+
+def test_compared_runs_fit_the_screen_with_the_validation_losses_of_each(visit, tmp_path):
+    folders = [small_run(tmp_path / f"a-run-with-a-long-name-{number}") for number in range(5)]
+    for number, folder in enumerate(folders):
+        (folder / "recipe.yaml").write_text(dump(load_recipe("pretrain_7b")))
+        losses = {name: 2.0 + number / 10 for name in ("web", "code", "books", "papers", "wiki", "forum")}
+        append(folder / "metrics.jsonl", {"step": 200, "validation_loss": losses})
+    view = visit(write_report(folders[0], folders[1:]), width=1280)
+    assert view.evaluate("document.documentElement.scrollWidth") <= 1280
+    box = view.evaluate(
+        "(() => { const b = document.querySelector('#facts .scroll'); return [b.scrollWidth, b.clientWidth]; })()"
+    )
+    assert box[0] <= box[1], "nothing of the table is cut off"
+    rows = view.eval_on_selector_all("#facts tbody tr", "all => all.map(row => row.lastChild.textContent)")
+    assert rows == [
+        ", ".join(f"{name} {2.0 + number / 10:.3f}" for name in ("books", "code", "forum", "papers", "web", "wiki"))
+        for number in range(5)
+    ]
+
+
+def test_strips_have_an_axis(visit, report):
+    view = visit(report)
+    marks = view.eval_on_selector_all("#ranks-0 .marks i", "all => all.map(mark => mark.textContent)")
+    assert len(marks) == 3 and marks[0] == "0 s"
+    strip = view.evaluate(
+        "(() => { const mid = document.querySelector('#ranks-0 tbody tr .mid'); return parseFloat(mid.style.left); })()"
+    )
+    assert strip / 100 * float(marks[2].removesuffix(" s")) == pytest.approx(0.02, rel=0.03), "as the strips are drawn"
+    left = [view.locator(f"#ranks-0 {what}").first.bounding_box() for what in (".marks", "tbody .strip")]
+    assert (left[0]["x"], left[0]["width"]) == pytest.approx((left[1]["x"], left[1]["width"]), abs=1)
 
 
 def test_what_a_run_says_is_text_and_never_a_part_of_the_page(visit, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import small_run
 from small_run import Fault, events, lines, losses, write_recipe
 
+from igla_mega.report.page import Page
 from igla_mega.train.bad_steps import highest_loss
 
 LAYOUTS = {
@@ -39,6 +40,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_is_traced_to_rank
     )
     assert entry["samples"] == {"words": {"samples": [32, 40], "epochs": [0, 0]}}
     assert max(losses(tmp_path / "run")) == 4
+    summary = Page([tmp_path / "run"]).runs[0].summary()
+    assert summary["state"] == "failed" and summary["cause"].startswith("step 5 is bad"), summary
+    assert [one["lost_steps"] for one in lines(tmp_path / "run", "events.jsonl") if one["event"] == "failed"] == [0]
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "fsdp"])

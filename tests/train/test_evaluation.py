@@ -31,6 +31,7 @@ from igla_mega.evaluate import needle, scoring
 from igla_mega.evaluate.checkpoint import evaluate_tasks
 from igla_mega.evaluate.tasks import open_harness, run_tasks
 from igla_mega.plan.choose import choose_layout
+from igla_mega.train.evaluation import log_validation
 
 pytest.importorskip("lm_eval")
 VOCAB, LENGTH = 320, 64
@@ -447,3 +448,18 @@ def test_eval_for_machines_is_one_object_also_where_a_perplexity_overflows(monke
         "sources": {"web": {"loss": 1000.0, "perplexity": None, "tokens": 7}},
         "tasks": {"choose/acc": 0.5},
     }
+
+
+@pytest.mark.parametrize(("num_batches", "said"), [(4, "first 37 of 45 held-out sequences; `igla-mega eval`"), (5, "")])
+def test_a_loss_on_a_part_of_the_held_out_data_says_so(num_batches, said):
+    sizes = {"web": 40, "code": 5}
+    corpus = SimpleNamespace(validation_names=lambda: [*sizes], num_validation_samples=sizes.get)
+    evaluation = SimpleNamespace(num_batches=num_batches)
+    recipe = SimpleNamespace(evaluation=evaluation, form="text", name="mine")
+    lines: list[str] = []
+    session = SimpleNamespace(say=lines.append, trackers=SimpleNamespace(metrics=lambda entry: None))
+    share = SimpleNamespace(global_batch=8)
+    run = SimpleNamespace(corpus=corpus, recipe=recipe, share=share, session=session)
+    log_validation({"web": {"loss": 1.5}}, run, Progress(step=3))
+    assert lines[0].startswith("step 3: validation loss (nats/token)  web 1.500") and said in lines[0]
+    assert ("eval" in lines[0]) == bool(said)

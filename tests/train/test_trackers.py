@@ -3,19 +3,15 @@ import sys
 
 import pytest
 import torch
+from report_runs import opened
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Logging
+from igla_mega.monitor.heartbeat import read
 from igla_mega.train import metrics, trackers
-from igla_mega.train.trackers import Trackers, write_event
+from igla_mega.train.trackers import write_event
 
 QUIET = Logging(tensorboard=False)
-
-
-def opened(run_dir, logging, resume_step=0):
-    trackers = Trackers(run_dir, logging, {})
-    trackers.open(resume_step)
-    return trackers
 
 
 def written(path):
@@ -45,20 +41,38 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     trackers.close()
 
 
-def test_tensorboard_gets_every_number_at_its_step(tmp_path):
+def charts(folder):
+    """Step and value of every scalar, as tools that read event files with TensorBoard's defaults get them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert events.Tags()["tensors"] == []
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_lists_every_number_as_a_scalar_of_its_step(tmp_path):
     trackers = opened(tmp_path, Logging())
-    trackers.metrics({"step": 1, "stage": "tiny", "loss": 2.5, "mfu": None})
+    trackers.metrics({"step": 1, "stage": "tiny", "loss": 2.5, "mfu": None, "tokens": 2**40, "spike": True})
     trackers.metrics({"step": 2, "loss": 2.25, "validation_loss": {"web": 3.5}})
     trackers.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    found = {
-        tag: [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
+    assert charts(tmp_path) == {
+        "loss": [(1, 2.5), (2, 2.25)],
+        "tokens": [(1, 2**40)],
+        "spike": [(1, 1.0)],
+        "validation_loss/web": [(2, 3.5)],
     }
-    assert found == {"loss": [(1, 2.5), (2, 2.25)], "validation_loss/web": [(2, 3.5)]}
+
+
+def test_tensorboard_lists_each_step_once_after_a_resume_and_after_a_rewind(tmp_path):
+    for resume_step, steps in ((0, (1, 2, 3)), (2, (3, 4, 5))):
+        trackers = opened(tmp_path, Logging(), resume_step)
+        for step in steps:
+            trackers.metrics({"step": step, "loss": 10.0 * resume_step + step})
+        if resume_step:
+            trackers.rewind(3)
+            trackers.metrics({"step": 4, "loss": 44.0})
+        trackers.close()
+    assert charts(tmp_path) == {"loss": [(1, 1.0), (2, 2.0), (3, 23.0), (4, 44.0)]}
 
 
 def test_wandb_asked_for_and_absent_is_an_error_that_names_the_way_out(tmp_path, monkeypatch):
@@ -96,3 +110,27 @@ def test_a_line_that_a_killed_run_has_half_written_spoils_no_other(tmp_path):
     write_event(tmp_path, "resumed", 3, "from step 1")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert lines[1] == '{"step": 2, "ev' and json.loads(lines[2])["step"] == 3 and len(lines) == 3
+
+
+def test_every_part_that_watches_a_run_gets_its_steps_and_events(tmp_path):
+    out, prom = tmp_path / "out", tmp_path / "run.prom"
+    append = f"import os; open({str(out)!r}, 'a').write(os.environ['IGLA_EVENT'] + os.environ['IGLA_STEP'])"
+    logging = Logging(tensorboard=False, prometheus=str(prom), on_event={"saved": (sys.executable, "-c", append)})
+    trackers = opened(tmp_path, logging, 0)
+    trackers.metrics({"step": 3, "loss": 2.5})
+    trackers.event("saved", 3, "saved", where="shared")
+    trackers.close()
+    assert out.read_text() == "saved3"
+    assert 'igla_mega_loss{run="' in prom.read_text() and "igla_mega_last_checkpoint_step" in prom.read_text()
+    record = read(tmp_path)
+    assert (record["step"], record["saved_step"], record["end"]) == (3, 3, None)
+
+
+def test_a_file_of_state_that_cannot_be_written_is_given_up_and_the_run_is_not(tmp_path, capsys):
+    trackers = opened(tmp_path, Logging(tensorboard=False, prometheus="/proc/a.prom"), 0)
+    for step in (1, 2, 3):
+        trackers.event("saved", step, "saved", where="shared")
+        trackers.metrics({"step": step, "loss": 1.0})
+    trackers.close()
+    assert 1 <= capsys.readouterr().err.count("a tracker cannot write") <= 2
+    assert [one["step"] for one in written(tmp_path / "metrics.jsonl")] == [1, 2, 3]

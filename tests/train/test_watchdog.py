@@ -234,3 +234,15 @@ def test_above_64_ranks_the_times_are_summed_up():
     seconds = [1.0] * 99 + [3.0]
     assert stragglers.summary(seconds) == {"min": 1.0, "median": 1.0, "max": 3.0, "slowest_rank": 99}
     assert stragglers.slower(seconds, 1.5) == [99] and stragglers.slower([1.0, 2.0], 1.5) == [1]
+
+
+def test_a_hang_is_notified_once_it_is_recorded_and_before_the_process_ends(tmp_path, monkeypatch):
+    dog, said = object.__new__(watchdog.Watchdog), []
+    dog.run_dir, dog.folder, dog.heartbeat = tmp_path, tmp_path / watchdog.HANG, Heartbeat(step=3)
+    dog._reported, dog.notify = None, lambda entry: said.append(("notified", entry["event"], entry["step"]))
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: said.append(code))
+    dog._end([])
+    dog._report("the run is stuck: no progress for 60 s.")
+    dog._end([])
+    assert said == [76, ("notified", "hang", 3), 76]
+    assert [one["event"] for one in lines(tmp_path, "events.jsonl")] == ["hang"]

@@ -1,6 +1,17 @@
 // The page as a whole: its head, its layout, and the handling of mouse and keys.
 
-const STATES = { running: "●", finished: "✓", stopped: "■", stale: "◌", empty: "○", hung: "‖" };
+const STATES = {
+  running: "●",
+  restarting: "↻",
+  finished: "✓",
+  stopped: "■",
+  failed: "✖",
+  dead: "✖",
+  stale: "◌",
+  empty: "○",
+  hung: "‖",
+};
+const VALIDATION = "validation, ";
 const THEMES = { auto: "◐ auto", light: "○ light", dark: "● dark" };
 let plots = [],
   heats = [],
@@ -13,11 +24,31 @@ const tables = new Map();
 function pill(summary) {
   return el("span", { class: `pill ${summary.state}` }, `${STATES[summary.state] ?? ""} ${summary.says}`);
 }
+// Why a run is not running, and the command that resumes it.
+function ending(run) {
+  const { state, cause, command } = run.summary;
+  if (!cause && !command) return null;
+  return el(
+    "div",
+    { class: `ending ${state}` },
+    cause ? el("p", {}, (comparing() ? `${run.name}: ` : "") + cause) : null,
+    command ? el("p", { class: "command" }, "resume: ", el("code", {}, command)) : null,
+  );
+}
+// The validation losses of a run in one cell: a column for each source of each run would not fit the screen.
+function validation(run) {
+  const facts = run.summary.facts.filter(([name]) => name.startsWith(VALIDATION));
+  return facts.map(([name, value]) => `${name.slice(VALIDATION.length)} ${value}`).join(", ") || "–";
+}
 function head() {
   const facts = byId("facts"),
     first = runs[0];
   byId("subtitle").textContent = first.summary.subtitle;
   byId("state").replaceChildren(pill(first.summary));
+  byId("note").textContent = first.summary.note;
+  const ends = runs.map(ending).filter(Boolean);
+  byId("ends").hidden = !ends.length;
+  byId("ends").replaceChildren(...ends);
   const bar = byId("progress");
   bar.hidden = !first.summary.total_steps;
   if (!bar.hidden) {
@@ -34,10 +65,11 @@ function head() {
       ),
     );
   else {
-    const names = [...new Set(runs.flatMap((run) => run.summary.facts.map(([name]) => name)))];
+    const all = [...new Set(runs.flatMap((run) => run.summary.facts.map(([name]) => name)))],
+      names = all.filter((name) => !name.startsWith(VALIDATION));
     facts.replaceChildren(
       table(
-        ["run", "state", ...names],
+        ["run", "state", ...names, "validation"],
         runs.map((run) => {
           const facts = new Map(run.summary.facts),
             color = ink.lines[run.index % ink.lines.length];
@@ -62,6 +94,7 @@ function head() {
             ),
             el("td", {}, pill(run.summary)),
             ...names.map((name) => facts.get(name) ?? "–"),
+            validation(run),
           ];
         }),
         "Runs",

@@ -28,6 +28,15 @@ function table(heads, rows, name) {
     ),
   );
 }
+// The axis of a column of strips: its ends and its middle, in the words of `say`.
+function scale(title, most, say) {
+  const marks = [0, 0.5, 1].map((share) => {
+    const mark = el("i", {}, say(share * most));
+    mark.style.left = `${100 * share}%`;
+    return mark;
+  });
+  return el("span", { class: "axis" }, title, el("span", { class: "marks" }, ...marks));
+}
 function tall(node) {
   node.classList.add("tall");
   return node;
@@ -167,7 +176,7 @@ function ranks(run) {
     "Step times of ranks",
     "box: middle half; line: 5 to 95 %; ◆ the slowest median",
     false,
-    tall(table(["", "seconds per step", "median", "95 %"], rows, "Step times of ranks")),
+    tall(table(["", scale("seconds per step", most, secs), "median", "95 %"], rows, "Step times of ranks")),
   );
 }
 function slowest(run) {
@@ -209,7 +218,7 @@ function sources(run) {
     "Data by source",
     `${run.sources.unit} consumed; the tick is data.mix`,
     false,
-    table(["", "share", "consumed", "data.mix", run.sources.unit], rows, "Data by source"),
+    table(["", scale("share", 1, percent), "consumed", "data.mix", run.sources.unit], rows, "Data by source"),
   );
 }
 function eventList() {
