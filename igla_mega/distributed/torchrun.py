@@ -205,11 +205,18 @@ def _exit_code(result: RunResult, stop_signal: int) -> int:
 def _first(result: RunResult) -> tuple:
     """Return the rank that failed first and its failure."""
     # By time, not by rank: ranks that lose a peer fail soon after it, with errors about the lost connection. Times are
-    # whole seconds; of failures within one, a signal is the cause and an exit code the consequence.
+    # whole seconds; of failures within one, a signal is the cause and an exit code the consequence. Not SIGTERM: torch
+    # sends it to the ranks that are left.
     first = min(failure.timestamp for failure in result.failures.values())
+    sent = -signal.SIGTERM
     return min(
         result.failures.items(),
-        key=lambda item: (item[1].timestamp - first > 1, item[1].exitcode >= 0, item[1].timestamp),
+        key=lambda item: (
+            item[1].timestamp - first > 1,
+            item[1].exitcode == sent,
+            item[1].exitcode >= 0,
+            item[1].timestamp,
+        ),
     )
 
 

@@ -14,11 +14,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "igla_mega"
 NEW_FOLDER = {
     "checkpoint/adapters": "below a folder that `appearing` has just made",
     "checkpoint/hugging_face": "below a folder that `appearing` has just made",
+    "checkpoint/hf_tokenizer": "below a folder that `appearing` has just made",
     "checkpoint/load": "below a folder that it has just made",
     "checkpoint/remote": "below a folder that it has just made",
     "data/tokenizer": "`train_bpe` writes where its caller asks for",
     "distributed/rendezvous": "exclusive creation",
     "doctor/measure": "exclusive creation of random names",
+    "guide/suggest": "exclusive creation, and below a temporary folder",
     "prepare/toy_corpus": "below a temporary folder",
     "prepare/toy_tasks": "below a temporary folder",
     "report/scaling": "the file that the user names",

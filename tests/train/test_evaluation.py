@@ -428,17 +428,19 @@ def test_a_run_without_a_tokenizer_is_refused_before_a_step(corpus, tmp_path):
 # --- the command ---
 
 
-def test_options_of_tasks_without_tasks_are_refused_in_words():
+def test_options_of_tasks_without_tasks_are_refused_in_words(tmp_path):
     for words, said in (
         (["--limit", "3"], "--limit: only with --tasks"),
         (["--tasks", " , "], "--tasks: names no task"),
         (["--tasks", "a", "--data", "x", "--nproc", "2"], "--data: is measured in one process"),
     ):
-        result = CliRunner().invoke(cli.app, ["eval", "nowhere", *words])
+        result = CliRunner().invoke(cli.app, ["eval", str(tmp_path), *words])
         assert isinstance(result.exception, ConfigError) and said in str(result.exception)
 
 
-def test_eval_for_machines_is_one_object_also_where_a_perplexity_overflows(monkeypatch):
+def test_eval_for_machines_is_one_object_also_where_a_perplexity_overflows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
     monkeypatch.setattr("igla_mega.evaluate.checkpoint.evaluate", lambda *_: {"web": (1000.0, math.inf, 7)})
     monkeypatch.setattr("igla_mega.evaluate.checkpoint.evaluate_tasks", lambda *_: {"choose/acc": 0.5})
     words = ["eval", "run", "--data", "web", "--tasks", "choose", "--json"]
