@@ -67,6 +67,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "__main__": "test_cli.py",
     "run": "integration/test_phases.py integration/test_stops.py",
     "verbs": "test_cli.py",
+    "config/needed": "config/test_rules.py train/test_evaluation.py",
     "checkpoint/base": "checkpoint/test_adapters.py",
     "checkpoint/folder": "checkpoint/test_store.py",
     "checkpoint/frozen_base": "integration/test_tuning.py integration/test_experts_tuned.py",

@@ -93,6 +93,8 @@ def _values(schema: dict) -> str:
     if arms:
         return _cell(" or ".join(dict.fromkeys(filter(None, map(_values, arms)))))
     kind = schema.get("type", "")
+    if isinstance(kind, list):  # of a section or a list that may be null
+        kind = kind[0]
     if kind == "array":
         inner = schema.get("items", {})
         return f"list of {_values(inner)}" if _values(inner) else "list"

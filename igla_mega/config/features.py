@@ -241,6 +241,7 @@ class RopeScaling(Section):
 
 EVENTS = (
     "started", "resumed", "saved", "save_failed", "evaluated", "spike", "skipped", "rewound", "straggler", "damaged",
+    "repaired", "lines_missing",
     "hang", "killed", "died", "restarting", "failed", "stopping", "finished",
 )  # fmt: skip
 """Kinds of events for which a command can be given."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from igla_mega.config import json_text
-from igla_mega.config.files import no_follow
+from igla_mega.config.files import no_follow, regular
 from igla_mega.distributed.environment import LAUNCHER
 
 FILE = "heartbeat.json"
@@ -84,7 +84,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     """Return the record of a run folder; None if there is none, or one that no version of this program wrote."""
     for _ in range(3):
         try:
-            with open(run_dir / FILE, "rb") as file:
+            with open(run_dir / FILE, "rb", opener=regular) as file:
                 record = json_text.loads(file.read(SIZE_BYTES))
         except OSError:
             return None
@@ -132,7 +132,7 @@ def unrecorded_end(run_dir: Path) -> tuple[int, int, str] | None:
 def last_step(run_dir: Path, record: Mapping[str, Any]) -> int:
     """Return the last step that a run completed: that of the last whole line of metrics.jsonl, else of the record."""
     try:
-        with open(run_dir / "metrics.jsonl", "rb") as file:
+        with open(run_dir / "metrics.jsonl", "rb", opener=regular) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.config.files import write_text
+from igla_mega.config.files import read_text, write_text
 
 ID_FILE = "mlflow_id"
 """File of the run folder with the id under which a resume continues the charts."""
@@ -86,7 +86,7 @@ class MlflowRun:
         """Return the id of the run at MLflow: that of the run folder, or a new one."""
         path = run_dir / ID_FILE
         if path.is_file():
-            known = path.read_text(encoding="utf-8").strip()
+            known = read_text(path).strip()
             with contextlib.suppress(self._error):  # the database may have been replaced since
                 self._client.update_run(known, "RUNNING")
                 return known

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igla_mega.config.files import write_text
+from igla_mega.config.files import read_text, write_text
 
 EVERY_SECONDS = 5.0
 """Minimum time between two writes of the file, in seconds; an event is written at once."""
@@ -84,7 +84,7 @@ def mark_failed(path: Path, run: str) -> None:
         OSError: there is no such file, or it cannot be replaced.
     """
     heads = ("igla_mega_state{", "# HELP igla_mega_state ", "# TYPE igla_mega_state ")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(path, "replace").splitlines()
     lines = [line for line in lines if not line.startswith(heads)]
     _replace(path, "\n".join([*lines, *_states(_label(run), "failed")]) + "\n")
 

@@ -8,7 +8,7 @@ there, such as a micro-batch that does not divide the batch, fits on no number o
 import math
 from collections.abc import Iterator, Sequence
 
-from igla_mega.config import rules
+from igla_mega.config import needed, rules
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.prepared import missing_keys, unknown_sources
@@ -19,7 +19,7 @@ from igla_mega.plan.choose import stages_of
 
 def refusals(recipe: Recipe) -> list[str]:
     """Return every breach of a recipe that can be known without its data, its base model and the ranks of the run."""
-    found = [*rules.breaches(recipe), *rules.not_yet(recipe), *rules.not_installed(recipe)]
+    found = [*rules.breaches(recipe), *rules.not_yet(recipe), *needed.not_installed(recipe)]
     trained: list[Recipe] = []
     parts = parts_of(recipe)
     for i, part in enumerate(parts):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igla_mega.config import features, rules, rules_experts
+from igla_mega.config import features, needed, rules, rules_experts
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.merging import merge
 from igla_mega.config.near import near_divisors
@@ -599,14 +599,14 @@ def test_every_event_that_the_code_writes_and_that_matters_may_have_a_command():
 def test_a_destination_that_is_not_here_is_named_before_anything_starts(logging, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = json.dumps(logging).replace("{folder}", str(tmp_path))
-    found = rules.not_installed(Recipe.model_validate(SMALL | {"logging": json.loads(text)}))
+    found = needed.not_installed(Recipe.model_validate(SMALL | {"logging": json.loads(text)}))
     assert len(found) == (says is not None)
     assert "".join(found).startswith((says or "").replace("{folder}", str(tmp_path)))
 
 
 def test_mlflow_without_its_package_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
-    [said] = rules.not_installed(Recipe.model_validate(SMALL | {"logging": {"mlflow": "file:mlruns"}}))
+    monkeypatch.setattr(needed.importlib.util, "find_spec", lambda name: None)
+    [said] = needed.not_installed(Recipe.model_validate(SMALL | {"logging": {"mlflow": "file:mlruns"}}))
     assert said.startswith("logging.mlflow: file:mlruns needs the package mlflow") and "mlflow-skinny" in said
 
 

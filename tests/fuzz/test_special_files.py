@@ -163,6 +163,9 @@ OUR_OWN = {
     "doctor/measure": "/proc/cpuinfo",
     "plan/calibration": "/proc/cpuinfo",
     "layout/hardware": "/proc/driver/nvidia",
+    "distributed/torchrun": "/proc/vmstat",
+    "monitor/heartbeat": "/proc of a process and of the boot",
+    "guide/explain": "files of the package",
     "report/page": "files of the package",
 }
 """Files with reads of paths that are not given, and what they read."""

@@ -18,7 +18,7 @@ from igla_mega import cli
 from igla_mega import run as whole_run
 from igla_mega.checkpoint import store
 from igla_mega.checkpoint.progress import Progress, Retention
-from igla_mega.config import rules
+from igla_mega.config import needed
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import dump, load_recipe
 from igla_mega.config.schema import Needle, Tasks
@@ -411,11 +411,11 @@ def test_tasks_that_cannot_run_are_refused_in_words_before_the_first_step(corpus
 
 def test_without_lm_eval_a_recipe_with_tasks_is_refused_with_the_extra_s_name(monkeypatch, corpus, task_files):
     recipe = recipe_of(corpus, evaluated=everything(task_files))
-    assert rules.not_installed(recipe) == []
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
-    [said] = rules.not_installed(recipe)
+    assert needed.not_installed(recipe) == []
+    monkeypatch.setattr(needed.importlib.util, "find_spec", lambda name: None)
+    [said] = needed.not_installed(recipe)
     assert "igla-mega[eval]" in said
-    assert rules.not_installed(recipe_of(corpus)) == []
+    assert needed.not_installed(recipe_of(corpus)) == []
 
 
 def test_a_run_without_a_tokenizer_is_refused_before_a_step(corpus, tmp_path):
