@@ -92,7 +92,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "config/tiers": "config/test_load.py",
     "config/yaml_text": "config/test_load.py fuzz/test_recipes.py",
     "data/ahead": "data/test_prefetch.py",
-    "data/conversations": "prepare/test_samples.py integration/test_conversations.py",
+    "data/tuning/conversations": "prepare/test_samples.py integration/test_conversations.py",
     "data/dali": "data/test_prefetch.py",
     "data/journal": "prepare/test_resume.py",
     "data/loader": "data/test_prefetch.py",

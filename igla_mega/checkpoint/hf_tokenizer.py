@@ -11,9 +11,9 @@ from igla_mega.checkpoint.folder import TOKENIZER, bos_rule_of, tokenizer_of
 from igla_mega.checkpoint.hf_config import read_json
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data import chat
 from igla_mega.data.tokenizer import load_tokenizer
-from igla_mega.data.turns import special_ids
+from igla_mega.data.tuning import chat
+from igla_mega.data.tuning.turns import special_ids
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

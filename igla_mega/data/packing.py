@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import Sample
 from igla_mega.data.document_packing import best_fit
+from igla_mega.data.tuning.chat import Sample
 from igla_mega.data.windows import feistel_permutation, round_keys
 
 

@@ -11,8 +11,8 @@ from igla_mega.checkpoint.load import load_states, load_weights, spread_masters
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import Corpus, Dataset, Sampling
-from igla_mega.data.conversations import Conversations, Pairs
 from igla_mega.data.prepared import sample_prefixes, source_prefixes
+from igla_mega.data.tuning.conversations import Conversations, Pairs
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine import ddp, fsdp
 from igla_mega.engine.step import Engine

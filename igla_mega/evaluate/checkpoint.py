@@ -14,10 +14,10 @@ from igla_mega.checkpoint.load_model import load_model, single_process_layout
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe, Tasks
 from igla_mega.data.batches import BatchShard, Dataset, on_device
-from igla_mega.data.conversations import Pairs
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import source_prefixes
 from igla_mega.data.tokenizer import load_tokenizer
+from igla_mega.data.tuning.conversations import Pairs
 from igla_mega.data.windows import split_point
 from igla_mega.distributed import host
 from igla_mega.distributed.mesh import build_mesh, destroy_process_groups, init_process_groups, single_process_mesh

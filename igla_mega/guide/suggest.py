@@ -16,9 +16,9 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.names import printable, safe_name
 from igla_mega.config.schema import Model
-from igla_mega.data import chat, forms
 from igla_mega.data.raw_files import ROWS, TEXT
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from igla_mega.data.tuning import chat, forms
 from igla_mega.prepare.formats import How, Input, blocks_of, whole
 from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import objects_of, texts_of

@@ -20,10 +20,10 @@ from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import write_text
 from igla_mega.config.schema import Recipe
-from igla_mega.data import chat, forms, limits, pairs
 from igla_mega.data.indexed import IndexedWriter, token_dtype
 from igla_mega.data.prepared import TARGETS, sample_prefixes
 from igla_mega.data.tokenizer import Tokenizer, load_tokenizer
+from igla_mega.data.tuning import chat, forms, limits, pairs
 from igla_mega.prepare.bar import say
 from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import objects_of

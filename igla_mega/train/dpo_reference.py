@@ -20,8 +20,8 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
 from igla_mega.config.files import no_follow
 from igla_mega.data.batches import BatchShard, on_device
-from igla_mega.data.conversations import Pairs
 from igla_mega.data.micro_batch import MicroBatch
+from igla_mega.data.tuning.conversations import Pairs
 from igla_mega.engine.step import Engine, Objective, scheduled
 from igla_mega.objective import dpo
 from igla_mega.train.session import Session

@@ -15,7 +15,7 @@ from igla_mega.config import load
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import BatchShard, Corpus, Dataset
 from igla_mega.data.blend import MIXES
-from igla_mega.data.conversations import Pairs
+from igla_mega.data.tuning.conversations import Pairs
 from igla_mega.distributed.mesh import Mesh
 from igla_mega.engine.build import build_engine, frozen_chunks, load_into, open_corpus
 from igla_mega.engine.heartbeat import follow_layers

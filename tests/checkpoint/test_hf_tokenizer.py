@@ -13,8 +13,8 @@ from igla_mega.checkpoint.adapters import export_folder as export_adapters
 from igla_mega.checkpoint.hf_tokenizer import export_tokenizer
 from igla_mega.config.features import Lora
 from igla_mega.config.load import load_recipe
-from igla_mega.data import chat
 from igla_mega.data.tokenizer import train_bpe
+from igla_mega.data.tuning import chat
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,11 +19,11 @@ from tokenizers import processors
 from igla_mega.checkpoint.folder import bos_rule_of
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.schema import Recipe
-from igla_mega.data import pairs
-from igla_mega.data.chat import tokenize
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import bos_rule, refuse_other_bos
 from igla_mega.data.tokenizer import load_tokenizer
+from igla_mega.data.tuning import pairs
+from igla_mega.data.tuning.chat import tokenize
 from igla_mega.prepare.merge import merge
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
 from igla_mega.prepare.samples import prepare_samples
@@ -224,7 +224,7 @@ def pair_of(line: dict, tokenizer):
 
 
 def test_a_rendered_conversation_begins_as_its_template_says(make):
-    from igla_mega.data.chat import load_template
+    from igla_mega.data.tuning.chat import load_template
 
     turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     own = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import Sample
 from igla_mega.data.document_packing import best_fit
 from igla_mega.data.packing import Packing, fill_row
+from igla_mega.data.tuning.chat import Sample
 
 
 def lengths(n=1000, longest=512, seed=0):

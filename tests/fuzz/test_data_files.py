@@ -17,9 +17,10 @@ from hostile import altered, damaged, refused, scratch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from igla_mega.data import chat, forms, journal, limits, pairs, raw_files
+from igla_mega.data import journal, raw_files
 from igla_mega.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.data.tuning import chat, forms, limits, pairs
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.manifest import damage, index_entry, modified_inputs
 from igla_mega.prepare.merge import merge

@@ -21,7 +21,8 @@ from igla_mega.config import files, json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import load_recipe
 from igla_mega.config.schema import Model
-from igla_mega.data import blend, chat, document_packing, indexed, journal, tokenizer
+from igla_mega.data import blend, document_packing, indexed, journal, tokenizer
+from igla_mega.data.tuning import chat
 from igla_mega.layout import hardware
 from igla_mega.plan import base_model, calibration
 from igla_mega.prepare import formats, manifest

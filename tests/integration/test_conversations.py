@@ -8,10 +8,10 @@ import tiny
 import torch
 import tuned
 
-from igla_mega.data import chat
 from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
 from igla_mega.data.packing import Packing, fill_row
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.data.tuning import chat
 from igla_mega.engine.step import evaluate
 from igla_mega.model.output import TokenLogProbs
 from igla_mega.model.spec import Documents

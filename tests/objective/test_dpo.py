@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from igla_mega.checkpoint.hf_names import weights_of
 from igla_mega.config.features import Dpo
 from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
-from igla_mega.data.pairs import Pair, rows_of
+from igla_mega.data.tuning.pairs import Pair, rows_of
 from igla_mega.engine.step import _shard_for_context_parallel
 from igla_mega.model.output import TokenLogProbs
 from igla_mega.model.shards import named_shards

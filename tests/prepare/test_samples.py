@@ -17,10 +17,10 @@ from igla_mega.config.errors import ConfigError
 from igla_mega.config.features import Dpo
 from igla_mega.config.schema import Recipe
 from igla_mega.data.batches import BatchShard
-from igla_mega.data.conversations import Conversations, Pairs
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.prepared import TARGETS
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.data.tuning.conversations import Conversations, Pairs
 from igla_mega.distributed.mesh import Axis
 from igla_mega.objective import dpo
 from igla_mega.prepare import toy_tasks

@@ -6,8 +6,8 @@ import os
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import chat
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.data.tuning import chat
 from igla_mega.untrusted import trial
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import Sample
-from igla_mega.data.pairs import Pair
 from igla_mega.data.tokenizer import Tokenizer
+from igla_mega.data.tuning.chat import Sample
+from igla_mega.data.tuning.pairs import Pair
 
 TooLong = Literal["error", "cut", "skip"]
 _WAYS_OUT = "  Raise it, shorten the line, or set data.too_long to `cut` or `skip`."

@@ -20,9 +20,9 @@ import numpy as np
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_text
-from igla_mega.data.forms import Conversation, Message
 from igla_mega.data.tokenizer import Tokenizer
-from igla_mega.data.turns import Span, rendered, special_ids
+from igla_mega.data.tuning.forms import Conversation, Message
+from igla_mega.data.tuning.turns import Span, rendered, special_ids
 from igla_mega.untrusted import trial
 from igla_mega.untrusted.child import no_panic
 from igla_mega.untrusted.sandbox import MAX_SOURCE_BYTES, Sandbox

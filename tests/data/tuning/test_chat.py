@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import chat, forms
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.data.tuning import chat, forms
 
 CHATML = (
     "{% for message in messages %}"

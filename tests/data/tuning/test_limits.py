@@ -6,9 +6,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import Sample
-from igla_mega.data.limits import Limits, limit_pair, limit_sample
-from igla_mega.data.pairs import Pair
+from igla_mega.data.tuning.chat import Sample
+from igla_mega.data.tuning.limits import Limits, limit_pair, limit_sample
+from igla_mega.data.tuning.pairs import Pair
 
 END = 9
 ENDS = frozenset({END, 8})

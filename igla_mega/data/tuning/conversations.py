@@ -13,12 +13,12 @@ import numpy as np
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.data.batches import BatchShard, as_tensor, fingerprint_of
-from igla_mega.data.chat import Sample
 from igla_mega.data.indexed import IndexedReader
 from igla_mega.data.micro_batch import SEQUENCES, MicroBatch
 from igla_mega.data.packing import Packing, Row, fill_row
-from igla_mega.data.pairs import Pair, rows_of
 from igla_mega.data.prepared import TARGETS
+from igla_mega.data.tuning.chat import Sample
+from igla_mega.data.tuning.pairs import Pair, rows_of
 from igla_mega.data.windows import feistel_permutation, round_keys
 
 

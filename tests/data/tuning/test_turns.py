@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import chat, turns
-from igla_mega.data.forms import conversation_of
 from igla_mega.data.tokenizer import load_tokenizer
+from igla_mega.data.tuning import chat, turns
+from igla_mega.data.tuning.forms import conversation_of
 
-CASES = Path(__file__).parents[1] / "cases"
+CASES = Path(__file__).parents[2] / "cases"
 LLAMA3_FIRST = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = '<|im_start|>' + message['role'] + '<|im_end|>\n\n'+ message['content'] | trim + '</s>' %}"

@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.forms import Conversation, Message, lost_part, lost_tool, refuse_surrogates, text_end
 from igla_mega.data.tokenizer import Tokenizer
+from igla_mega.data.tuning.forms import Conversation, Message, lost_part, lost_tool, refuse_surrogates, text_end
 
 
 class Template(Protocol):

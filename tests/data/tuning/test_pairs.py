@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import pairs
-from igla_mega.data.chat import load_template
 from igla_mega.data.tokenizer import load_tokenizer, train_bpe
+from igla_mega.data.tuning import pairs
+from igla_mega.data.tuning.chat import load_template
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_tools_and_calls_are_in_the_prompt_and_the_answer(tmp_path):
 def test_an_answer_ends_before_the_header_that_a_template_always_writes(tmp_path):
     chat_tokenizers.make(tmp_path)
     tokenizer = load_tokenizer(tmp_path / "tokml")
-    template = load_template(tmp_path / "tokml", Path(__file__).parents[1] / "cases" / "generation_header.jinja")
+    template = load_template(tmp_path / "tokml", Path(__file__).parents[2] / "cases" / "generation_header.jinja")
     pair = pairs.pair_of({**TURNS, "prompt": QUESTION}, tokenizer, template, "f:1")
     prompt, *answers = (tokenizer.decode(part) for part in pair)
     assert prompt.endswith("f?<|im_end|>\n<|im_start|>assistant\n") and answers == ["yes<|im_end|>", "no<|im_end|>"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data import forms
+from igla_mega.data.tuning import forms
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "area", "arguments": {"radius": 2.5, "unit": 'a "b"'}}}
 TOOL = {

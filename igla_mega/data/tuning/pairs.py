@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from igla_mega.config.errors import ConfigError
-from igla_mega.data.chat import Sample, ended
-from igla_mega.data.forms import (
+from igla_mega.data.packing import Row, fill_row
+from igla_mega.data.tokenizer import Tokenizer
+from igla_mega.data.tuning.chat import Sample, ended
+from igla_mega.data.tuning.forms import (
     Conversation,
     checked,
     conversation,
@@ -32,9 +34,7 @@ from igla_mega.data.forms import (
     refuse_unknown,
     tools_of,
 )
-from igla_mega.data.packing import Row, fill_row
-from igla_mega.data.tokenizer import Tokenizer
-from igla_mega.data.turns import Template, rendered, special_ids
+from igla_mega.data.tuning.turns import Template, rendered, special_ids
 
 _ASSISTANT = "\n\nAssistant:"
 _KEYS = ("prompt", "chosen", "rejected")
