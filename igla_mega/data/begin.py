@@ -62,7 +62,7 @@ def of_hugging_face(engine: Any, file: Path, vocabulary: Mapping[str, int]) -> B
 def of_sentencepiece(engine: Any, file: Path) -> Begin:
     """Return the begin-of-text token of a SentencePieceProcessor, which itself adds none."""
     ids = (engine.bos_id(),) if engine.bos_id() >= 0 else ()
-    return Begin(ids, bool(ids) and _settings(file).get("add_bos_token") is True)
+    return Begin(ids, bool(ids) and settings_beside(file).get("add_bos_token") is True)
 
 
 def of_tiktoken(special: Mapping[str, int], file: Path) -> Begin:
@@ -72,12 +72,12 @@ def of_tiktoken(special: Mapping[str, int], file: Path) -> Begin:
         special: text -> id of its special tokens.
     """
     ids = _named(file, special)
-    return Begin(ids, bool(ids) and _settings(file).get("add_bos_token") is True)
+    return Begin(ids, bool(ids) and settings_beside(file).get("add_bos_token") is True)
 
 
 def _named(file: Path, vocabulary: Mapping[str, int]) -> tuple[int, ...]:
     """Return the id of the `bos_token` named by the settings next to a tokenizer's file; without any, a common one."""
-    settings = _settings(file)
+    settings = settings_beside(file)
     if not settings:
         return next(((vocabulary[name],) for name in _COMMON if name in vocabulary), ())
     named = settings.get("bos_token")
@@ -85,7 +85,7 @@ def _named(file: Path, vocabulary: Mapping[str, int]) -> tuple[int, ...]:
     return (vocabulary[named],) if isinstance(named, str) and named in vocabulary else ()
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def settings_beside(file: Path) -> dict[str, Any]:
     """Return the settings next to a tokenizer's file, special_tokens_map.json included; empty if there are none.
 
     Raises:
@@ -96,7 +96,10 @@ def _settings(file: Path) -> dict[str, Any]:
         if not path.is_file():
             continue
         try:
-            found |= json_text.read(path)
-        except (ValueError, TypeError) as error:
+            content = json_text.read(path)
+            if not isinstance(content, dict):
+                raise ValueError(f"a {type(content).__name__}")
+            found |= content
+        except ValueError as error:
             raise ConfigError(f"{path}: not a JSON object ({error}).\n  Save the tokenizer again.") from None
     return found

@@ -20,7 +20,15 @@ import tokenizers
 from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import read_bytes, regular
-from igla_mega.data.begin import NO_BEGIN, AddBos, Begin, of_hugging_face, of_sentencepiece, of_tiktoken
+from igla_mega.data.begin import (
+    NO_BEGIN,
+    AddBos,
+    Begin,
+    of_hugging_face,
+    of_sentencepiece,
+    of_tiktoken,
+    settings_beside,
+)
 from igla_mega.untrusted import trial
 from igla_mega.untrusted.child import no_panic
 
@@ -508,12 +516,7 @@ def _encoding_names() -> list[str]:
 def _end_of_document(file: Path, vocabulary: dict[str, int]) -> int | None:
     """Return the id of the folder's `eos_token` if it names one, else of the first common end token; None if none."""
     names = [END_OF_DOCUMENT, *_OTHER_ENDS]
-    config = file.with_name("tokenizer_config.json")
-    if config.is_file():
-        try:
-            named = json_text.read(config).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{config}: not a JSON object ({error}).\n  Save the tokenizer again.") from None
-        named = named.get("content") if isinstance(named, dict) else named
-        names = [named, *names] if isinstance(named, str) and named else names
+    named = settings_beside(file).get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    names = [named, *names] if isinstance(named, str) and named else names
     return next((vocabulary[name] for name in names if name in vocabulary), None)

@@ -233,10 +233,10 @@ def _check_samples(form: str, files: list[Path], each: int) -> bool:
             answers: list[Any] = [entry.get(key) for key in ("chosen", "rejected")]
             if not all(answers) or len({type(answer) for answer in answers}) > 1:
                 raise ConfigError(f"{place}: not a preference pair (`chosen`, `rejected`).\n  Fix or remove the line.")
-            if isinstance(answers[0], list):
+            if isinstance(answers[0], list | dict):
                 turns = True
                 for answer in answers:
-                    forms.checked(answer, place)
+                    forms.checked([answer] if isinstance(answer, dict) else answer, place)
     return turns
 
 
@@ -260,8 +260,10 @@ def _joined(record: Mapping[str, Any]) -> str:
     """Return all text of a conversation or pair; of a pair the longer answer alone."""
 
     def text(value: Any) -> str:
+        value = [value] if isinstance(value, dict) else value
         if isinstance(value, list):
-            return "\n".join(str(turn.get("content")) for turn in value if isinstance(turn, dict))
+            turns = [turn for turn in value if isinstance(turn, dict)]
+            return "\n".join(str(turn.get("content") or turn.get("value") or "") for turn in turns)
         return value if isinstance(value, str) else ""
 
     answers = [text(record[key]) for key in ("chosen", "rejected") if key in record]

@@ -15,7 +15,7 @@ from igla_mega.config.files import regular
 from igla_mega.data.ahead import ahead
 from igla_mega.data.raw_files import KINDS, LINES, PACKED, ROWS, TEXT
 from igla_mega.prepare.raw.rows import read_rows
-from igla_mega.prepare.raw.unpacking import UNPACKERS, Damaged
+from igla_mega.prepare.raw.unpacking import UNPACKERS, Damaged, bomb, is_dense
 
 fast_loads: Callable[[Any], Any]
 try:
@@ -27,8 +27,6 @@ BLOCK_BYTES = 1 << 20
 """Input bytes per unit of work: large enough to hide the cost of a queue, small enough for any memory."""
 MAX_DOCUMENT_BYTES = 1 << 30
 """Maximum size of a record; a longer one is an error, typically a file without line ends."""
-_MAX_DENSE_BYTES, _MAX_EXPANSION = 1 << 26, 200
-"""A record of more bytes that were packed more densely than this many to one is no text but a decompression bomb."""
 _PACKED_CHUNK = 1 << 16
 _LARGE_BYTES = 1 << 24
 """Minimum size of a compressed file that may use a window of gigabytes, as `zstd --long=31` does."""
@@ -299,8 +297,8 @@ def _refuse_giant(what: str, size: int, packed: int, given: Input) -> None:
     """Refuse a record, of which so many bytes were read and take so many on disk, that is too large or too dense."""
     if size > MAX_DOCUMENT_BYTES:
         raise Damaged(f"a {what} of more than {MAX_DOCUMENT_BYTES:,} bytes; split it")
-    if given.packing and size > _MAX_DENSE_BYTES and size > _MAX_EXPANSION * packed:
-        raise Damaged(f"a {what} of more than {size:,} bytes unpacked from {packed:,}: a decompression bomb")
+    if given.packing and is_dense(size, packed):
+        raise bomb(what, size, packed)
 
 
 class _Chunks:

@@ -83,14 +83,14 @@ def long_text(block: Block, text_key: str) -> LongText | None:
         return None
     if isinstance(line, list) and len(line) == 1:
         line = line[0][1]
-        return LongText(line, 0, len(line), False) if len(line) >= LEAST_BYTES else None
+        return LongText(line, _after_mark(line), len(line), False) if len(line) >= LEAST_BYTES else None
     if not isinstance(line, bytes | bytearray) or len(line) < LEAST_BYTES:
         return None
     stop = len(line) - line.endswith(b"\n")
     if line.find(b"\n", 0, stop) >= 0:
         return None
     if block.kind == TEXT:
-        return LongText(line, 0, stop, False)
+        return LongText(line, _after_mark(line), stop - (line[stop - 1 : stop] == b"\r"), False)
     span = _value_span(line, text_key.encode())
     if span is None:
         return None
@@ -100,6 +100,11 @@ def long_text(block: Block, text_key: str) -> LongText | None:
     except ValueError:
         return None
     return LongText(line, *span, True) if around.get(text_key) == "" else None
+
+
+def _after_mark(line: Any) -> int:
+    """Return the offset behind a byte order mark, which shorter texts lose, too."""
+    return 3 if line[:3] == b"\xef\xbb\xbf" else 0
 
 
 def _value_span(line: Any, key: bytes) -> tuple[int, int] | None:

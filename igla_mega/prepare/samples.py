@@ -29,7 +29,7 @@ from igla_mega.prepare.raw.inputs import input_files
 from igla_mega.prepare.records import objects_of
 from igla_mega.prepare.sources import source_files
 
-FORMAT = 2
+FORMAT = 3
 """Version of the output; raised when the same input would produce other bytes."""
 
 
@@ -80,7 +80,8 @@ def _template(recipe: Recipe, files: list[Path], tokenizer: Tokenizer) -> chat.C
 def _has_turns(entry: dict) -> bool:
     """Return True if a line consists of messages and so needs a chat template."""
     plain = {"prompt", "completion", "chosen", "rejected"} & entry.keys()
-    return not plain or "conversations" in entry or any(isinstance(entry[key], list | dict) for key in plain)
+    turns = {"messages", "conversations"} & entry.keys()
+    return not plain or bool(turns) or any(isinstance(entry[key], list | dict) for key in plain)
 
 
 def _write(
@@ -95,7 +96,7 @@ def _write(
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     data, dtype, ends = recipe.data, token_dtype(tokenizer.vocab_size), limits.end_ids(tokenizer)
     most = limits.Limits(data.max_length or recipe.sequence_length, data.max_prompt_length, data.too_long)
-    talks = recipe.form == "instructions"
+    talks, begin = recipe.form == "instructions", tokenizer.begin.ids
     if most.max_length is None and not talks:
         raise ConfigError("data.max_length: not set, and the base model's maximum length is unknown.\n  Set it.")
     with IndexedWriter(prefix, dtype) as tokens, ExitStack() as stack:
@@ -105,10 +106,10 @@ def _write(
             kept: chat.Sample | pairs.Pair | None
             if talks:
                 whole = chat.tokenize(forms.conversation_of(entry, place), tokenizer, template, place)
-                kept = limits.limit_sample(whole, most, ends, place)
+                kept = limits.limit_sample(whole, most, ends, place, begin=begin)
             else:
                 whole = pairs.pair_of(entry, tokenizer, template, place)
-                kept = limits.limit_pair(whole, most, ends, place)
+                kept = limits.limit_pair(whole, most, ends, place, begin=begin)
             counts["samples" if kept else "left_out"] += 1
             counts["cut"] += kept is not None and kept is not whole
             if kept is None:
@@ -132,6 +133,8 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
     made_from = {
         "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "tokenizer": tokenizer.digest(),
+        # Settings beside the tokenizer's file, which its digest does not cover.
+        "special": [tokenizer.eod_id, tokenizer.begin.ids, dict(template.special_tokens) if template else None],
         "template": template.source if template else None,
         "form": recipe.form,
         "bos": [tokenizer.bos, tokenizer.add_bos == "always"],  # `always` also applies to rendered messages

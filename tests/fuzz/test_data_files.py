@@ -24,6 +24,7 @@ from igla_mega.data.tuning import chat, forms, limits, pairs
 from igla_mega.prepare import formats, giant
 from igla_mega.prepare.manifest import damage, index_entry, modified_inputs
 from igla_mega.prepare.merge import merge
+from igla_mega.prepare.raw import unpacking
 from igla_mega.prepare.records import objects_of, texts_of
 from igla_mega.prepare.state import State
 
@@ -455,8 +456,8 @@ def _one_line(suffix: str, size: int) -> bytes:
 @pytest.mark.parametrize("name", ["line.jsonl", "lines.txt", "whole.txt"])
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_record_packed_too_densely_is_damage_and_what_came_before_is_kept(suffix, name, monkeypatch):
-    for bound, size in (("_MAX_DENSE_BYTES", 1 << 22), ("_MAX_EXPANSION", 50)):
-        monkeypatch.setattr(formats, bound, size)
+    for bound, size in (("MAX_DENSE_BYTES", 1 << 22), ("MAX_EXPANSION", 50)):
+        monkeypatch.setattr(unpacking, bound, size)
     file = put(f"{name}{suffix}", _one_line(suffix, 1 << 25))
     how = formats.How(text_documents="file" if name == "whole.txt" else "line")
 
@@ -468,7 +469,7 @@ def test_a_record_packed_too_densely_is_damage_and_what_came_before_is_kept(suff
     first = {"line.jsonl": "['first']", "lines.txt": """['{"text": "first"}']""", "whole.txt": "[]"}[name]
     assert said.startswith(first) and "a decompression bomb" in said, said
     if name == "line.jsonl":
-        monkeypatch.setattr(formats, "_MAX_DENSE_BYTES", 1 << 27)
+        monkeypatch.setattr(unpacking, "MAX_DENSE_BYTES", 1 << 27)
         assert read() == "['first', '00000000000000000000'] None"
 
 

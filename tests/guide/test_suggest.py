@@ -138,3 +138,12 @@ def test_a_bad_input_is_refused_before_anything_is_written(changes, says, base, 
         suggest(type(tmp_path)(given["data"]), given["base"], given["goal"], type(tmp_path)(given["out"]))
     assert says in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "old.yaml").read_text() == "mine"
+
+
+def test_the_turns_of_share_gpt_are_measured_and_need_a_template(tmp_path):
+    asked, answer = {"from": "human", "value": SENTENCE}, {"from": "gpt", "value": SENTENCE * 2}
+    pair = {"conversations": [asked], "chosen": answer, "rejected": {"from": "gpt", "value": "No."}}
+    for form, line in (("instructions", {"conversations": [asked, answer]}), ("preference_pairs", pair)):
+        (tmp_path / f"{form}.jsonl").write_text(json.dumps(line) + "\n")
+        found = look(tmp_path / f"{form}.jsonl")
+        assert (found.form, found.has_turns, found.texts) == (form, True, ["\n".join([SENTENCE, SENTENCE * 2])])

@@ -250,3 +250,13 @@ def test_a_giant_document_gives_the_tokens_of_the_whole(fast_path, texts, tokeni
 def test_an_input_says_what_it_is():
     kinds = [Input(name, 1).kind for name in ("a.jsonl", "a.txt.zst", "a.parquet", "a", "a.b.json.gz")]
     assert kinds == ["lines", "text", "rows", "lines", "lines"]
+
+
+@pytest.mark.parametrize("unit", ["file", "line"])
+def test_a_giant_text_loses_its_byte_order_mark_and_line_end_as_a_short_one_does(unit, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "ä cat".encode() + b"\r\n" * (unit == "line"))
+    (block,) = formats.blocks_of(formats.whole([tmp_path / "a.txt"]), formats.How(text_documents=unit))
+    (short,) = texts_of(block, "text").texts
+    monkeypatch.setattr(giant, "LEAST_BYTES", 1)
+    found = giant.long_text(block, "text")
+    assert found is not None and "".join(found.pieces()) == short == "ä cat"

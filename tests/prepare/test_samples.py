@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import lzma
+import shutil
 from pathlib import Path
 
 import chat_tokenizers
@@ -158,10 +159,26 @@ def test_what_is_up_to_date_is_not_prepared_again_and_another_limit_prepares_it(
     assert "own: 9 instructions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_other_special_tokens_beside_the_tokenizer_prepare_it_again(small, tmp_path, name):
+    (tmp_path / "one.jsonl").write_bytes(jsonl([talk(1)]))
+    copy = shutil.copytree(small / "tokl2", tmp_path / "own")
+    if name == "special_tokens_map.json":
+        settings = json.loads((copy / "tokenizer_config.json").read_text())
+        kept = {key: value for key, value in settings.items() if key not in ("bos_token", "eos_token")}
+        (copy / "tokenizer_config.json").write_text(json.dumps(kept))
+    for begin, end in (("<s>", "</s>"), ("<|im_start|>", "<|im_end|>")):
+        settings = json.loads((copy / name).read_text()) if (copy / name).is_file() else {}
+        (copy / name).write_text(json.dumps({**settings, "bos_token": begin, "eos_token": end}))
+        (text,) = prepared(tmp_path, "own", tmp_path / "one.jsonl", tmp_path / "out")[0]
+        assert text.startswith(f"{begin}[INST]") and text.endswith(f"{end}]")
+
+
 @pytest.mark.parametrize(
     ("line", "changes", "said"),
     [
         (talk(1), {"sft": {}}, "chat_template"),
+        ({**talk(1), "prompt": "1 one"}, {"sft": {}}, "the tokenizer has no chat template"),
         ({"messages": [{"role": "user", "content": "a"}]}, {"sft": {}}, "no turn by the assistant"),
         ({"prompt": "a", "completion": "two " * 90}, {"sft": {}}, "data.too_long"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, {"dpo": {}}, "chosen equals rejected"),

@@ -87,7 +87,7 @@ def load_template(
         ConfigError: there is no template, it is not a Jinja template, or its trial took too much time or memory.
     """
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    settings = _settings(folder / "tokenizer_config.json")
+    settings = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
     place, source = (str(given), _given(given)) if given is not None else _found(folder, settings)
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: _text(settings.get(name)) for name in names if settings.get(name) is not None}

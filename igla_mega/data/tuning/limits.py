@@ -4,11 +4,11 @@
 
 A conversation is cut after its last answer that fits whole. If its first answer does not fit, it is cut as a pair is:
 the prompt loses its beginning until the answers fit or half of the limit is left for the prompt; then the answers lose
-what is before their end token. A line is left out if no token of the prompt would be left, nothing of an answer but its
-end token, or two equal answers.
+what is before their end token. Begin-of-text tokens of the prompt stay. A line is left out if no token of the prompt
+would be left, nothing of an answer but its end token, or two equal answers.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,12 +39,15 @@ def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(special if tokenizer.eod_id is None else special | {tokenizer.eod_id})
 
 
-def limit_sample(sample: Sample, limits: Limits, ends: Collection[int], place: str) -> Sample | None:
+def limit_sample(
+    sample: Sample, limits: Limits, ends: Collection[int], place: str, *, begin: Sequence[int] = ()
+) -> Sample | None:
     """Return a conversation within its limit: the same object if it is not too long, None if it is left out.
 
     Args:
         ends: ids that may end an answer.
         place: `file:line` for the errors.
+        begin: begin-of-text ids, which a prompt that loses its beginning keeps.
 
     Raises:
         ConfigError: it is too long, and `too_long` is `error`.
@@ -57,23 +60,24 @@ def limit_sample(sample: Sample, limits: Limits, ends: Collection[int], place: s
     if limits.too_long == "skip":
         return None
     borders = np.flatnonzero(np.diff(sample.targets, prepend=False, append=False))
-    answers = [(int(begin), int(stop)) for begin, stop in borders.reshape(-1, 2) if stop > 1]
+    answers = [(int(first), int(stop)) for first, stop in borders.reshape(-1, 2) if stop > 1]
     if fitting := [stop for _, stop in answers if stop <= most]:
         return Sample(sample.tokens[: fitting[-1]], sample.targets[: fitting[-1]])
-    begin, stop = answers[0]
-    kept = _kept(begin, stop - begin, most)
-    answer = _short(sample.tokens[begin:stop], most - kept, ends)
-    if answer is None or (begin and not kept):
+    first, stop = answers[0]
+    kept = _kept(first, stop - first, most)
+    answer = _short(sample.tokens[first:stop], most - kept, ends)
+    if answer is None or (first and not kept):
         return None
-    tokens = np.concatenate([sample.tokens[begin - kept : begin], answer])
+    tokens = np.concatenate([_end_of(sample.tokens[:first], kept, begin), answer])
     return Sample(tokens, np.arange(len(tokens)) >= kept)
 
 
-def limit_pair(pair: Pair, limits: Limits, ends: Collection[int], place: str) -> Pair | None:
+def limit_pair(
+    pair: Pair, limits: Limits, ends: Collection[int], place: str, *, begin: Sequence[int] = ()
+) -> Pair | None:
     """Return a pair within its limits: the same object if it is not too long, None if it is left out.
 
-    Raises:
-        ConfigError: it is too long, and `too_long` is `error`.
+    Arguments and error are those of `limit_sample`.
     """
     prompt, most, most_prompt = len(pair.prompt), limits.max_length, limits.max_prompt_length
     longest = max(len(pair.chosen), len(pair.rejected))
@@ -99,12 +103,18 @@ def limit_pair(pair: Pair, limits: Limits, ends: Collection[int], place: str) ->
     chosen, rejected = (_short(answer, room, ends) for answer in (pair.chosen, pair.rejected))
     if not kept or chosen is None or rejected is None or np.array_equal(chosen, rejected):
         return None
-    return Pair(pair.prompt[prompt - kept :], chosen, rejected)
+    return Pair(_end_of(pair.prompt, kept, begin), chosen, rejected)
 
 
 def _kept(prompt: int, answer: int, most: int) -> int:
     """Return how many tokens of a prompt are kept before an answer."""
     return min(prompt, max(most - answer, most // 2))
+
+
+def _end_of(prompt: np.ndarray, kept: int, begin: Sequence[int]) -> np.ndarray:
+    """Return the last tokens of a prompt, `kept` with the begin-of-text ids in front of it, which the model expects."""
+    width = len(begin) if tuple(prompt[: len(begin)]) == tuple(begin) and len(begin) < kept else 0
+    return np.concatenate([prompt[:width], prompt[len(prompt) - kept + width :]])
 
 
 def _short(answer: np.ndarray, room: int, ends: Collection[int]) -> np.ndarray | None:

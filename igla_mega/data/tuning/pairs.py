@@ -94,6 +94,10 @@ def _texts(entry: Mapping[str, Any], place: str) -> tuple[str, str, str]:
     chosen, rejected = entry["chosen"], entry["rejected"]
     if "prompt" in entry:
         prompt = entry["prompt"]
+        if isinstance(prompt, str) and _ASSISTANT in prompt and chosen.startswith(prompt):
+            raise ConfigError(
+                f"{place}: the answers repeat `prompt`, which would be learned twice.\n  Remove it from the line."
+            )
     else:
         shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of texts, not of paths)
         begin = shared.rfind(_ASSISTANT) + len(_ASSISTANT)

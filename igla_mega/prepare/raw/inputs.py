@@ -141,9 +141,10 @@ def _look_through(top: Path) -> _Folder:
         saved = _saved_files(folder) if any(entry.name == _STATE for entry in entries) else None
         for entry in entries:
             name = inside + entry.name
-            if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
+            is_folder = not entry.name.startswith(".") and _is_folder(entry)
+            if entry.name.startswith(".") or (entry.name.startswith("__") and is_folder):
                 held.hidden.append(name)
-            elif entry.is_dir():
+            elif is_folder:
                 waiting.append(f"{name}/")
             elif entry.name in _METADATA:
                 held.metadata.append(name)
@@ -156,10 +157,23 @@ def _look_through(top: Path) -> _Folder:
                 # By parts of the path: a folder's files are together.
                 held.readable.append(([*name.split("/")[:-1], order], name))
             elif entry.is_symlink():
-                raise ConfigError(f"{entry.path}: a link that leads to no file.\n  Remove it, or restore the file.")
+                raise ConfigError(_dangling(entry.path))
             else:
                 held.others["not a regular file"] += 1
     return held
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; raise ConfigError on a link that cannot be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        raise ConfigError(_dangling(entry.path)) from None
+
+
+def _dangling(path: str | Path) -> str:
+    """Return the error for a link without a file."""
+    return f"{path}: a link that leads to no file.\n  Remove it, or restore the file."
 
 
 def _saved_files(folder: Path) -> list[str] | None:
@@ -228,8 +242,19 @@ def _splits_by_name(name: str) -> list[str]:
 
 
 def _of_pattern(pattern: Path, notes: list[str]) -> list[Path]:
-    """Return the files that match a pattern, and add a note if some are named as other splits than the rest."""
-    found = sorted(file for name in glob.glob(str(pattern), recursive=True) if (file := Path(name)).is_file())
+    """Return the files that match a pattern, and add notes on other splits than the rest and on what is no file.
+
+    Raises:
+        ConfigError: no file matches, or a link leads nowhere.
+    """
+    matched = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    if broken := [path for path in matched if not path.exists()]:
+        raise ConfigError(_dangling(broken[0]))
+    found = [path for path in matched if path.is_file()]
+    # `**` goes through the folders that it matches.
+    rest = [path.name for path in matched if not path.is_file() and not (path.is_dir() and "**" in pattern.parts)]
+    if rest:
+        notes.append(f"{pattern}: left out, since they are no files: {_shown(rest)}")
     if not found:
         raise ConfigError(
             f"{pattern}: no file matches this pattern.\n"

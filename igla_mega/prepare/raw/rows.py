@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.files import refuse_special
-from igla_mega.prepare.raw.unpacking import Damaged
+from igla_mega.prepare.raw.unpacking import MAX_DENSE_BYTES, Damaged, bomb, is_dense
 
 BUFFER_BYTES = 1 << 20
 """Bytes that Parquet's reader holds of a column."""
@@ -73,12 +73,34 @@ def _of_parquet(
             if row + rows <= done:
                 row += rows
                 continue
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+            packed = _dense_bytes(file.metadata.row_group(group), columns)
+            # Of dense columns, in which rows may share a long text, one row at a time.
+            at_once = _ROWS_AT_ONCE if packed is None else 1
+            for batch in file.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
                 row += len(batch)
+                if packed is not None and is_dense(batch.nbytes, packed):
+                    raise bomb("row", batch.nbytes, packed)
                 if row > done:
                     yield Batch(_values(batch, columns), batch.nbytes, row, size * row // num_rows, row == num_rows)
         if row != num_rows:
             raise ValueError(f"{row} rows, but its metadata records {num_rows}")
+
+
+def _dense_bytes(group: Any, columns: list[str] | None) -> int | None:
+    """Return the packed bytes of a row group that is too dense for a text unless its rows repeat; None of another.
+
+    Raises:
+        Damaged: its rows are too large and too dense on average.
+    """
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    read = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.partition(".")[0] in columns]
+    packed = sum(chunk.total_compressed_size for chunk in read)
+    size = sum(chunk.total_uncompressed_size for chunk in read)
+    if not is_dense(size, packed):
+        return None
+    if size > group.num_rows * MAX_DENSE_BYTES:
+        raise bomb("row", size // max(group.num_rows, 1), packed)
+    return packed
 
 
 def _of_arrow(

@@ -8,10 +8,22 @@ from typing import Any
 
 PIECE_BYTES = 1 << 20
 """Maximum size of a piece; zstd's may be larger."""
+MAX_DENSE_BYTES, MAX_EXPANSION = 1 << 26, 200
+"""A record of more bytes that were packed more densely than this many to one is no text but a decompression bomb."""
 
 
 class Damaged(Exception):
     """Error for a file whose rest cannot be read."""
+
+
+def is_dense(size: int, packed: int) -> bool:
+    """Return True for data of a size, in bytes, that no text needs so few packed bytes for."""
+    return size > MAX_DENSE_BYTES and size > MAX_EXPANSION * packed
+
+
+def bomb(what: str, size: int, packed: int) -> Damaged:
+    """Return the error for a record that `is_dense`."""
+    return Damaged(f"a {what} of more than {size:,} bytes unpacked from {packed:,}: a decompression bomb")
 
 
 class Unpacker:

@@ -117,3 +117,23 @@ def test_no_limit_leaves_everything_whole():
         ConfigError, match=r"f:1: the prompt alone has 5 tokens, more than the 4 of data.max_prompt_length"
     ):
         limit_pair(pair, Limits(None, 4), ENDS, "f:1")
+
+
+@EXAMPLES
+@given(st.data(), LENGTHS, LENGTHS, st.integers(1, 30), st.none() | st.integers(1, 20), st.integers(0, 2))
+def test_a_prompt_that_loses_its_beginning_keeps_its_begin_of_text(data, prompt, answer, most, most_prompt, width):
+    begin = (100, 101)[:width]
+    pair = Pair(np.array([*begin, *text(data, prompt, None)]), np.append(text(data, answer), END), np.array([1, END]))
+    plain = limit_pair(pair, Limits(most, most_prompt, "cut"), ENDS, "f:7")
+    kept = limit_pair(pair, Limits(most, most_prompt, "cut"), ENDS, "f:7", begin=begin)
+    sample = Sample(np.concatenate(pair[:2]), np.arange(len(pair.prompt) + len(pair.chosen)) >= len(pair.prompt))
+    short = limit_sample(sample, Limits(most, too_long="cut"), ENDS, "f:7", begin=begin)
+    assert (kept is None) == (plain is None)
+    for found in ([] if kept is None else [kept.prompt]) + ([] if short is None else [short.tokens[~short.targets]]):
+        own = found.tolist()
+        if len(own) > width:
+            assert tuple(own[:width]) == begin, "a model never reads a text without them"
+            own = own[width:]
+        assert own == pair.prompt[len(pair.prompt) - len(own) :].tolist()
+    if kept is not None and plain is not None:
+        assert len(kept.prompt) == len(plain.prompt)

@@ -156,6 +156,13 @@ def test_what_is_no_preference_is_refused_with_its_place(folder, words):
     assert words in str(caught.value)
 
 
+def test_texts_that_repeat_the_prompt_of_hh_rlhf_are_refused(folder):
+    line = {"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}
+    with pytest.raises(ConfigError, match=r"f:2: the answers repeat `prompt`, which would be learned twice"):
+        pair_of(folder, line)
+    assert texts(folder, pair_of(folder, {**line, "chosen": " yes", "rejected": " no"}))[0] == HH
+
+
 def test_rows_alternate_and_have_the_answers_as_targets():
     pair = pairs.Pair(np.array([1, 2]), np.array([3, 4, 5]), np.array([6]))
     chosen, rejected = pairs.rows_of([pair], 6, pad_id=0)

@@ -187,3 +187,15 @@ def test_a_file_without_any_text_is_refused_where_broken_lines_are_skipped(tmp_p
     assert documents([good, packed], tmp_path, tokenizer, on_error="skip") == 2
     packed.write_bytes(gzip.compress(b"\n\n"))
     assert documents([good, packed], tmp_path, tokenizer, on_error="skip") == 1, "a blank file has nothing to lose"
+
+
+def test_a_link_to_itself_is_refused_and_a_pattern_says_what_is_no_file(tmp_path):
+    root = tree(tmp_path / "web", ["a.jsonl", "deep/b.jsonl"])
+    assert taken(root / "*") == (["a.jsonl"], [f"{root / '*'}: left out, since they are no files: deep"])
+    assert taken(root / "**" / "*.jsonl") == (["a.jsonl", "b.jsonl"], [])
+    for link, target in (("loop.jsonl", "loop.jsonl"), ("gone.jsonl", "nowhere")):
+        (root / link).symlink_to(target)
+        for given in (root, root / "*.jsonl"):
+            with pytest.raises(ConfigError, match=rf"{link}: a link that leads to no file"):
+                input_files([given])
+        (root / link).unlink()

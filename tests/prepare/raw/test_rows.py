@@ -11,10 +11,11 @@ from igla_mega.data.indexed import IndexedReader
 from igla_mega.prepare import formats
 from igla_mega.prepare.formats import How, Position, blocks_of, whole
 from igla_mega.prepare.preprocess import Options, Settings, preprocess
-from igla_mega.prepare.raw import rows
+from igla_mega.prepare.raw import rows, unpacking
 from igla_mega.prepare.raw.unpacking import Damaged
 
 pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 TEXTS = ["one", "zwei äöü", "", "three"]
 PARTS = [["one.", " two."], ["drei äöü"], [], ["", "four"]]
 TYPES = ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"]
@@ -163,3 +164,26 @@ def test_a_list_of_anything_else_is_a_broken_record(text, said, tokenizer, tmp_p
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     with pytest.raises(ConfigError, match=said):
         prepared(tmp_path / "a.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize("key", ["text", None])
+@pytest.mark.parametrize("kind", ["one", "last", "shared"])
+def test_a_row_packed_too_densely_is_refused_and_repeated_rows_are_read(kind, key, tmp_path, monkeypatch):
+    for module in (rows, unpacking):
+        monkeypatch.setattr(module, "MAX_DENSE_BYTES", 1 << 20)
+    bomb = "0" * (1 << 21)
+    texts = {"one": ["a", bomb], "last": ["a"] * 5000 + [bomb], "shared": [bomb] * 20}[kind]
+    repeated = ["the cat sat on the mat " * 9] * 9000
+    for name, held in (("bomb", texts), ("repeated", repeated)):
+        table = pyarrow.table({"text": held})
+        dictionary = kind == "shared"
+        pyarrow.parquet.write_table(table, tmp_path / name, compression="zstd", use_dictionary=dictionary)
+        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+
+    def read_all(name):
+        path = tmp_path / f"{name}.parquet"
+        return sum(len(batch.rows) for batch in rows.read_rows(str(path), path.stat().st_size, key, None, 0))
+
+    with pytest.raises(Damaged, match="a decompression bomb"):
+        read_all("bomb")
+    assert read_all("repeated") == 9000
