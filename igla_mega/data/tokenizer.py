@@ -100,10 +100,6 @@ class Tokenizer:
         bos = self.bos
         return [] if tuple(ids[: len(bos)]) == bos else list(bos)
 
-    def tail(self, ids: Sequence[int]) -> list[int]:
-        """Return the end-of-document id that the ids of a text lack; empty if the tokenizer has none."""
-        return [] if self.eod_id is None or (len(ids) and ids[-1] == self.eod_id) else [self.eod_id]
-
     def encode_text(self, text: str) -> list[int]:
         """Encode one text that a model reads from its beginning, such as a prompt."""
         ids = self.encode(text)

@@ -148,6 +148,11 @@ def test_the_loss_on_held_out_samples_is_one_value_for_every_batch_and_layout(co
     assert talks.num_validation_samples("own") > 1 and preferences.num_validation_samples("own") == count
 
 
+def test_a_pair_longer_than_a_row_is_refused_before_the_first_step(folder):
+    with pytest.raises(ConfigError, match=r"training.sequence_length: pair \d+ of own has \d+ tokens .* 4 of a row"):
+        pairs(folder, sequence_length=4)
+
+
 def test_what_is_up_to_date_is_not_prepared_again_and_another_limit_prepares_it(folder, capsys):
     lines = [talk(i) for i in range(9)]
     made = recipe(folder, lines, sft={}, data={"chat_template": "plain"})

@@ -179,6 +179,17 @@ class Pairs(_Samples):
     reference: Mapping[str, np.ndarray] | None = None
     """By source, log-probability of each answer under the reference model, fp32 [pairs, 2], added to the batches."""
 
+    def _open(self, name: str, prefix: str, vocab_size: int, validation_fraction: float) -> None:
+        super()._open(name, prefix, vocab_size, validation_fraction)
+        parts = np.diff(self._starts[name])[: 3 * self.num_pairs(name)].reshape(-1, 3)
+        lengths = parts[:, 0] + parts[:, 1:].max(axis=1)
+        if lengths.max() > self.sequence_length:
+            pair = int(lengths.argmax())
+            raise ConfigError(
+                f"training.sequence_length: pair {pair} of {name} has {lengths[pair]} tokens with its longer answer, "
+                f"more than the {self.sequence_length} of a row.\n  Raise it, or lower data.max_length."
+            )
+
     def num_pairs(self, name: str) -> int:
         """Return the number of pairs of a source, held-out ones included."""
         return self.readers[name].num_documents // self.documents_each

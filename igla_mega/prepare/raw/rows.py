@@ -132,6 +132,8 @@ def _of_arrow(
                 begin = row - len(batch)
                 for at in range(max(done - begin, 0), len(batch), _ROWS_AT_ONCE):
                     part = batch.slice(at, _ROWS_AT_ONCE)
+                    if is_dense(part.nbytes, size):
+                        raise bomb("few rows", part.nbytes, size)
                     yield Batch(_values(part, columns), part.nbytes, begin + at + len(part), taken, False)
             # pyarrow takes a stream that is cut between two batches, or has another behind it, as whole.
             if not seekable and (source.tell() != size or not _ends(source, size)):

@@ -187,3 +187,14 @@ def test_a_row_packed_too_densely_is_refused_and_repeated_rows_are_read(kind, ke
     with pytest.raises(Damaged, match="a decompression bomb"):
         read_all("bomb")
     assert read_all("repeated") == 9000
+
+
+@pytest.mark.parametrize("key", ["text", None])
+def test_a_row_of_arrow_packed_too_densely_is_refused(key, tmp_path, monkeypatch):
+    from pyarrow import feather
+
+    monkeypatch.setattr(unpacking, "MAX_DENSE_BYTES", 1 << 20)
+    path = tmp_path / "bomb.feather"
+    feather.write_feather(pyarrow.table({"text": ["a", "0" * (1 << 21)]}), path, compression="zstd")
+    with pytest.raises(Damaged, match="a decompression bomb"):
+        list(rows.read_rows(str(path), path.stat().st_size, key, None, 0))
