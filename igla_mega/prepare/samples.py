@@ -52,7 +52,7 @@ def prepare_samples(recipe: Recipe, *, progress: bool = True) -> dict[str, str]:
         files = input_files(source_files(data, name), say if progress else None)
         template = _template(recipe, files, tokenizer)
         stamp = _stamp(recipe, files, tokenizer, template)
-        if _is_done(prefix, stamp):
+        if _is_done(prefix, stamp, recipe.form):
             continue
         began = time.monotonic()
         counts = _write(recipe, files, prefix, tokenizer, template)
@@ -143,10 +143,12 @@ def _stamp(recipe: Recipe, files: list[Path], tokenizer: Tokenizer, template: ch
     return hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()
 
 
-def _is_done(prefix: str, stamp: str) -> bool:
-    """Return True if the dataset exists and was prepared from the same inputs and options."""
+def _is_done(prefix: str, stamp: str, form: str) -> bool:
+    """Return True if all files of the dataset exist and were prepared from the same inputs and options."""
+    parts = (prefix, prefix + TARGETS) if form == "instructions" else (prefix,)
     try:
-        return json_text.read(Path(f"{prefix}.json"))["digest"] == stamp and Path(f"{prefix}.idx").is_file()
+        whole = all(Path(part + suffix).is_file() for part in parts for suffix in (".bin", ".idx"))
+        return whole and json_text.read(Path(f"{prefix}.json"))["digest"] == stamp
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -162,6 +162,11 @@ def test_what_is_up_to_date_is_not_prepared_again_and_another_limit_prepares_it(
     assert capsys.readouterr().err == ""
     prepare_samples(recipe(folder, lines, sft={}, data={"chat_template": "plain", "max_length": 40}))
     assert "own: 9 instructions" in capsys.readouterr().err
+    for part, suffix in itertools.product(("", TARGETS), (".bin", ".idx")):
+        prefix = prepare_samples(made, progress=False)["own"]
+        Path(f"{prefix}{part}{suffix}").unlink()
+        prepare_samples(made)
+        assert "own: 9 instructions" in capsys.readouterr().err, "a file that is missing is made again"
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])

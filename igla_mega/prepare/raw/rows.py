@@ -93,7 +93,8 @@ def _dense_bytes(group: Any, columns: list[str] | None) -> int | None:
         Damaged: its rows are too large and too dense on average.
     """
     chunks = [group.column(number) for number in range(group.num_columns)]
-    read = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.partition(".")[0] in columns]
+    prefixes = ("",) if columns is None else tuple(f"{column}." for column in columns)
+    read = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes)]
     packed = sum(chunk.total_compressed_size for chunk in read)
     size = sum(chunk.total_uncompressed_size for chunk in read)
     if not is_dense(size, packed):
