@@ -466,7 +466,7 @@ def test_a_run_folder_of_another_recipe_and_a_layout_are_refused_before_a_base_i
     step = tmp_path / "run" / "checkpoints" / "step_00000010"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text("{}")
-    (tmp_path / "run" / "recipe.yaml").write_text("name: pretrain_7b\n")
+    (tmp_path / "run" / "recipe.yaml").write_text("name: pretrain_7b\ntraining: {total_steps: 10}\n")
     train = ["train", "lora_7b", "--scale", "laptop", "--run", tmp_path / "run"]
     said = refused(*train, IGLA_CACHE=tmp_path / "cache", cwd=tmp_path)
     assert "contains a run of another recipe: recipe `pretrain_7b` and not `lora_7b`" in said

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from igla_mega.checkpoint.hf_config import model_of, read_json
+from igla_mega.config import json_text
 from igla_mega.config.errors import ConfigError
 from igla_mega.config.load import base_folder, load_recipe
 from igla_mega.config.names import printable, safe_name
@@ -186,8 +187,8 @@ def _records(given: Input) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = json_text.loads(line)
+            except ValueError:
                 continue
             if isinstance(record, dict):
                 yield record

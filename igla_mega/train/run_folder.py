@@ -16,13 +16,23 @@ from igla_mega.config.files import no_follow
 from igla_mega.config.schema import Recipe
 from igla_mega.data.blend import MIXES
 from igla_mega.layout.stages import parts_of
+from igla_mega.monitor.heartbeat import FILE as HEARTBEAT
 from igla_mega.train.trackers import OF_EVENTS, OF_STEPS
 
 LOCK_SECONDS = 30.0
 """Maximum time that restarted ranks wait for their predecessors to release the run folder."""
 _FILES = (
     *(f"{name}.jsonl" for name in (*OF_STEPS, *OF_EVENTS)),
-    *("recipe.yaml", MIXES, "wandb_id", "checkpoints/run_id", "checkpoints/earlier_runs", "checkpoints/latest"),
+    *(
+        "recipe.yaml",
+        MIXES,
+        HEARTBEAT,
+        "wandb_id",
+        "mlflow_id",
+        "checkpoints/run_id",
+        "checkpoints/earlier_runs",
+        "checkpoints/latest",
+    ),
 )
 _FOLDERS = ("checkpoints", "tensorboard", "hang", "base", "merged")
 """What `train` reads or writes below a run folder."""

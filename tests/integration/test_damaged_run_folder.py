@@ -29,8 +29,8 @@ from igla_mega.train.session import Session
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16}
 STOPPED, STEPS = 6, 8
 NEWEST = f"checkpoints/step_{STOPPED:08d}"
-OF_RUN = ("recipe.yaml", "mix.json", "metrics.jsonl", "ledger.jsonl", "events.jsonl", ".lock", "checkpoints/latest",
-          "checkpoints/run_id")  # fmt: skip
+OF_RUN = ("recipe.yaml", "mix.json", "metrics.jsonl", "ledger.jsonl", "events.jsonl", ".lock", "heartbeat.json",
+          "checkpoints/latest", "checkpoints/run_id")  # fmt: skip
 OF_CHECKPOINT = ("manifest.json", "progress.json", "recipe.yaml", ".metadata", "__0_0.distcp", "data.json", "mix.json")
 
 

@@ -25,7 +25,7 @@ def test_every_auto_of_the_layout_is_followed_by_what_was_used_and_no_value_chan
     # The section of a recipe of stages is read by none of them.
     read = after.partition("\nstages:\n")[2] or after
     open_keys = [line.strip() for line in read.splitlines() if line.endswith(": auto")]
-    assert set(open_keys) <= {"context_schedule: auto", "reference: auto"}
+    assert set(open_keys) <= {"context_schedule: auto", "reference: auto", "add_bos: auto"}
 
 
 def test_what_ran_stands_beside_what_was_asked_for_only_where_they_differ():

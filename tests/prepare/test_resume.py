@@ -92,7 +92,7 @@ def test_what_is_finished_is_not_encoded_again(corpus, tokenizer, tmp_path, monk
     options = {"options": Options(on_error="skip"), "settings": settings}
     preprocess(corpus, tmp_path / "whole", tokenizer, **options)
     monkeypatch.setattr(encoding.Encoder, "encode", counting)
-    with pytest.raises(ConfigError, match="No space left"):
+    with pytest.raises(ConfigError, match="no space left"):
         preprocess(corpus, tmp_path / "set", tokenizer, **options)
     done = (tmp_path / "set.journal").read_text().count('"documents"')
     assert done >= 1

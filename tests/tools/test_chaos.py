@@ -44,7 +44,10 @@ def save(folder):
             file.flush()
             time.sleep(0.002)
     entry = {"bytes": len(text), "blake2b": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-    (folder / "new").write_text(json.dumps({"format": 1, "files": {"a.distcp": entry}}))
+    (folder / ".metadata").touch()
+    index = {"bytes": 0, "blake2b": hashlib.blake2b(b"", digest_size=16).hexdigest()}
+    files = {"a.distcp": entry, ".metadata": index}
+    (folder / "new").write_text(json.dumps({"format": 1, "files": files}))
     os.replace(folder / "new", folder / "manifest.json")
 with open(run / "metrics.jsonl", "a") as metrics, open(run / "ledger.jsonl", "a") as ledger:
     while step < steps:
