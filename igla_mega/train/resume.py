@@ -74,7 +74,7 @@ def find_start(
     local, remote = _other_folders(recipe, checkpoints, mesh)
     find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
-    damage = [line for line in said if "going back to" in line]
+    damage = [line for line in said if "going back to" in line or "is missing, without which" in line]
     progress = found[1] if found else Progress()
     if found is None:
         refuse_unknown_keys(accepted, {f"data.sources.{name}" for own in resolved.parts for name in own.data.sources})
