@@ -172,7 +172,8 @@ def _open_run_folder(resolved: Resolved, session: Session, start: Start) -> None
         return
     run_dir, recipe_yaml, step = session.run_dir, load.dump(resolved.recipe), start.progress.step
     own = start.found[0] if start.found and len(resolved.parts) == 1 else None
-    for line in recipe_changes(run_dir, recipe_yaml, own):
+    changed = recipe_changes(run_dir, recipe_yaml, own)
+    for line in changed:
         print(line)
     for line in session.trackers.open(step, start.progress.skipped):
         session.say(line)
@@ -181,12 +182,16 @@ def _open_run_folder(resolved: Resolved, session: Session, start: Start) -> None
     replace_file(run_dir / "recipe.yaml", annotated(recipe_yaml, parts, chosen).encode())
     if start.mix_text:
         replace_file(run_dir / MIXES, start.mix_text.encode())
+    for line in changed:
+        session.trackers.event("recipe_changed", step, line)
     for line in start.changes:
         print(f"--accept-changes: {line}")
         session.trackers.event("change_accepted", step, line)
     newest = max(steps_in(run_dir / "checkpoints"), default=step)
     for line in start.damage:
-        session.trackers.event("damaged", step, line, lost_steps=max(0, newest - step))
+        # Of one that was passed over for its missing manifest it is unknown whether it was of this run.
+        lost = {"lost_steps": max(0, newest - step)} if "going back to" in line else {}
+        session.trackers.event("damaged", step, line, **lost)
 
 
 def _chosen(recipe: Recipe, device: torch.device) -> dict[str, object]:

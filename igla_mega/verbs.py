@@ -217,7 +217,7 @@ def ranks(nproc: int | None, nnodes: str, rendezvous: str | None) -> tuple[int, 
 def _nodes(text: str) -> tuple[int, int]:
     """Parse `2` or `1:4`; return minimum and maximum."""
     parts = text.split(":")
-    fewest, most = (int(part) if part.isdigit() else 0 for part in (parts[0], parts[-1]))
+    fewest, most = (int(part) if part.isdecimal() and len(part) < 7 else 0 for part in (parts[0], parts[-1]))
     if len(parts) > 2 or not 1 <= fewest <= most:
         raise ConfigError(f"--nnodes: {text} is neither a number of nodes nor MIN:MAX.\n  Use 2 or 1:4.")
     return fewest, most

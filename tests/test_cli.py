@@ -20,6 +20,7 @@ import yaml
 from command_line import LIMIT_SECONDS, VOCAB, environment, igla, metrics, refused, write_dataset, write_recipe
 
 from igla_mega import cli, verbs
+from igla_mega.config.errors import ConfigError
 from igla_mega.data.indexed import IndexedWriter
 from igla_mega.data.tokenizer import train_bpe
 
@@ -541,3 +542,9 @@ def test_a_stopped_run_ends_with_its_checkpoint_and_the_command_that_resumes_it(
     assert capsys.readouterr().out == f"made: {newest}\nnext: igla-mega train 'my recipe.yaml'\n"
     verbs.trained(tmp_path, 0)
     assert f"next: igla-mega report {tmp_path}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["²", "0", "3:2", "1:2:3", "-1", "9" * 5000])
+def test_what_is_no_number_of_nodes_is_refused_in_words(text):
+    with pytest.raises(ConfigError, match="is neither a number of nodes nor MIN:MAX"):
+        verbs.ranks(1, text, "node1:29500")

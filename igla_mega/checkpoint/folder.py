@@ -12,9 +12,10 @@ from igla_mega.config.schema import Recipe
 from igla_mega.data.begin import AddBos
 
 DATA = "data.json"
-"""File of a checkpoint: source -> fingerprint of its prepared data, and the entries `BOS` and `TOKENIZER_DIGEST`."""
-BOS, TOKENIZER_DIGEST = ".add_bos", ".tokenizer"
-"""Names of `DATA` that no source can have: the rule `always` or `never`, and the sha256 of the tokenizer's files."""
+"""File of a checkpoint: source -> fingerprint of its prepared data, and the entries of the three names below."""
+BOS, TOKENIZER_DIGEST, REFERENCE = ".add_bos", ".tokenizer", ".reference"
+"""Names of `DATA` that no source can have: the rule `always` or `never`, the sha256 of the tokenizer's files, and the
+digest of the base that is the reference of preference optimization."""
 TOKENIZER = "tokenizer"
 """Folder with the tokenizer of an imported model, in its checkpoint."""
 

@@ -241,7 +241,7 @@ class RopeScaling(Section):
 
 EVENTS = (
     "started", "resumed", "saved", "save_failed", "evaluated", "spike", "skipped", "rewound", "straggler", "damaged",
-    "repaired", "lines_missing",
+    "repaired", "lines_missing", "recipe_changed", "change_accepted",
     "hang", "killed", "died", "restarting", "failed", "stopping", "finished",
 )  # fmt: skip
 """Kinds of events for which a command can be given."""

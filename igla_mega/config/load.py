@@ -61,7 +61,7 @@ def load_recipe(
         if file.resolve().parent == RECIPES.resolve():
             packaged = content
         else:
-            own = merge(own, layer)
+            own = scales.without_ruled_out(merge(own, layer), scales.keys_of(layer), file.name, lambda line: None)
             content = scales.without_ruled_out(content, scales.keys_of(layer), file.name, say)
     content.setdefault("name", safe_name(path.stem))
     if scale is not None:

@@ -129,8 +129,11 @@ class Lines:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Close the file."""
+        """Write the lines that wait, if the disk takes them now, and close the file."""
         with self._lock:
+            if self._waiting:
+                with contextlib.suppress(OSError):
+                    self._write()
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None

@@ -239,18 +239,25 @@ def shared_key(run_dir: Path) -> bytes:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "wb") as stream:
             stream.write(secrets.token_bytes(_SECRET_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())  # an empty key, as a power cut would leave it, signs for everybody
         try:
             os.link(temporary, file)  # fails if another machine was first, and is never half written
         except FileExistsError:
             pass
         finally:
             temporary.unlink()
-        return _read_key(file)
+        key = _read_key(file)
     except OSError as error:
         raise ConfigError(
             f"{file}: the key that the machines share cannot be read or written ({error.strerror}).\n"
             f"  Give a --run folder that all machines share, or set {SECRET_VARIABLE} to the same value on each."
         ) from None
+    if len(key) != _SECRET_BYTES:
+        raise ConfigError(
+            f"{file}: has {len(key)} bytes, and a key has {_SECRET_BYTES}.\n  Remove it: the next start makes another."
+        )
+    return key
 
 
 def _read_key(file: Path) -> bytes:

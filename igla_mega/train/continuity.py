@@ -20,7 +20,7 @@ none: changes neither weights nor samples: where, how fast and how often somethi
 EFFECTS: dict[str, Effect] = {
     "name": "checked",
     "extends": "none",
-    "base_model": "none",  # read before the first step; adapters are held to its digest
+    "base_model": "checked",  # read before the first step; adapters and references are held to its digest
     "stages": "checked",  # compared part by part
     "model": "refused",
     "model.init_std": "none",

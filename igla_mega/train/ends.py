@@ -9,6 +9,8 @@ from igla_mega.monitor import heartbeat
 from igla_mega.monitor.on_event import notify
 from igla_mega.train.trackers import event, write_event
 
+_SINCE = time.time()
+"""When this process began, about: a record from before is that of an earlier run."""
 _ECHOES = ("onnection closed by peer", "onnection reset", "roken pipe")
 """Parts of errors that a rank meets because another one has ended."""
 
@@ -25,7 +27,7 @@ def failed(run_dir: Path, error: Exception, rank: int, logging: Logging) -> None
     if rank:
         of_all = isinstance(error, ConfigError | FloatingPointError) or type(error) is RuntimeError
         record = None if of_all or is_echo else heartbeat.read(run_dir)
-        if record is not None:
+        if record is not None and record["since"] >= _SINCE:
             write_event(run_dir, "failed", record["step"], f"rank {rank}: {text}", rank=rank)
         return
     code = 2 if isinstance(error, ConfigError) else 1

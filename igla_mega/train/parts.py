@@ -142,9 +142,12 @@ def _build_engine(
         assert recipe.memory is not None, "a recipe with EWC has its section"
         engine = replace(engine, ewc=Ewc(mesh, recipe.memory.ewc_lambda, recipe.memory.coupling))
     mode = dpo_reference.mode_of(recipe.dpo, adapters=recipe.lora is not None) if recipe.dpo is not None else None
-    texts, digest = {}, ""
-    if base is not None and (engine.adapters or mode == "cached"):
+    texts: dict[str, str] = {}
+    digest = ""
+    if base is not None and (engine.adapters or mode in ("cached", "model")):
         digest = digest_of_checkpoint(base, mesh.rank, mesh.world_size, mesh.host_group)
+    # Before anything is read or computed for the reference.
+    texts |= data_files(recipe, corpus, found, digest if mode in ("cached", "model") else "")
     if base is not None and engine.adapters:
         texts[BASE] = base_note(base, digest, recipe.base_model)
         if found:
@@ -166,7 +169,6 @@ def _build_engine(
 
     if found:
         restore(*found)
-    texts |= data_files(recipe, corpus, found)
     return engine, texts, restore
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from igla_mega.checkpoint import store
-from igla_mega.checkpoint.folder import BOS, DATA, TOKENIZER_DIGEST, data_of
+from igla_mega.checkpoint.folder import BOS, DATA, REFERENCE, TOKENIZER_DIGEST, data_of
 from igla_mega.checkpoint.load import find_checkpoint
 from igla_mega.checkpoint.local import Local, folder_of
 from igla_mega.checkpoint.progress import Progress, Retention
@@ -74,7 +74,7 @@ def find_start(
     local, remote = _other_folders(recipe, checkpoints, mesh)
     find = partial(find_checkpoint, checkpoints, mesh, say, local=local, remote=remote)
     found = find()
-    damage = [line for line in said if "going back to" in line]
+    damage = [line for line in said if "going back to" in line or "is missing, without which" in line]
     progress = found[1] if found else Progress()
     if found is None:
         refuse_unknown_keys(accepted, {f"data.sources.{name}" for own in resolved.parts for name in own.data.sources})
@@ -153,15 +153,25 @@ def data_record(recipe: Recipe, corpus: Dataset) -> dict[str, str]:
     return record
 
 
-def data_files(recipe: Recipe, corpus: Dataset, found: Found | None) -> dict[str, str]:
+def data_files(recipe: Recipe, corpus: Dataset, found: Found | None, reference: str = "") -> dict[str, str]:
     """Return the files of a part's checkpoints, name -> text, that record its data.
 
     Args:
         found: checkpoint of the part that the run resumes from. Sources of text that are no longer read are kept, so
             that they are compared if they come back.
+        reference: digest of the base that is the reference of preference optimization; empty without one.
+
+    Raises:
+        ConfigError: the checkpoint was trained against another reference.
     """
+    known = data_of(found[0]).get(REFERENCE, reference) if found and reference else reference
+    if found and known != reference:
+        raise ConfigError(
+            f"{found[0]}: trained against another reference: its base has digest {known}, that of base_model "
+            f"{recipe.base_model} is {reference}.\n  Use the base that it began with, or start in a new run folder."
+        )
     earlier = data_of(found[0]) if found and recipe.form == "text" else {}
-    record = {**earlier, **data_record(recipe, corpus)}
+    record = {**earlier, **data_record(recipe, corpus), **({REFERENCE: reference} if reference else {})}
     return {DATA: json.dumps(record, indent=1) + "\n"}
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +35,8 @@ _FILES = (
         "checkpoints/latest",
     ),
 )
+_IN_PLACE = (HEARTBEAT, "wandb_id", "mlflow_id")
+"""Files that are written in place, as every `.jsonl` is: a link would lead to another file, and is refused."""
 _FOLDERS = ("checkpoints", "tensorboard", "hang", "base", "merged")
 """What `train` reads or writes below a run folder."""
 
@@ -74,7 +77,7 @@ def lock_run_folder(run_dir: Path, recipe: Recipe) -> IO[str]:
             time.sleep(0.2)
     # Only with the lock: no other process can change the folder after the checks.
     _refuse_unusable_entries(run_dir)
-    refuse_other_recipe(run_dir, recipe)
+    refuse_other_recipe(run_dir, recipe, say=print)
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
@@ -101,7 +104,7 @@ def _refuse_unusable_entries(run_dir: Path) -> None:
     breaches = []
     for kind, names in (("file", _FILES), ("folder", _FOLDERS)):
         for path in (run_dir / name for name in names):
-            if path.is_symlink() and path.suffix == ".jsonl":
+            if path.is_symlink() and (path.suffix == ".jsonl" or path.name in _IN_PLACE):
                 breaches.append(f"{path}: is a symbolic link, which is not followed here.")
             elif path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
                 breaches.append(f"{path}: is not a {kind}.")
@@ -111,8 +114,11 @@ def _refuse_unusable_entries(run_dir: Path) -> None:
         raise ConfigError(*breaches, "  Move it away or fix its permissions, or give another --run.")
 
 
-def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
+def refuse_other_recipe(run_dir: Path, recipe: Recipe, *, say: Callable[[str], None] = lambda line: None) -> None:
     """Refuse a recipe with another name, another objective or other trained weights than the folder's run.
+
+    Args:
+        say: called with a line if the folder's recipe is damaged and a checkpoint's was compared instead.
 
     Raises:
         ConfigError: the recipes differ in one of these.
@@ -129,7 +135,7 @@ def refuse_other_recipe(run_dir: Path, recipe: Recipe) -> None:
             return
         breaches = min((_differences(written, part) for part in parts_of(recipe)), key=len)
         if not breaches:
-            print(f"{file}: missing or damaged; written again, after a comparison with {checkpoint}")
+            say(f"{file}: missing or damaged; written again, after a comparison with {checkpoint}")
     if breaches:
         raise ConfigError(
             f"{run_dir}: contains a run of another recipe: {', '.join(breaches)}.\n"

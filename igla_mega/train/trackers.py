@@ -50,7 +50,7 @@ class Trackers:
             OSError: a file cannot be written.
         """
         unrecorded = unrecorded_end(self._run_dir)
-        self._add_services(resume_step)
+        self._add_services()
         found = [*self.rewind(resume_step)]
         for name in OF_EVENTS:
             found += rewind(self._run_dir / f"{name}.jsonl", None)
@@ -66,7 +66,7 @@ class Trackers:
             found.append(message)
         return found
 
-    def _add_services(self, resume_step: int) -> None:
+    def _add_services(self) -> None:
         """Start what `logging` names; raise ConfigError if a package is not installed."""
         logging = self._logging
         if logging.wandb != "off":
@@ -78,7 +78,7 @@ class Trackers:
             self._scalars.append(mlflow.metrics)
             self._closers.append(mlflow.close)
         if logging.tensorboard:
-            self._add_tensorboard(self._run_dir / "tensorboard", resume_step)
+            self._add_tensorboard(self._run_dir / "tensorboard")
         if logging.prometheus is not None:
             self._observe(TextFile(Path(logging.prometheus), self._run_dir.resolve().name))
         if logging.on_event:
@@ -161,8 +161,8 @@ class Trackers:
             self._files[name] = Lines(self._run_dir / f"{name}.jsonl")
         self._files[name].add(entry)
 
-    def _add_tensorboard(self, folder: Path, resume_step: int) -> None:
-        """Send scalars to TensorBoard's event files; those of steps after `resume_step` become invalid."""
+    def _add_tensorboard(self, folder: Path) -> None:
+        """Send scalars to TensorBoard's event files; `rewind` makes those of later steps invalid."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -180,7 +180,6 @@ class Trackers:
             start = SessionLog(status=SessionLog.START)
             writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
-        invalidate(resume_step)
         self._scalars.append(write)
         self._rewinders.append(invalidate)
         self._closers.append(writer.close)

@@ -78,6 +78,13 @@ def test_a_planted_lock_is_refused(victim):
         lock_run_folder(lock.parent, load_recipe("pretrain_7b"))
 
 
+@pytest.mark.parametrize("name", ["events.jsonl", "heartbeat.json", "wandb_id", "mlflow_id"])
+def test_a_link_in_the_place_of_a_file_that_is_written_in_place_is_refused(name, victim):
+    run = victim(name).parent
+    with pytest.raises(ConfigError, match=rf"{name}: is a symbolic link"):
+        lock_run_folder(run, load_recipe("pretrain_7b"))
+
+
 def test_a_planted_file_of_metrics_is_not_written_to(victim):
     lines = Lines(victim("metrics.jsonl"))
     lines.add({"step": 1})  # kept in memory, as on a full disk

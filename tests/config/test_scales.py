@@ -139,3 +139,10 @@ def test_a_scaled_recipe_of_a_run_stays_what_it_is(load):
     recipe, said = load(written)
     assert dump(recipe) == written and "sets" not in said.splitlines()[0].split("leaves")[0]
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize("scale", [None, "laptop"])
+def test_a_key_that_a_child_of_ones_own_drops_from_its_parent_stays_dropped_at_a_scale(load, scale, tmp_path):
+    (tmp_path / "parent.yaml").write_text("extends: pretrain_7b\ntraining: {epochs: 2}\n")
+    recipe, _ = load("extends: parent.yaml\ntraining: {total_steps: 3000, warmup_steps: 60}\n", scale=scale)
+    assert (recipe.training.total_steps, recipe.training.epochs) == (3000, None)

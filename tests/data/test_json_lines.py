@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -149,6 +150,16 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_takes_them(tmp
     file.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_lines_that_still_wait_are_written_when_the_file_is_closed(tmp_path, monkeypatch):
+    lines = Lines(tmp_path / "events.jsonl")
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        lines.add({"step": 1})
+        lines.add({"step": 2})
+    lines.close()
+    assert (tmp_path / "events.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_file_that_cannot_be_made_yet_is_made_when_it_can(tmp_path):

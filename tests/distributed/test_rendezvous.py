@@ -193,3 +193,11 @@ def test_a_planted_link_is_not_followed(tmp_path):
     with pytest.raises(ConfigError, match=rendezvous.SECRET_VARIABLE):
         shared_key(tmp_path)
     assert (tmp_path / "victim").read_text() == "of somebody else"
+
+
+def test_a_key_that_a_power_cut_has_emptied_is_refused(tmp_path):
+    for content in (b"", bytes(31)):
+        (tmp_path / rendezvous.SECRET_FILE).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"has {len(content)} bytes, and a key has 32"):
+            shared_key(tmp_path)
+        assert (tmp_path / rendezvous.SECRET_FILE).read_bytes() == content

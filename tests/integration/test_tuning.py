@@ -336,6 +336,18 @@ def test_preference_optimization_goes_on_bit_for_bit(preferred, tmp_path):
     assert steps(tmp_path) == steps(run_dir)
 
 
+def test_preferences_against_another_reference_are_another_run(preferred, recipe_of, home, tmp_path):
+    text = recipe_of(TUNING + "dpo: {reference: model}\n")
+    train(text, tmp_path, stop_after=1)
+    written = [tmp_path / name for name in ("recipe.yaml", "metrics.jsonl", "events.jsonl", "heartbeat.json")]
+    known = [path.read_bytes() for path in written]
+    other = preferred[0] / "checkpoints/step_00000006"
+    with pytest.raises(Exception, match=r"(?s)another reference: its base has digest \w+, that of base_model .* is \w"):
+        train(text.replace(str(home / "base/checkpoints/step_00000002"), str(other)), tmp_path)
+    assert [path.read_bytes() for path in written] == known
+    train(text, tmp_path, stop_after=2)
+
+
 STAGES = "stages:\n" + "".join(
     "  - " + "\n    ".join((TUNING.strip() + "\n" + section).splitlines()) + "\n"
     for section in (

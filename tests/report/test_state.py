@@ -250,6 +250,14 @@ def test_a_launcher_whose_ranks_never_trained_leaves_the_folder_alone(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_rank_that_fails_before_the_run_begins_writes_nothing_about_the_run_before(tmp_path, monkeypatch):
+    in_a_process(finished, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(ends, "_SINCE", time.time())
+    ends.failed(tmp_path, OSError("words.bin: no such file"), 3, QUIET)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("kind", "event"), [("hung", "hang"), ("killed", "killed"), ("failed", "failed"), ("restarting", "restarting")]
 )

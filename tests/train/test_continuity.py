@@ -172,7 +172,11 @@ def test_a_run_is_continued_on_its_own_data_and_as_its_own_model_only(tmp_path):
     assert train(4, accepted=["data.sources.words"]) == ""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [one["step"] for one in events if one["event"] == "change_accepted"] == [2]
-    assert train(6) == "", "from here on it is the run's own data"
+    assert not [one for one in events if one["event"] == "recipe_changed"]
+    assert train(6, ["training.gradient_clip=0.5"]) == "", "from here on it is the run's own data"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    [changed] = [one for one in events if one["event"] == "recipe_changed"]
+    assert changed["step"] == 4 and changed["message"].startswith("training.gradient_clip: was ")
 
 
 def test_a_run_is_continued_with_its_own_tokenizer_and_mixes_only(tmp_path, tokenizer):

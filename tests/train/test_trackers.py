@@ -75,6 +75,14 @@ def test_tensorboard_lists_each_step_once_after_a_resume_and_after_a_rewind(tmp_
     assert charts(tmp_path) == {"loss": [(1, 1.0), (2, 2.0), (3, 23.0), (4, 44.0)]}
 
 
+def test_an_opening_makes_later_steps_of_the_charts_invalid_once(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    opened(tmp_path, Logging(), 2).close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert [event.step for event in EventFileLoader(str(file)).Load() if event.HasField("session_log")] == [3]
+
+
 def test_wandb_asked_for_and_absent_is_an_error_that_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"logging\.wandb: offline needs the package wandb") as raised:
