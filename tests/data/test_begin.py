@@ -87,7 +87,7 @@ def make(tmp_path_factory):
 
 
 def begun(theirs, text: str) -> list[int]:
-    """The ids of transformers, without what it adds at the end, and without its begin of text before another one."""
+    """The ids of transformers without what it adds at the end, or a begin-of-text token before another one."""
     whole, part = (theirs("the cat", add_special_tokens=special).input_ids for special in (True, False))
     front = whole[: next(i for i in range(len(whole)) if whole[i : i + len(part)] == part)]
     plain = theirs(text, add_special_tokens=False).input_ids
